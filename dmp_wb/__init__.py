@@ -1,1 +1,31 @@
+"Diffusion Model Patching and Denoising Task Routing as a notebook-driven research workbench."
 __version__ = "0.1.0"
+
+from importlib import import_module
+
+# The names users type, and the module of each. They load on first use, so that `import dmp_wb` costs nothing.
+_PUBLIC = {
+    "DiT": "dit", "ModelConfig": "dit",
+    "Anatomy": "anatomy", "register_backbone": "anatomy", "supported_models": "anatomy",
+    "DMPConfig": "patching", "PromptPatch": "patching", "patch": "patching", "unpatch": "patching", "get_patch": "patching",
+    "save_patch": "patching", "load_patch": "patching",
+    "diffusion_losses": "objectives",
+    "load_data": "data",
+    "Experiment": "config", "load_experiment": "config",
+    "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
+    "train": "training",
+    "sample": "sampling",
+    "frechet_distance": "metrics",
+    "BadInput": "core",
+}
+_MODULES = ("core", "schedules", "dit", "anatomy", "patching", "objectives", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs")
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name):
+    if name in _PUBLIC: return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES: return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__(): return sorted([*__all__, *_MODULES])
