@@ -55,9 +55,10 @@ def timestep_batch(
     timestep: torch.Tensor | float | int,  # [B], [1] or a scalar: what the caller gave the model
     device: torch.device | str,
 ) -> torch.Tensor: # [B] or [1]
-    "The timesteps as a vector; one entry where the whole batch shares its timestep."
+    "The timesteps as a vector; one entry where the whole batch shares its timestep: a scalar, or a scalar `expand`ed over the batch, as pipelines do."
     t = torch.as_tensor(timestep, device=device)
-    return t[None] if t.ndim == 0 else t
+    if t.ndim == 0: return t[None]
+    return t[:1] if len(t) > 1 and t.stride(0) == 0 else t
 
 # %% ../nbs/02_anatomy.ipynb #61b569a2
 register_backbone("DiT", Anatomy(

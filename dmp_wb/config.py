@@ -86,6 +86,7 @@ class Experiment:
             need(getattr(t, key) >= 1, f"train.{key}", getattr(t, key), "at least 1")
         need(t.batch_size % t.gradient_accumulation_steps == 0, "train.batch_size", t.batch_size,
              f"a multiple of train.gradient_accumulation_steps {t.gradient_accumulation_steps}")
+        if t.mixed_precision in ("False", "false"): t.mixed_precision = "no"   # YAML reads a bare no as false
         if t.mixed_precision not in PRECISIONS: raise unknown("train.mixed_precision", t.mixed_precision, PRECISIONS)
         need(0 <= t.label_dropout < 1, "train.label_dropout", t.label_dropout, "a number in [0, 1)")
         need(0 <= t.ema_decay < 1, "train.ema_decay", t.ema_decay, "a number in [0, 1)")

@@ -105,6 +105,7 @@ def atomic_folder(
     try:
         yield tmp
         for file in (p for p in tmp.rglob("*") if p.is_file()):
+            os.chmod(file, 0o666 & ~_umask())   # safetensors writes files that only their owner can read
             with open(file, "rb+") as f: os.fsync(f.fileno())
         os.chmod(tmp, 0o777 & ~_umask())
         if path.exists():
@@ -164,7 +165,7 @@ def progress_numbers(bar: tqdm) -> dict:
 def progress_line(d: dict) -> str:
     "One line of text from a bar's numbers: what, how far, how fast, how long still."
     total, n = d["total"], d["n"]
-    part = f"{n}/{total} {100 * n // total:3d}%" if total else f"{n}"
+    part = f"{n:.0f}/{total} {100 * n / total:3.0f}%" if total else f"{n:.0f}"
     left = (total - n) / d["rate"] if total and d["rate"] else None
     eta = f"ETA {tqdm.format_interval(left)}" if left and n < total else f"took {tqdm.format_interval(d['elapsed'])}"
     return "  ".join(x for x in (d["desc"], part, f"{d['rate']:.1f} {d['unit']}/s", eta, d["postfix"]) if x)
@@ -189,12 +190,11 @@ class NotebookBar(tqdm):
         else: self._shown.update(bundle, raw=True)
 
 class LogBar(tqdm):
-    "A bar for a log file: whole lines, now and then."
+    "A bar for a log file: whole lines, every ten seconds."
+    def __init__(self, *args, **kwargs): super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 10, "maxinterval": 10})
+
     def display(self, msg=None, pos=None):
         if self.n > self.initial: print(progress_line(progress_numbers(self)), file=sys.stderr, flush=True)
-
-    @staticmethod
-    def status_printer(file): return lambda s: None
 
 def progress(
     iterable=None,          # what to go through, or None to call `.update()` by hand
@@ -203,9 +203,10 @@ def progress(
     unit: str = "it",
     initial: int = 0,       # where a resumed job starts counting
     disable: bool = False,  # True on all processes but the first
+    leave: bool | None = True,  # keep the bar when it is done; None: only if it is the outermost
 ) -> tqdm:
     "A progress bar with a rate and an ETA for a terminal, a notebook, papermill or a log file."
-    kwargs = dict(iterable=iterable, total=total, desc=desc, unit=f"{unit}", initial=initial, disable=disable)
+    kwargs = dict(iterable=iterable, total=total, desc=desc, unit=unit, initial=initial, disable=disable, leave=leave)
     if in_kernel(): return NotebookBar(**kwargs)
-    if sys.stderr.isatty(): return tqdm(dynamic_ncols=True, mininterval=0.1, **kwargs)
-    return LogBar(mininterval=10, maxinterval=10, **kwargs)
+    if sys.stderr.isatty(): return tqdm(dynamic_ncols=True, **kwargs)
+    return LogBar(**kwargs)

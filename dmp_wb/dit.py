@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid, get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -164,8 +164,9 @@ class DiT(ModelMixin, ConfigMixin):
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes is not None else None
-        self.register_buffer("pos_embed", get_2d_sincos_pos_embed(
-            hidden_size, self.grid_size, base_size=self.grid_size[0], output_type="pt").float()[None])
+        rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in self.grid_size), indexing="ij")
+        grid = torch.stack([columns, rows])[:, None]   # the first half of the channels holds the column, as in the official code
+        self.register_buffer("pos_embed", get_2d_sincos_pos_embed_from_grid(hidden_size, grid, output_type="pt").float()[None])
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.config.out_channels)
         self.gradient_checkpointing = False
@@ -205,7 +206,7 @@ class DiT(ModelMixin, ConfigMixin):
     def forward(
         self,
         hidden_states: torch.Tensor,                       # noisy latents [B, C, H, W]
-        timestep: torch.Tensor | float | int | None = None,  # [B] or scalar, integers or floats
+        timestep: torch.Tensor | float | int,              # [B] or scalar, integers or floats
         class_labels: torch.Tensor | None = None,          # [B] integers 0…num_classes, the last being the null class
         return_dict: bool = True,
     ):  # Transformer2DModelOutput with `.sample` [B, out_channels, H, W], or a tuple with it
@@ -289,7 +290,8 @@ def _dit_sizes(sd: dict, num_attention_heads: int | None, origin: str) -> dict:
         sample_size=side * patch_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
         out_channels=sd["final_layer.linear.weight"].shape[0] // patch_size**2, num_attention_heads=num_attention_heads,
         num_layers=1 + max(int(k.split(".")[1]) for k in sd if k.startswith("blocks.")),
-        mlp_ratio=sd["blocks.0.mlp.fc1.weight"].shape[0] / hidden_size, num_classes=None if table is None else table.shape[0] - 1)
+        mlp_ratio=(sd["blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / hidden_size if sd["blocks.0.mlp.fc1.weight"].shape[0] % hidden_size else
+        sd["blocks.0.mlp.fc1.weight"].shape[0] // hidden_size, num_classes=None if table is None else table.shape[0] - 1)
 
 def from_official(
     cls,

@@ -104,7 +104,11 @@ def diffusion_losses(
 ) -> dict[str, torch.Tensor]: # "mse", "vb" and "loss", each [B] float32
     "mse of the noise (unweighted), variational term (zeros if the variance is fixed), and loss = w(t)·mse + vb."
     if weighting not in WEIGHTINGS: raise unknown("weighting", weighting, WEIGHTINGS)
-    tables = schedule if isinstance(schedule, GaussianTables) else GaussianTables(schedule).to(x0.device)
+    if isinstance(schedule, GaussianTables): tables = schedule   # the loop: timesteps are its own, and checking them would wait for the GPU
+    else:
+        tables = GaussianTables(schedule).to(x0.device)
+        if timesteps.is_floating_point(): raise BadInput(f"timesteps are {timesteps.dtype}: expected integers")
+        check_timesteps(timesteps, tables.num_train_timesteps)
     if model_output.shape[1] not in (x0.shape[1], 2 * x0.shape[1]):
         raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, or {2 * x0.shape[1]} with a learned variance")
     model_output, x0, noise = model_output.float(), x0.float(), noise.float()

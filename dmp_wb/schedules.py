@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from diffusers.training_utils import compute_snr
 
 from .core import BadInput, unknown
 
@@ -53,15 +52,15 @@ def betas(
     bar = torch.cos((u + 0.008) / 1.008 * torch.pi / 2) ** 2
     return (1 - bar[1:] / bar[:-1]).clamp(max=0.999)
 
-# %% ../nbs/00_schedules.ipynb #038598ca
+# %% ../nbs/00_schedules.ipynb #67ac8fdb
 def snr(
-    schedule: str | ScheduleConfig | DDPMScheduler = "linear",
+    schedule: str | ScheduleConfig = "linear",
     timesteps: torch.Tensor | None = None,  # [B] integers in 0…T−1; all of them if None
 ) -> torch.Tensor: # [B] float32
     "Signal-to-noise ratio ᾱ/(1−ᾱ) at the given timesteps."
-    if isinstance(schedule, (str, ScheduleConfig)): schedule = noise_schedule(schedule)
-    if timesteps is None: timesteps = torch.arange(schedule.config.num_train_timesteps)
-    return compute_snr(schedule, check_timesteps(timesteps, schedule.config.num_train_timesteps))
+    bar = (1 - betas(schedule)).cumprod(0)
+    ratio = (bar / (1 - bar)).float()
+    return ratio if timesteps is None else ratio[check_timesteps(timesteps, len(bar))]
 
 def check_timesteps(
     timesteps,                  # integers or floats, any shape

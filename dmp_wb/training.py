@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_model', 'num_classes', 'trainable', 'param_groups', 'draw_batch', 'train', 'check_folder', 'versions',
-           'write_config', 'append_row', 'resume', 'Meter', 'export', 'main']
+           'write_config', 'append_row', 'resume', 'Meter', 'export', 'start_cpu_processes', 'main']
 
 # %% ../nbs/10_training.ipynb #259bea6e
 import argparse
@@ -13,10 +13,13 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
@@ -106,7 +109,7 @@ def train(
     exp = load_experiment(experiment, overrides)
     t = exp.train
     data = load_data(exp.data)
-    accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=t.cpu)
+    accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=t.cpu or not torch.accelerator.is_available())
     share, rest = divmod(t.batch_size, accelerator.num_processes * t.gradient_accumulation_steps)
     if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {accelerator.num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
     order = EpochOrder(len(data), t.batch_size, exp.seed)
@@ -266,7 +269,20 @@ def export(run: Run, backbone: nn.Module, params: dict, ema: EMAModel, steps: in
         "loss": sum(m["loss"][-tail:]) / tail, "mse": sum(m["mse"][-tail:]) / tail,
         "images_per_second": sorted(m["images_per_second"])[len(m["loss"]) // 2], "versions": versions()})
 
-# %% ../nbs/10_training.ipynb #5567a6b0
+# %% ../nbs/10_training.ipynb #9ad19cb7
+def start_cpu_processes(argv: list[str]):
+    """Under `accelerate launch --num_processes N` on a CPU, become torchrun with N processes.
+
+    accelerate starts one process there and leaves the rest to MPI: the rendezvous address is set, but no rank.
+    N stands nowhere but in the launcher's own command line.
+    """
+    ranked = any(v in os.environ for v in ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if ranked or not {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() or torch.accelerator.is_available(): return
+    given = re.search(r"--num[-_]processes[= ](\d+)", " ".join(psutil.Process(os.getppid()).cmdline()))
+    if not given: raise BadInput("accelerate was asked for several CPU processes but starts one: name them with --num_processes N, or use torchrun --nproc_per_node N -m dmp_wb.training")
+    for name in ("MASTER_ADDR", "MASTER_PORT"): os.environ.pop(name, None)
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", given[1], "-m", "dmp_wb.training", *argv])
+
 def main(argv: list[str] | None = None):
     "`python -m dmp_wb.training EXPERIMENT.yaml [key=value …]`"
     parser = argparse.ArgumentParser(prog="dmp_wb.training", description="Train an experiment; start it with `accelerate launch -m`.")
@@ -274,6 +290,8 @@ def main(argv: list[str] | None = None):
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=2e-4")
     parser.add_argument("--folder", help="the run folder (default: runs/<name>)")
     args = parser.parse_args(argv)
-    with one_line_errors(): train(args.experiment, args.overrides, args.folder)
+    with one_line_errors():
+        start_cpu_processes(sys.argv[1:] if argv is None else argv)
+        train(args.experiment, args.overrides, args.folder)
 
 if __name__ == "__main__" and globals().get("__spec__"): main()   # under `python -m`; a notebook has no __spec__

@@ -1,0 +1,74 @@
+# Two commands: `make demo` and `make test`. Both set up .venv on first use and say what they do.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO ?= runs/demo
+export PYTHONUNBUFFERED = 1
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-notebooks test-python check lab notebooks readme clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 18
+
+setup: $(READY)  ## make .venv and install everything the tests and notebooks need
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; name one with make PYTHON=/path/to/python"; exit 1; }
+	@echo "== setting up $(VENV) with $$($(PYTHON) --version) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" 2>&1 | { grep -v -e 'is ignored: it is' -e '^$$' || true; }
+	@touch $@
+
+PAPERMILL = $(BIN)/papermill --no-progress-bar --log-level ERROR nbs/runs
+demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gates: about five minutes on two cores
+	@echo "== 1/6 one minute of pre-training from scratch"
+	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/pretrain/pretrain.ipynb -p experiment digits-quick -p overrides "train.steps=1000"
+	@echo "== 2/6 fine-tuning the converged base that ships with the package: the baseline"
+	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/finetune/finetune.ipynb -p experiment digits-finetune
+	@echo "== 3/6 DMP: patching the same base, its weights frozen"
+	@$(PAPERMILL)/patch.ipynb $(DEMO)/dmp/patch.ipynb -p experiment digits-dmp -p overrides ""
+	@echo "== 4/6 sampling all three from the same seeds, and measuring"
+	@$(PAPERMILL)/sample.ipynb $(DEMO)/sample/sample.ipynb -p num_images 2000 -p models "base:digits-base finetune:$(DEMO)/finetune dmp:$(DEMO)/dmp"
+	@echo "== 5/6 the gates across timesteps"
+	@$(PAPERMILL)/gates.ipynb $(DEMO)/gates/gates.ipynb -p model $(DEMO)/dmp
+	@echo "== 6/6 one page of it all"
+	@$(PAPERMILL)/report.ipynb $(DEMO)/report.ipynb
+	@$(BIN)/python -m dmp_wb.runs $(DEMO)/sample
+	@echo "== done: open $(DEMO)/report.html for the pictures and figures; each step has its notebook and page in $(DEMO)/"
+
+test: test-notebooks test-python  ## all tests: every notebook, then pytest
+	@echo "== all tests passed; the executed pieces are in nbs/, the rest in tests/"
+
+test-notebooks: $(READY)  ## run every notebook as a test
+	@echo "== notebooks (nbdev_test)"
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
+
+test-python: $(READY)  ## pytest
+	@echo "== pytest"
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q --durations=8
+
+check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff is content
+	@$(BIN)/python tests/check_sources.py
+
+lab: $(READY)  ## open JupyterLab on the notebooks
+	@$(BIN)/jupyter lab --notebook-dir=nbs
+
+notebooks: $(READY)  ## execute the notebooks again, in place
+	@echo "== executing notebooks in place"
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace $$(ls nbs/*.ipynb nbs/tutorials/*.ipynb nbs/runs/*.ipynb)
+	@$(BIN)/nbdev_clean
+	@$(MAKE) --no-print-directory readme
+
+readme: $(READY)  ## write README.md from nbs/index.ipynb
+	@$(BIN)/python tests/check_sources.py --write-readme
+
+clean:  ## remove caches and built files; keeps .venv, runs/ and data/
+	@rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
+	@echo "clean"

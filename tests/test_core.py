@@ -1,0 +1,103 @@
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dmp_wb as wb
+from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, progress, progress_line, project_root, read_json, runs_root, seed_of, unknown, write_atomic, write_json
+
+
+def test_import_is_light_and_public_names_exist():
+    code = "import sys, dmp_wb, dmp_wb.runs; print('torch' in sys.modules, 'diffusers' in sys.modules, 'nbdev' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
+    for name in wb.__all__: assert getattr(wb, name) is not None
+    assert {"DiT", "patch", "train"} <= set(dir(wb))
+    with pytest.raises(AttributeError, match="no attribute 'pacth'"): wb.pacth  # noqa: B018
+
+
+def test_run_time_needs_no_nbdev():
+    code = "import sys, dmp_wb as wb; [getattr(wb, n) for n in dir(wb)]; print(sorted(m for m in sys.modules if m.split('.')[0] in ('nbdev', 'fastcore', 'execnb')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_unknown_suggests_whole_and_last_part():
+    assert "did you mean 'optim.lr'" in str(unknown("key", "lr", ["optim.lr", "train.steps"]))
+    assert "did you mean" not in str(unknown("key", "zzzzzz", ["optim.lr"]))
+
+
+def test_write_atomic_keeps_the_old_file(tmp_path, monkeypatch):
+    file = write_atomic(tmp_path / "a" / "x.txt", "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"): write_atomic(file, "new")
+    assert file.read_text() == "old" and os.listdir(file.parent) == ["x.txt"]
+
+
+def test_files_get_the_usual_mode(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    with atomic_folder(tmp_path / "folder") as tmp:
+        (tmp / "private").write_text("")
+        os.chmod(tmp / "private", 0o600)
+    (tmp_path / "plain").write_text("")
+    usual = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "x.json", tmp_path / "folder" / "private")} == {usual}
+
+
+def test_atomic_folder_replaces_or_leaves(tmp_path):
+    target = tmp_path / "t"
+    with atomic_folder(target) as tmp: (tmp / "a").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(target) as tmp:
+        (tmp / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target) as tmp: (tmp / "b").write_text("3")
+    assert [p.name for p in target.iterdir()] == ["b"] and [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_read_json(tmp_path):
+    with pytest.raises(MissingFile, match="no file"): read_json(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text("{,}")
+    with pytest.raises(BadInput, match="x.json is not valid JSON"): read_json(tmp_path / "x.json")
+
+
+def test_missing_file_is_both_kinds_of_error():
+    assert issubclass(MissingFile, FileNotFoundError) and issubclass(MissingFile, ValueError)
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40), st.text(max_size=5), st.text(max_size=5))
+def test_seeds_differ_by_every_part(a, b, n, m):
+    assert 0 <= seed_of(a, n) < 2**63
+    assert (seed_of(a, n) == seed_of(b, m)) == ((a, n) == (b, m))
+    assert seed_of(a, n, 1) != seed_of(a, n)
+
+
+def test_one_line_errors(capsys):
+    with pytest.raises(SystemExit) as e, one_line_errors(): raise BadInput("x is 1: expected 2")
+    assert e.value.code == 2 and capsys.readouterr().err == "error: x is 1: expected 2\n"
+    with pytest.raises(ZeroDivisionError), one_line_errors(): 1 / 0   # a bug keeps its traceback
+
+
+def test_places(tmp_path, monkeypatch):
+    (tmp_path / "nbs" / "experiments").mkdir(parents=True)
+    (tmp_path / "nbs" / "runs").mkdir()
+    monkeypatch.chdir(tmp_path / "nbs" / "runs")
+    assert project_root() == tmp_path
+    monkeypatch.delenv("DMP_WB_RUNS")
+    assert runs_root() == tmp_path / "runs"
+
+
+def test_progress_in_a_log_is_whole_lines(capsys):
+    bar = progress(range(50), desc="work", unit="step")
+    assert isinstance(bar, LogBar)
+    for _ in bar: bar.set_postfix_str("loss 0.5", refresh=False)
+    out = capsys.readouterr().err
+    assert out.startswith("work  50/50 100%") and "step/s" in out and "loss 0.5" in out and out.count("\n") == 1 and "\r" not in out
+
+
+def test_progress_line_has_rate_and_eta():
+    line = progress_line({"desc": "train", "n": 25, "total": 100, "elapsed": 5.0, "rate": 5.0, "unit": "step", "postfix": ""})
+    assert line == "train  25/100  25%  5.0 step/s  ETA 00:15"
+    assert progress_line({"desc": "", "n": 0, "total": None, "elapsed": 0.0, "rate": 0.0, "unit": "it", "postfix": ""})

@@ -1,0 +1,274 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dmp_wb as wb
+from dmp_wb.checkpoints import Run, join_tensors, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, split_tensors
+from dmp_wb.core import BadInput, MissingFile
+from dmp_wb.data import EpochOrder, load_data
+from dmp_wb.patching import PATCH_NAME
+from dmp_wb.training import draw_batch, make_model, param_groups
+
+SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
+
+
+def small(method="pretrain", extra=()):
+    return wb.load_experiment({"pretrain": "digits-quick"}.get(method, f"digits-{method}"), [*SMALL, *extra])
+
+
+def weights(run): return load_checkpoint(newest_checkpoint(run.folder))["model"]
+
+
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Killed(Exception): pass
+
+
+@pytest.mark.parametrize("method", ["pretrain", "finetune", "prompt-tuning", "dmp"])
+def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
+    whole = wb.train(small(method), folder=tmp_path / "whole")
+    assert whole.finished and whole.summary["steps"] == 8
+    import dmp_wb.training as training
+    original, calls = training.append_row, []
+    for stop_at in (2, 3):                       # two deaths: before the first checkpoint, and between two
+        def die(run, row, stop_at=stop_at):
+            original(run, row)
+            calls.append(row["step"])
+            if len(calls) == stop_at: raise Killed
+        monkeypatch.setattr(training, "append_row", die)
+        calls.clear()
+        with pytest.raises(Killed): wb.train(small(method), folder=tmp_path / "broken")
+        assert not Run(tmp_path / "broken").finished
+    monkeypatch.setattr(training, "append_row", original)
+    broken = wb.train(small(method), folder=tmp_path / "broken")
+    assert broken.finished and equal(weights(whole), weights(broken))
+    a, b = load_checkpoint(newest_checkpoint(whole.folder)), load_checkpoint(newest_checkpoint(broken.folder))
+    assert all(torch.equal(x, y) for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True))
+    assert broken.metrics()["step"] == whole.metrics()["step"] == [2, 4, 6, 8]          # no line twice, none missing
+    assert broken.metrics()["lr"] == whole.metrics()["lr"] and broken.metrics()["grad_norm"] == whole.metrics()["grad_norm"]
+
+
+def test_killed_by_the_system_and_resumed(tmp_path):
+    command = [sys.executable, "-m", "dmp_wb.training", "digits-quick", *SMALL, "train.steps=60", "train.checkpoint_every=1", "train.keep_last=3"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--folder", str(tmp_path / "killed")], env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while len(list_checkpoints(tmp_path / "killed")) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not Run(tmp_path / "killed").finished
+    subprocess.run([*command, "--folder", str(tmp_path / "killed")], env=env, check=True, capture_output=True)
+    subprocess.run([*command, "--folder", str(tmp_path / "whole")], env=env, check=True, capture_output=True)
+    assert equal(weights(Run(tmp_path / "killed")), weights(Run(tmp_path / "whole")))
+    assert Run(tmp_path / "killed").metrics()["step"] == Run(tmp_path / "whole").metrics()["step"]
+
+
+def test_accumulation_is_one_big_batch(tmp_path):
+    one = wb.train(small(extra=["train.mixed_precision=no"]), folder=tmp_path / "one")
+    four = wb.train(small(extra=["train.gradient_accumulation_steps=4"]), folder=tmp_path / "four")
+    assert torch.allclose(torch.tensor(one.metrics()["loss"]), torch.tensor(four.metrics()["loss"]), rtol=1e-4)
+    assert torch.allclose(torch.tensor(one.metrics()["grad_norm"]), torch.tensor(four.metrics()["grad_norm"]), rtol=1e-3)
+
+
+@pytest.mark.parametrize("experiment", ["digits-quick", "digits-finetune"])
+def test_two_processes_see_what_one_sees(experiment, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    overrides = [*SMALL, "train.steps=4"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dmp_wb.training", experiment, *overrides, "--folder", str(tmp_path / "two")]
+    launch[3:3] = ["--num_processes", "2", "--main_process_port", "0"]
+    done = subprocess.run(launch, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "on 2 × cpu" in done.stdout and done.stdout.count("finished:") == 1
+    one, two = wb.train(experiment, overrides, folder=tmp_path / "one"), Run(tmp_path / "two")
+    for key in ("loss", "grad_norm"): assert torch.allclose(torch.tensor(one.metrics()[key]), torch.tensor(two.metrics()[key]), rtol=1e-3), key
+
+
+def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_path):
+    base = {k: v.clone() for k, v in wb.load_model("digits-base").state_dict().items()}
+    run = wb.train(small("dmp"), folder=tmp_path / "dmp")
+    state = load_checkpoint(newest_checkpoint(run.folder))
+    assert set(state["model"]) == {f"{PATCH_NAME}.prompts", f"{PATCH_NAME}.gate.weight", f"{PATCH_NAME}.gate.bias"}
+    assert len(state["optimizer"]["state"]) == 3
+    prompts, gate = state["optimizer"]["param_groups"]
+    assert gate["lr"] == pytest.approx(10 * prompts["lr"])
+    model = wb.load_model(run.folder)
+    assert equal(dict(model.state_dict()), base) and wb.get_patch(model).prompts.abs().sum() > 0
+    assert {f.name for f in (run.folder / "patch").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"} and not (run.folder / "model").exists()
+    assert PATCH_NAME not in wb.load_model(run.folder, patched=False)._modules
+    assert run.summary["trained_parameters"] == sum(p.numel() for p in wb.get_patch(model).parameters())
+    assert "balance" in run.metrics()
+
+
+def test_learning_rates_of_the_groups():
+    exp = small("dmp", ["optim.lr=2e-4", "optim.gate_lr_scale=10"])
+    model = make_model(exp, load_data("digits"))
+    rest, gate = param_groups(model, exp)
+    assert [p.shape for p in rest["params"]] == [wb.get_patch(model).prompts.shape] and rest["lr"] == 2e-4
+    assert len(gate["params"]) == 2 and gate["lr"] == pytest.approx(2e-3)
+    assert len(param_groups(make_model(small(), load_data("digits")), small())) == 1
+
+
+def test_exported_weights_are_the_average(tmp_path):
+    run = wb.train(small(extra=["train.ema_decay=0.5"]), folder=tmp_path / "r")
+    state = load_checkpoint(newest_checkpoint(run.folder))
+    exported = dict(wb.load_model(run.folder).named_parameters())
+    for (name, last), average in zip(state["model"].items(), state["ema"]["shadow_params"], strict=True): assert torch.equal(exported[name], average), name
+    assert any(not torch.equal(v, exported[k]) for k, v in state["model"].items())
+
+
+def test_training_learns(tmp_path):
+    run = wb.train("digits-quick", ["train.steps=60"], folder=tmp_path / "r")
+    loss = run.metrics()["loss"]
+    assert loss[-1] < 0.6 * loss[0]
+    assert {"step", "loss", "mse", "vb", "lr", "grad_norm", "images_per_second"} <= set(run.metrics())
+
+
+def test_learned_variance_trains(tmp_path):
+    run = wb.train(small(extra=["model.learn_sigma=true", "objective.weighting=min-snr"]), folder=tmp_path / "r")
+    assert all(v > 0 for v in run.metrics()["vb"]) and wb.load_model(run.folder).learn_sigma
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_mixed_precision_in_its_own_process(precision, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "dmp_wb.training", "digits-dmp", *SMALL, f"train.mixed_precision={precision}", "train.gradient_checkpointing=true", "--folder", str(tmp_path / "r")],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert all(v == v for v in Run(tmp_path / "r").metrics()["loss"])
+    assert weights(Run(tmp_path / "r"))[f"{PATCH_NAME}.prompts"].dtype == torch.float32
+
+
+# --- data order
+
+def test_batches_are_a_function_of_the_step_and_labels_are_dropped():
+    data, exp = load_data("digits"), small(extra=["train.batch_size=500", "train.label_dropout=0.2"])
+    order = EpochOrder(len(data), 500, 0)
+    a, b = draw_batch(exp, data, order, 7, 10), draw_batch(exp, data, EpochOrder(len(data), 500, 0), 7, 10)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["noise"], draw_batch(exp, data, order, 8, 10)["noise"])
+    halves = [draw_batch(exp, data, order, 7, 10, s) for s in (slice(0, 250), slice(250, 500))]
+    assert all(torch.equal(a[k], torch.cat([h[k] for h in halves])) for k in a)
+    assert 0.12 < (a["class_labels"] == 10).float().mean() < 0.28
+    kept = a["class_labels"] != 10
+    assert torch.equal(a["class_labels"][kept], data.labels[order(7)][kept])
+    assert "class_labels" not in draw_batch(exp, data, order, 7, None)
+    assert a["timesteps"].min() >= 0 and a["timesteps"].max() <= 999
+
+
+# --- checkpoints
+
+def test_split_and_join():
+    tree = {"a": [1, {"b": torch.ones(2)}, None], "state": {0: {"step": torch.tensor(3.0)}, 11: {"step": torch.tensor(4.0)}}, "s": "text", "t": (0.9, 0.99)}
+    plain, tensors = split_tensors(tree)
+    back = join_tensors(json.loads(json.dumps(plain)), tensors)
+    assert torch.equal(back["a"][1]["b"], torch.ones(2)) and back["state"][11]["step"] == 4 and back["s"] == "text" and back["t"] == [0.9, 0.99] and back["a"][2] is None
+
+
+@pytest.mark.parametrize("harm", ["truncate", "delete", "flip", "no manifest"])
+def test_damaged_checkpoint_falls_back(harm, tmp_path):
+    for step in (1, 2): save_checkpoint(tmp_path, step, {"model": {"w": torch.full((64,), float(step))}})
+    folder = list_checkpoints(tmp_path)[-1]
+    file = folder / "model.safetensors"
+    if harm == "truncate": file.write_bytes(file.read_bytes()[:-1])
+    elif harm == "delete": file.unlink()
+    elif harm == "flip": file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    else: (folder / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="step-0000002 is damaged"): assert newest_checkpoint(tmp_path).name == "step-0000001"
+
+
+def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(3)}})
+    import dmp_wb.checkpoints as checkpoints
+    def full(*a, **k): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"): save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"] and newest_checkpoint(tmp_path)
+
+
+def test_keep_last(tmp_path):
+    for step in range(1, 6): save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}}, keep_last=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000004", "step-0000005"]
+
+
+# --- mistakes
+
+def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
+    run = wb.train(small(), folder=tmp_path / "r")
+    before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
+    wb.train(small(), folder=tmp_path / "r")
+    assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
+    with pytest.raises(BadInput, match="optim.lr is 0.002 there and 0.1 here"): wb.train(small(extra=["optim.lr=0.1"]), folder=tmp_path / "r")
+    assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("experiment,overrides,match", [
+    ("digits-quick", ["model.sample_size=16"], "1×16×16 images, but data 'digits' has 1×8×8"),
+    ("digits-quick", ["model.num_classes=5"], "5 classes, but data 'digits' has 10"),
+    ("digits-quick", ["train.batch_size=5000"], "train.batch_size is 5000, but the data set has only 1797"),
+    ("digits-quick", ["data.name=digts"], "did you mean 'digits'"),
+    ("digits-quick", ["model.hidden_size=63"], "multiple of"),
+    ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
+    ("digits-dmp", ["base=digits-bse"], "did you mean 'digits-base'"),
+    ("digits-dmp", ["base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
+    ("digits-dmp", ["base=digits-dmp"], "is a patched model already"),
+])
+def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, match, runs_folder):
+    with pytest.raises(BadInput, match=match): wb.train(experiment, overrides)
+    assert not runs_folder.exists()
+
+
+def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
+    import dmp_wb.training as training
+    original = training.diffusion_losses
+    calls = []
+    def poisoned(*a, **k):
+        calls.append(1)
+        return {n: v * (float("nan") if len(calls) == 5 else 1) for n, v in original(*a, **k).items()}
+    monkeypatch.setattr(training, "diffusion_losses", poisoned)
+    with pytest.raises(FloatingPointError, match="not finite at step 4.*step-0000003"): wb.train(small(), folder=tmp_path / "r")
+    assert not Run(tmp_path / "r").finished
+
+
+@pytest.mark.parametrize("arguments,match", [
+    (["digits-pretran"], "error: unknown experiment 'digits-pretran': did you mean 'digits-pretrain'?"),
+    (["digits-quick", "trian.steps=1"], "did you mean 'train.steps'?"),
+    (["digits-quick", "train.steps=x"], "error: override 'train.steps=x': train.steps is 'x': expected int"),
+    (["missing.yaml"], "unknown experiment 'missing.yaml'"),
+    (["digits-dmp", "base=gone.pt"], "error: no checkpoint gone.pt"),
+])
+def test_command_line_mistakes_are_one_line(arguments, match, runs_folder):
+    done = subprocess.run([sys.executable, "-m", "dmp_wb.training", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not runs_folder.exists()
+
+
+def test_load_model_from_everywhere(tmp_path, inputs):
+    model = wb.load_model("digits-base")
+    x, t, y = inputs
+    want = model(x, t, y).sample
+    model.save_pretrained(tmp_path / "diffusers")
+    torch.save({"ema": model.state_dict()}, tmp_path / "official.pt")
+    for source, heads in ((tmp_path / "diffusers", None), (tmp_path / "official.pt", model.config.num_attention_heads)):
+        assert torch.equal(wb.load_model(source, num_attention_heads=heads)(x, t, y).sample, want)
+    shutil.rmtree(tmp_path / "diffusers")
+    with pytest.raises(BadInput, match="unknown run"): wb.load_model(tmp_path / "diffusers")
+    with pytest.raises(MissingFile, match="no checkpoint"): wb.load_model(tmp_path / "gone.safetensors")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"_class_name": "Nonesuch"}')
+    with pytest.raises(BadInput, match="_class_name 'Nonesuch'"): wb.load_model(tmp_path / "odd")
+
+
+def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
+    import dmp_wb.training as training
+    def die(*a): raise Killed
+    monkeypatch.setattr(training, "export", die)
+    with pytest.raises(Killed): wb.train(small(), folder=tmp_path / "r")
+    with pytest.raises(BadInput, match="has not finished training"): wb.load_model(tmp_path / "r")
