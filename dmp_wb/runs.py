@@ -36,6 +36,8 @@ class TerminalBars:
     def close(self):
         for bar in self.bars.values(): bar.close()
 
+def _is_run(notebook) -> bool: return bool(notebook.metadata.get("dmp_wb", {}).get("page"))
+
 @functools.cache
 def _engine():
     "papermill's engine for run notebooks, registered as the default one as well."
@@ -53,9 +55,14 @@ def _engine():
     class RunEngine(NBClientEngine):
         "Executes run notebooks; hands any other notebook to papermill's own engine."
         @classmethod
+        def execute_notebook(cls, nb, kernel_name, output_path=None, **kwargs):
+            if output_path and _is_run(nb): Path(output_path).parent.mkdir(parents=True, exist_ok=True)   # papermill wants the folder to be there
+            return super().execute_notebook(nb, kernel_name, output_path=output_path, **kwargs)
+
+        @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None,
                                      start_timeout=60, execution_timeout=None, **kwargs):
-            if not nb_man.nb.metadata.get("dmp_wb", {}).get("page"):
+            if not _is_run(nb_man.nb):
                 return super().execute_managed_notebook(nb_man, kernel_name, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
                                                         start_timeout=start_timeout, execution_timeout=execution_timeout, **kwargs)
             output = nb_man.nb.metadata.papermill.get("output_path")
