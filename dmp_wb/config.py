@@ -6,15 +6,16 @@
 __all__ = ['METHODS', 'LR_SCHEDULERS', 'PRECISIONS', 'KEYS', 'OptimConfig', 'TrainConfig', 'Experiment', 'experiments_folder',
            'find_experiment', 'load_experiment', 'to_yaml']
 
-# %% ../nbs/08_config.ipynb #bdfa7702
+# %% ../nbs/08_config.ipynb #1a687650
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException, ConfigKeyError, ValidationError
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .core import BadInput, MissingFile, project_root, unknown, write_atomic
+from .core import BadInput, MissingFile, project_root, unknown
 from .data import DataConfig
 from .dit import ModelConfig
 from .objectives import ObjectiveConfig
@@ -75,10 +76,10 @@ class Experiment:
         need((self.base is None) == (self.method == "pretrain"), "base", self.base,
              "none for pretraining" if self.method == "pretrain" else f"the model that {self.method} starts from")
         o, t = self.optim, self.train
-        need(o.lr > 0, "optim.lr", o.lr, "a number > 0")
-        need(o.gate_lr_scale > 0, "optim.gate_lr_scale", o.gate_lr_scale, "a number > 0")
+        need(0 < o.lr < math.inf, "optim.lr", o.lr, "a number > 0")
+        need(0 < o.gate_lr_scale < math.inf, "optim.gate_lr_scale", o.gate_lr_scale, "a number > 0")
         need(all(0 <= b < 1 for b in o.betas), "optim.betas", o.betas, "two numbers in [0, 1)")
-        need(o.weight_decay >= 0, "optim.weight_decay", o.weight_decay, "a number ≥ 0")
+        need(0 <= o.weight_decay < math.inf, "optim.weight_decay", o.weight_decay, "a number ≥ 0")
         need(o.max_grad_norm is None or o.max_grad_norm > 0, "optim.max_grad_norm", o.max_grad_norm, "a number > 0, or null")
         if o.lr_scheduler not in LR_SCHEDULERS: raise unknown("optim.lr_scheduler", o.lr_scheduler, LR_SCHEDULERS)
         need(o.lr_warmup_steps >= 0, "optim.lr_warmup_steps", o.lr_warmup_steps, "0 or more")
@@ -90,6 +91,7 @@ class Experiment:
         if t.mixed_precision not in PRECISIONS: raise unknown("train.mixed_precision", t.mixed_precision, PRECISIONS)
         need(0 <= t.label_dropout < 1, "train.label_dropout", t.label_dropout, "a number in [0, 1)")
         need(0 <= t.ema_decay < 1, "train.ema_decay", t.ema_decay, "a number in [0, 1)")
+        if self.method == "pretrain": self.model.check()
         self.objective.check()
         if self.method == "prompt-tuning": self.patch.gate_input = "none"
         self.patch.check()
@@ -111,7 +113,7 @@ def find_experiment(
         raise MissingFile(f"no folder {path.parent}: expected an experiment file {path.name} there")
     named = experiments_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
     if named.is_file() and len(path.parts) == 1: return named
-    raise unknown("experiment", str(experiment), [f.stem for f in experiments_folder().glob("*.yaml")])
+    raise unknown("experiment", str(experiment), [f.stem for f in experiments_folder().glob("*.yaml")], path.name.removesuffix(".yaml"))
 
 def _dotted(cls, prefix="") -> dict[str, type]:
     "Every dotted key of a dataclass tree, with its type."
@@ -130,9 +132,10 @@ def _merge(base, given, origin: str):
             raise BadInput(f"{origin}: {unknown('key', key, [k for k, t in KEYS.items() if not dataclasses.is_dataclass(t)])}")
     try: return OmegaConf.merge(base, given)
     except ValidationError as e:
-        key = e.full_key or "?"
-        kind = KEYS.get(key)
-        raise BadInput(f"{origin}: {key} is {OmegaConf.select(given, key)!r}: expected {getattr(kind, '__name__', kind)}") from None
+        key = e.full_key or _leaves(given)[0]   # OmegaConf names no key when a whole group or a tuple is wrong
+        kind, value = KEYS.get(key), OmegaConf.select(given, key)
+        expected = f"a group of keys ({key}.{dataclasses.fields(kind)[0].name}, …)" if dataclasses.is_dataclass(kind) else getattr(kind, "__name__", kind) if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
+        raise BadInput(f"{origin}: {key} is {value!r}: expected {expected}") from None
     except OmegaConfBaseException as e: raise BadInput(f"{origin}: {str(e).splitlines()[0]}") from None
 
 def _leaves(cfg, prefix="") -> list[str]:

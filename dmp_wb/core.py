@@ -33,15 +33,16 @@ def unknown(
     kind: str,     # what is being looked up, in the singular: "experiment", "key"
     word: str,     # what the user wrote
     known,         # the names there are
+    name: str | None = None,  # the part of `word` that is compared with them, if not all of it
 ) -> BadInput:
     "The error for an unknown name: it suggests the nearest known one and lists the rest."
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name or word), known, n=1, cutoff=0.5)
     if not near: # "lr" for "optim.lr": compare with the last part of each dotted name
         last = str(word).split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == last][:1]
     hint = f"did you mean {near[0]!r}? " if near else ""
-    listed = ", ".join(known[:40]) + (f", … ({len(known)} in all)" if len(known) > 40 else "")
+    listed = (", ".join(known[:40]) or "none") + (f", … ({len(known)} in all)" if len(known) > 40 else "")
     return BadInput(f"unknown {kind} {str(word)!r}: {hint}known: {listed}")
 
 # %% ../nbs/00_core.ipynb #a7cf0a40
@@ -50,7 +51,7 @@ def one_line_errors():
     "Inside a command line's main: a `BadInput` becomes one line on stderr and exit status 2; Ctrl-C becomes 130."
     try: yield
     except BadInput as e:
-        print(f"error: {e}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0": print(f"error: {e}", file=sys.stderr)   # once, not once a process
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -98,8 +99,11 @@ def read_json(path: str | os.PathLike):
 def atomic_folder(
     path: str | os.PathLike,  # target folder; replaced as a whole if it exists
 ):
-    "Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not."
-    path = Path(path)
+    """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
+
+    A new folder appears in one step. Replacing an existing one takes two renames; if the second fails, the first is undone.
+    """
+    path, old = Path(path), None
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -115,6 +119,7 @@ def atomic_folder(
             shutil.rmtree(old, ignore_errors=True)
         else: os.replace(tmp, path)
     except BaseException:
+        if old is not None and old.exists() and not path.exists(): os.replace(old, path)
         shutil.rmtree(tmp, ignore_errors=True)
         raise
 

@@ -130,6 +130,14 @@ class ModelConfig:
     num_layers: int | None = None
     num_attention_heads: int | None = None
 
+    def check(self):
+        "Raise `BadInput` for an unknown name, sizes below 1, or sizes that are missing."
+        if self.name is not None and self.name not in NAMES: raise unknown("model.name", self.name, NAMES)
+        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers", "num_attention_heads"):
+            value = getattr(self, key)
+            if value is not None and value < 1: raise BadInput(f"model.{key} is {value}: expected at least 1")
+            if value is None and self.name is None and key != "num_classes": raise BadInput(f"model.{key} is missing: expected a number, or a model.name such as DiT-S/2")
+
 # %% ../nbs/01_dit.ipynb #422bc9c1
 class DiT(ModelMixin, ConfigMixin):
     """A Diffusion Transformer (Peebles & Xie, 2212.09748).
@@ -153,8 +161,10 @@ class DiT(ModelMixin, ConfigMixin):
         num_classes: int | None = 1000,           # None: unconditional
     ):
         super().__init__()
+        for key, value in (("patch_size", patch_size), ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_layers", num_layers), ("num_attention_heads", num_attention_heads)):
+            if value < 1: raise BadInput(f"{key} is {value}: expected at least 1")
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        if height % patch_size or width % patch_size: raise BadInput(f"sample_size is {sample_size}: expected a multiple of patch_size {patch_size}")
+        if height < 1 or width < 1 or height % patch_size or width % patch_size: raise BadInput(f"sample_size is {sample_size}: expected a multiple of patch_size {patch_size}")
         if hidden_size % num_attention_heads: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads {num_attention_heads}")
         if hidden_size % 4: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of 4, which the 2-D position embedding needs")
         if num_classes is not None and num_classes < 1: raise BadInput(f"num_classes is {num_classes}: expected at least 1, or None for an unconditional model")
@@ -266,6 +276,7 @@ def plain_state_dict(
     origin: str = "checkpoint",  # its name in error messages
 ) -> dict[str, torch.Tensor]:
     "The tensors themselves, taken from under `ema` (preferred), `model` or `state_dict`, without DDP's `module.` prefix."
+    if not isinstance(content, dict): raise BadInput(f"{origin} holds a {type(content).__name__}: expected a state dict")
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), dict): content = content[key]; break
     tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor)}

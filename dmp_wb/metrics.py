@@ -6,10 +6,7 @@
 __all__ = ['Moments', 'frechet_distance', 'frechet_bootstrap', 'DigitClassifier', 'split_digits', 'train_digit_classifier',
            'digit_classifier', 'extract', 'classifier_accuracy', 'evaluate_digits']
 
-# %% ../nbs/12_metrics.ipynb #bf25d21f
-import json
-from pathlib import Path
-
+# %% ../nbs/12_metrics.ipynb #8afbcbdb
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -55,13 +52,15 @@ def frechet_distance(
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
-    return max(0.0, float((a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross))
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+    return float(distance.clamp(min=0))   # rounding can make it −1e-15; NaN stays NaN
 
 # %% ../nbs/12_metrics.ipynb #ad4985b7
 def frechet_bootstrap(
     features: dict[str, torch.Tensor],  # model → features [N, D]; row i comes from the same seed in all of them
     reference: Moments | torch.Tensor,  # of the real images
     against: str | None = None,         # also the differences to this model
+    strata: torch.Tensor | None = None, # [N] class of each row, if the samples are class-balanced by design: resampled class by class
     rounds: int = 200,
     seed: int = 0,
     level: float = 0.95,
@@ -74,8 +73,9 @@ def frechet_bootstrap(
     g = torch.Generator().manual_seed(seed_of(seed, "bootstrap"))
     point = {name: frechet_distance(f, reference) for name, f in features.items()}
     drawn = {name: [] for name in features}
+    groups = [torch.arange(n)] if strata is None else [(strata == c).nonzero()[:, 0] for c in strata.unique()]
     for _ in range(rounds):
-        rows = torch.randint(n, (n,), generator=g)
+        rows = torch.cat([group[torch.randint(len(group), (len(group),), generator=g)] for group in groups])
         for name, f in features.items(): drawn[name].append(frechet_distance(f[rows], reference))
     q = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     centred = lambda values, centre: (values - values.mean() + centre).quantile(q).tolist()

@@ -34,7 +34,7 @@ class DMPConfig:
     def check(self):
         "Raise `BadInput` for a value that makes no sense."
         if self.gate_input not in GATE_INPUTS: raise unknown("gate_input", self.gate_input, GATE_INPUTS)
-        if not self.importance_weight >= 0: raise BadInput(f"importance_weight is {self.importance_weight}: expected a number ≥ 0")
+        if not 0 <= self.importance_weight < float("inf"): raise BadInput(f"importance_weight is {self.importance_weight}: expected a number ≥ 0")
         if self.num_train_timesteps < 1: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 1")
 
 # %% ../nbs/03_patching.ipynb #51f91f9e
@@ -42,6 +42,7 @@ class PromptPatch(nn.Module):
     """The learnable part of DMP and what hooks it into a frozen backbone.
 
     Parameters: `prompts` [blocks, prompts, D], `gate.weight` [prompts, D_t + 1], `gate.bias` [prompts]; all start at zero.
+    With gradient checkpointing, call backward before the next forward pass: the blocks that are run again use the newest gates.
     """
     def __init__(
         self,
@@ -96,7 +97,8 @@ class PromptPatch(nn.Module):
 
     # --- hooks. Bound methods and partials of them, so that copy.deepcopy and pickle carry them to the copy.
     def _before_model(self, model, args, kwargs):
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if timestep is None: raise BadInput(f"{type(model).__name__} was called without a timestep, which the gates of its patch need")
         object.__setattr__(self, "last_gates", self._gates(timestep_batch(timestep, self.prompts.device)))
 
     def _before_block(self, index, argument, block, args, kwargs):

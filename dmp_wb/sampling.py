@@ -10,18 +10,19 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from .anatomy import anatomy_of, input_size, learned_variance
 from .core import BadInput, progress, seed_of
 from .schedules import ScheduleConfig
 from .schedules import sampler as make_sampler
-from .training import num_classes
 
 # %% ../nbs/11_sampling.ipynb #82106b4d
 def balanced_labels(
     num_images: int,
     classes: int | None,  # number of classes; None gives None
+    first: int = 0,       # number of the first image
 ) -> torch.Tensor | None: # [num_images]
-    "Labels 0, 1, … classes−1, 0, 1, …: as many of each as can be."
-    return None if classes is None else torch.arange(num_images) % classes
+    "Labels 0, 1, … classes−1, 0, 1, … by the number of the image: as many of each as can be."
+    return None if classes is None else (first + torch.arange(num_images)) % classes
 
 @torch.no_grad()
 def sample(
@@ -38,43 +39,42 @@ def sample(
     quiet: bool = False,                       # no progress bar
 ) -> torch.Tensor: # [num_images, C, H, W] float32 on the CPU, clamped to [−1, 1]
     "Sample images. Raises `BadInput` for a label outside the classes, a negative guidance scale, an unknown sampler."
-    classes = num_classes(model)
+    classes = anatomy_of(model).num_classes(model)
     labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
     if num_images is None: num_images = 16 if labels is None else len(labels)
     if num_images < 1: raise BadInput(f"num_images is {num_images}: expected at least 1")
     if batch_size < 1: raise BadInput(f"batch_size is {batch_size}: expected at least 1")
     if not guidance_scale >= 0: raise BadInput(f"guidance_scale is {guidance_scale}: expected a number ≥ 0")
-    if labels is None: labels = balanced_labels(num_images, classes)
+    if labels is None: labels = balanced_labels(num_images, classes, first)
     elif classes is None: raise BadInput("class_labels were given, but the model is unconditional")
     elif len(labels) != num_images: raise BadInput(f"{len(labels)} class_labels for {num_images} images: expected as many")
     else:
         wrong = [label for label in labels.tolist() if not isinstance(label, int) or not 0 <= label < classes]
         if wrong: raise BadInput(f"class label {wrong[0]} is out of range: expected integers 0 to {classes - 1}")
 
-    was_training = model.training
-    model.eval()
-    param = next(model.parameters())
-    learned = model.config.out_channels == 2 * model.config.in_channels
+    param, learned, shape = next(model.parameters()), learned_variance(model), input_size(model)
     scheduler = make_sampler(sampler, schedule, num_inference_steps, **({"variance_type": "learned_range"} if learned and sampler == "ddpm" else {}))
-    size = model.config.sample_size
-    shape = (model.config.in_channels, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    training = [m for m in model.modules() if m.training]
+    model.eval()
     images = []
     bar = progress(total=num_images, desc=f"{sampler}-{num_inference_steps}", unit="img", disable=quiet)
-    for start in range(0, num_images, batch_size):
-        numbers = range(start, min(start + batch_size, num_images))
-        generators = [torch.Generator().manual_seed(seed_of(seed, "image", first + i)) for i in numbers]
-        x = randn_tensor((len(generators), *shape), generator=generators).to(param.device, param.dtype) * scheduler.init_noise_sigma
-        y = None if labels is None else labels[start:start + len(x)].to(param.device)
-        scheduler.set_timesteps(num_inference_steps)   # solvers of higher order keep a history
-        for t in scheduler.timesteps:
-            output = guided(model, scheduler.scale_model_input(x, t), t, y, guidance_scale, classes)
-            if learned and sampler != "ddpm": output = output[:, :shape[0]]
-            x = scheduler.step(output, t, x, **({} if sampler == "unipc" else {"generator": generators})).prev_sample.to(param.dtype)
-            bar.update(len(x) / len(scheduler.timesteps))
-        images.append(x.float().clamp(-1, 1).cpu())
-    bar.n = num_images
-    bar.close()
-    model.train(was_training)
+    try:
+        for start in range(0, num_images, batch_size):
+            numbers = range(start, min(start + batch_size, num_images))
+            generators = [torch.Generator().manual_seed(seed_of(seed, "image", first + i)) for i in numbers]
+            x = randn_tensor((len(generators), *shape), generator=generators).to(param.device) * scheduler.init_noise_sigma   # float32; only the model may be narrower
+            y = None if labels is None else labels[start:start + len(x)].to(param.device)
+            scheduler.set_timesteps(num_inference_steps)   # solvers of higher order keep a history
+            for t in scheduler.timesteps:
+                output = guided(model, scheduler.scale_model_input(x, t).to(param.dtype), t, y, guidance_scale, classes).float()
+                if learned and sampler != "ddpm": output = output[:, :shape[0]]
+                x = scheduler.step(output, t, x, **({} if sampler == "unipc" else {"generator": generators})).prev_sample
+                bar.update(len(x) / len(scheduler.timesteps))
+            images.append(x.clamp(-1, 1).cpu())
+        bar.n = num_images
+    finally:
+        bar.close()
+        for m in training: m.training = True
     return torch.cat(images)
 
 def guided(

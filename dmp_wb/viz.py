@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from .core import BadInput
@@ -50,13 +50,13 @@ def sample_grid(
     "Images row by row."
     images = _array(images)
     rows = math.ceil(len(images) / columns)
-    canvas, pad = _tile(images, columns, rows)
+    canvas = _tile(images, columns, rows)
     fig, axes = _figure(1, 1, 0.62 * columns, 0.62 * rows + (0.35 if title else 0))
     _show_image(axes[0, 0], canvas)
     if title: axes[0, 0].set_title(title, fontsize=10)
     return fig
 
-def _tile(images: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, int]:
+def _tile(images: np.ndarray, columns: int, rows: int) -> np.ndarray:
     "One picture [C, …] of all images, a white pixel or more between them."
     n, c, h, w = images.shape
     pad = max(1, h // 16)
@@ -64,7 +64,7 @@ def _tile(images: np.ndarray, columns: int, rows: int) -> tuple[np.ndarray, int]
     for i, image in enumerate(images):
         y, x = (i // columns) * (h + pad), (i % columns) * (w + pad)
         canvas[:, y:y + h, x:x + w] = image
-    return canvas, pad
+    return canvas
 
 def compare_samples(
     samples: Mapping[str, Sequence],  # method → images [N, C, H, W] from the same seeds and labels
@@ -76,7 +76,7 @@ def compare_samples(
     samples = {k: _array(v)[: columns * rows] for k, v in samples.items()}
     fig, axes = _figure(len(samples), 1, 0.4 * columns + 1.2, (0.42 * rows + 0.12) * len(samples) + 0.1)
     for i, (ax, (name, images)) in enumerate(zip(axes[:, 0], samples.items())):
-        _show_image(ax, _tile(images, columns, math.ceil(len(images) / columns))[0])
+        _show_image(ax, _tile(images, columns, math.ceil(len(images) / columns)))
         ax.set_ylabel((labels or {}).get(name, method_label(name)), rotation=0, ha="right", va="center", color=method_colour(name, i), fontsize=10, fontweight="bold")
     return fig
 

@@ -1,11 +1,10 @@
 """Make the files that ship in `dmp_wb/assets`, from the repository's own recipes.
 
     python tests/make_assets.py classifier
-    python tests/make_assets.py runs/digits-base runs/digits-dmp
+    python tests/make_assets.py runs/new-base:digits-base
 
-A run is shipped as its config, thinned metrics, summary and averaged weights.
+A run is shipped, under the name after the colon, as its config, thinned metrics, summary and averaged weights.
 """
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -25,8 +24,8 @@ def classifier():
     print(f"{folder}: {accuracy:.4f} of the held-out digits")
 
 
-def run(source: Path):
-    target = assets_folder() / source.name
+def run(source: Path, name: str):
+    target = assets_folder() / name
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     for name in ("config.yaml", "summary.json"): shutil.copy(source / name, target / name)
@@ -38,4 +37,6 @@ def run(source: Path):
     print(f"{target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()):,} bytes")
 
 
-for what in sys.argv[1:]: classifier() if what == "classifier" else run(Path(what))
+for what in sys.argv[1:]:
+    if what == "classifier": classifier()
+    else: run(Path(what.rpartition(":")[0]), what.rpartition(":")[2])

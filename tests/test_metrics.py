@@ -95,3 +95,17 @@ def test_extract_in_batches():
     images = load_data("digits").images[:70]
     assert torch.allclose(extract(digit_classifier(), images, 16), extract(digit_classifier(), images), atol=1e-5)
     assert extract(digit_classifier(), images).shape == (70, 64)
+
+
+def test_intervals_of_balanced_samples_have_the_width_of_the_true_spread():
+    "Class-balanced draws from real digits: the bootstrap must not add the variance of class proportions, which these samples do not have."
+    data = load_data("digits")
+    features = extract(digit_classifier(), data.images)
+    reference, g = Moments().update(features), torch.Generator().manual_seed(0)
+    by_class = [(data.labels == c).nonzero()[:, 0] for c in range(10)]
+    labels = torch.arange(10).repeat_interleave(50)
+    draw = lambda: features[torch.cat([rows[torch.randint(len(rows), (50,), generator=g)] for rows in by_class])]
+    values = torch.tensor([frechet_distance(draw(), reference) for _ in range(60)])
+    true_width = (values.quantile(0.975) - values.quantile(0.025)).item()
+    width = lambda **kw: (lambda low, high: high - low)(*frechet_bootstrap({"a": draw()}, reference, rounds=120, **kw)["a"]["interval"])
+    assert true_width / 1.7 < width(strata=labels) < 1.7 * true_width < width()

@@ -75,12 +75,12 @@ def test_weightings_by_definition(s):
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_is_weighted_mse_plus_vb(weighting):
     x0, noise, out = torch.rand(6, 1, 4, 4), torch.randn(6, 1, 4, 4), torch.randn(6, 2, 4, 4)
-    l = diffusion_losses(out, x0, noise, T_ALL, weighting=weighting)
+    losses = diffusion_losses(out, x0, noise, T_ALL, weighting=weighting)
     w = WEIGHTINGS[weighting](snr("linear", T_ALL))
-    assert torch.allclose(l["loss"], w * l["mse"] + l["vb"], rtol=1e-4)
-    assert all(v.shape == (6,) for v in l.values())
+    assert torch.allclose(losses["loss"], w * losses["mse"] + losses["vb"], rtol=1e-4)
+    assert all(v.shape == (6,) for v in losses.values())
     fixed = diffusion_losses(out[:, :1], x0, noise, T_ALL, weighting=weighting)
-    assert (fixed["vb"] == 0).all() and torch.equal(fixed["mse"], l["mse"])
+    assert (fixed["vb"] == 0).all() and torch.equal(fixed["mse"], losses["mse"])
 
 
 def test_bad_input():

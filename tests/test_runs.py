@@ -7,8 +7,8 @@ import sys
 import nbformat
 import pytest
 
-from dmp_wb.core import BadInput, project_root
-from dmp_wb.runs import find_notebook, here, listed
+from dmp_wb.core import project_root
+from dmp_wb.runs import here, listed
 
 RUNS = project_root() / "nbs" / "runs"
 SMALL = "model.hidden_size=16 model.num_layers=2 model.num_attention_heads=2 train.batch_size=16 train.log_every=5"
@@ -30,7 +30,7 @@ def test_the_chain_of_run_folders(runs_folder):
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.search(r"digits-quick  40/40 100%  [\d.]+ step/s  took \d\d:\d\d  loss \d", done.stderr)      # a cell's progress reached the terminal
     assert {p.name for p in (runs_folder / "a").iterdir()} >= {"pretrain.ipynb", "pretrain.html", "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "figures"}
-    assert_page(runs_folder / "a" / "pretrain.html").count("data:image/png;base64") == 2
+    assert assert_page(runs_folder / "a" / "pretrain.html").count("data:image/png;base64") == 2
 
     done = papermill(RUNS / "patch.ipynb", runs_folder / "b" / "patch.ipynb", "base", runs_folder / "a", "overrides", "train.steps=10 train.batch_size=16", "num_inference_steps", 4)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -94,5 +94,3 @@ def test_parameters_and_folders(tmp_path, monkeypatch, runs_folder):
     assert here("", "name") == runs_folder / "name" and here("x/y", "name") == runs_folder / "x/y" and here(str(tmp_path / "z"), "") == tmp_path / "z"
     monkeypatch.setenv("DMP_WB_RUN", str(tmp_path / "papermill"))
     assert here("", "name") == tmp_path / "papermill"
-    assert find_notebook("patch") == RUNS / "patch.ipynb"
-    with pytest.raises(BadInput, match="did you mean 'patch'"): find_notebook("pach")

@@ -19,8 +19,12 @@ def test_image_i_is_the_same_in_any_batch(name, out_channels):
     assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.float32 and whole.abs().max() <= 1 and whole.isfinite().all()
     assert torch.allclose(whole, draw(num_images=7, batch_size=3), atol=1e-4)
     assert torch.allclose(whole[4:], draw(class_labels=[4, 5, 6], first=4), atol=1e-4)
+    assert torch.allclose(whole[4:], draw(num_images=3, first=4), atol=1e-4)      # the default labels go by the number of the image
     assert not torch.allclose(whole, wb.sample(model, 7, sampler=name, seed=6, **FAST), atol=1e-2)
     assert (whole[0] - whole[1]).abs().max() > 1e-2
+
+
+wb.register_backbone("Oracle", wb.Anatomy(*[None] * 5))
 
 
 class Oracle(torch.nn.Module):
@@ -86,5 +90,7 @@ def test_diffusers_backbone_samples_too():
     (dict(num_inference_steps=1001), "num_inference_steps is 1001: expected 1 to 1000"), (dict(schedule="sine"), "unknown schedule 'sine'"),
 ])
 def test_bad_input(wrong, match):
-    with pytest.raises(BadInput, match=match): wb.sample(tiny_dit(), **{"quiet": True, **wrong})
+    model = tiny_dit().train()
+    with pytest.raises(BadInput, match=match): wb.sample(model, **{"quiet": True, **wrong})
+    assert model.training
     with pytest.raises(BadInput, match="unconditional"): wb.sample(tiny_dit(num_classes=None), class_labels=[1], quiet=True)

@@ -53,7 +53,9 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
     a, b = load_checkpoint(newest_checkpoint(whole.folder)), load_checkpoint(newest_checkpoint(broken.folder))
     assert all(torch.equal(x, y) for x, y in zip(a["ema"]["shadow_params"], b["ema"]["shadow_params"], strict=True))
     assert broken.metrics()["step"] == whole.metrics()["step"] == [2, 4, 6, 8]          # no line twice, none missing
-    assert broken.metrics()["lr"] == whole.metrics()["lr"] and broken.metrics()["grad_norm"] == whole.metrics()["grad_norm"]
+    same = [k for k in whole.metrics() if k != "images_per_second"]
+    assert all(broken.metrics()[k] == whole.metrics()[k] for k in same) and {"loss", "lr", "grad_norm"} <= set(same)
+    assert not list((broken.folder / "checkpoints").glob(".*"))
 
 
 def test_killed_by_the_system_and_resumed(tmp_path):
@@ -79,7 +81,7 @@ def test_accumulation_is_one_big_batch(tmp_path):
     assert torch.allclose(torch.tensor(one.metrics()["grad_norm"]), torch.tensor(four.metrics()["grad_norm"]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("experiment", ["digits-quick", "digits-finetune"])
+@pytest.mark.parametrize("experiment", ["digits-quick", "digits-dmp"])
 def test_two_processes_see_what_one_sees(experiment, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     overrides = [*SMALL, "train.steps=4"]
@@ -89,7 +91,8 @@ def test_two_processes_see_what_one_sees(experiment, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on 2 × cpu" in done.stdout and done.stdout.count("finished:") == 1
     one, two = wb.train(experiment, overrides, folder=tmp_path / "one"), Run(tmp_path / "two")
-    for key in ("loss", "grad_norm"): assert torch.allclose(torch.tensor(one.metrics()[key]), torch.tensor(two.metrics()[key]), rtol=1e-3), key
+    for key in ("mse", "loss", "grad_norm"):   # the balance loss is that of each process's share
+        assert torch.allclose(torch.tensor(one.metrics()[key]), torch.tensor(two.metrics()[key]), rtol=1e-3 if experiment == "digits-quick" else 1e-2), key
 
 
 def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_path):
@@ -108,6 +111,37 @@ def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_pa
     assert "balance" in run.metrics()
 
 
+def test_frozen_diffusers_dit_does_not_drop_labels(tmp_path):
+    "Its blocks drop labels on their own in train mode; the loop drops them, once."
+    from conftest import randomise, tiny_diffusers_dit
+    tiny_diffusers_dit().save_pretrained(tmp_path / "dit")
+    for method in ("dmp", "finetune"):
+        model = make_model(wb.load_experiment(f"digits-{method}", [f"base={tmp_path / 'dit'}"]), load_data("digits"))
+        if method == "dmp": assert wb.get_patch(model).training; randomise(wb.get_patch(model), 0.1)
+        x = torch.randn(1, 1, 8, 8).expand(64, -1, -1, -1)
+        out = model(x, timestep=torch.full((64,), 500), class_labels=torch.full((64,), 3)).sample
+        assert torch.allclose(out, out[:1].expand_as(out), atol=1e-5)
+
+
+def test_a_run_finds_its_base_from_any_folder_and_notices_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wb.train(small(), folder="pre")
+    run = wb.train("digits-dmp", ["base=pre", "train.batch_size=16", "train.steps=3"], folder="patched")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    wb.load_model(tmp_path / "patched")
+    assert run.experiment.base == str(tmp_path / "pre")
+    shutil.rmtree(tmp_path / "pre")
+    wb.train(small(extra=["seed=5"]), folder=tmp_path / "pre")
+    with pytest.raises(BadInput, match="trained on other weights than"): wb.load_model(tmp_path / "patched")
+
+
+def test_precision_may_change_between_runs_of_a_process(tmp_path):
+    for i, precision in enumerate(("no", "bf16", "no")):
+        run = wb.train(small(extra=[f"train.mixed_precision={precision}", "train.steps=2"]), folder=tmp_path / str(i))
+    assert run.finished
+
+
 def test_learning_rates_of_the_groups():
     exp = small("dmp", ["optim.lr=2e-4", "optim.gate_lr_scale=10"])
     model = make_model(exp, load_data("digits"))
@@ -121,7 +155,7 @@ def test_exported_weights_are_the_average(tmp_path):
     run = wb.train(small(extra=["train.ema_decay=0.5"]), folder=tmp_path / "r")
     state = load_checkpoint(newest_checkpoint(run.folder))
     exported = dict(wb.load_model(run.folder).named_parameters())
-    for (name, last), average in zip(state["model"].items(), state["ema"]["shadow_params"], strict=True): assert torch.equal(exported[name], average), name
+    for name, average in zip(state["model"], state["ema"]["shadow_params"], strict=True): assert torch.equal(exported[name], average), name
     assert any(not torch.equal(v, exported[k]) for k, v in state["model"].items())
 
 
@@ -137,13 +171,9 @@ def test_learned_variance_trains(tmp_path):
     assert all(v > 0 for v in run.metrics()["vb"]) and wb.load_model(run.folder).learn_sigma
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_mixed_precision_in_its_own_process(precision, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "dmp_wb.training", "digits-dmp", *SMALL, f"train.mixed_precision={precision}", "train.gradient_checkpointing=true", "--folder", str(tmp_path / "r")],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-1500:]
-    assert all(v == v for v in Run(tmp_path / "r").metrics()["loss"])
-    assert weights(Run(tmp_path / "r"))[f"{PATCH_NAME}.prompts"].dtype == torch.float32
+def test_mixed_precision(tmp_path):
+    run = wb.train(small("dmp", ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"]), folder=tmp_path / "r")
+    assert all(v == v for v in run.metrics()["loss"]) and weights(run)[f"{PATCH_NAME}.prompts"].dtype == torch.float32
 
 
 # --- data order
@@ -193,6 +223,13 @@ def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"] and newest_checkpoint(tmp_path)
 
 
+def test_pruning_never_leaves_only_damaged_ones(tmp_path):
+    for step in (2000, 3000): save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}})
+    (tmp_path / "checkpoints" / "step-0003000" / "model.safetensors").unlink()
+    save_checkpoint(tmp_path, 2500, {"model": {"w": torch.ones(1)}}, keep_last=1)   # resumed from 2000
+    with pytest.warns(UserWarning, match="step-0003000 is damaged"): assert newest_checkpoint(tmp_path).name == "step-0002500"
+
+
 def test_keep_last(tmp_path):
     for step in range(1, 6): save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}}, keep_last=2)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000004", "step-0000005"]
@@ -215,6 +252,8 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     ("digits-quick", ["train.batch_size=5000"], "train.batch_size is 5000, but the data set has only 1797"),
     ("digits-quick", ["data.name=digts"], "did you mean 'digits'"),
     ("digits-quick", ["model.hidden_size=63"], "multiple of"),
+    ("digits-quick", ["train.mixed_precision=fp16"], "expected 'no' or 'bf16' on a CPU"),
+    ("digits-quick", ["name=digits-base"], "ships with the package"),
     ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
     ("digits-dmp", ["base=digits-bse"], "did you mean 'digits-base'"),
     ("digits-dmp", ["base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
@@ -264,6 +303,19 @@ def test_load_model_from_everywhere(tmp_path, inputs):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"_class_name": "Nonesuch"}')
     with pytest.raises(BadInput, match="_class_name 'Nonesuch'"): wb.load_model(tmp_path / "odd")
+    for spoil in ("truncate", "delete", "other size", "scheduler", "list"):
+        folder = tmp_path / spoil
+        model.save_pretrained(folder)
+        file, config = folder / "diffusion_pytorch_model.safetensors", folder / "config.json"
+        if spoil == "truncate": file.write_bytes(file.read_bytes()[:-10])
+        elif spoil == "delete": file.unlink()
+        elif spoil == "other size": config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 32}))
+        elif spoil == "scheduler": config.write_text('{"_class_name": "DDPMScheduler"}')
+        else: config.write_text("[]")
+        with pytest.raises(BadInput, match=spoil) as e: wb.load_model(folder)
+        assert "\n" not in str(e.value)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(BadInput, match="holds a list: expected a state dict"): wb.load_model(tmp_path / "list.pt")
 
 
 def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):

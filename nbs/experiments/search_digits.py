@@ -18,8 +18,8 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
 OUT = Path(__file__).with_name("digits-search.csv")
 SETTINGS = (
     [("finetune", lr, None) for lr in (3e-5, 1e-4, 3e-4)]
-    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 0.01), ("dmp", 1e-2, 0.01), ("dmp", 1e-2, 1.0), ("dmp", 3e-3, 0.1)]
-    + [("prompt-tuning", lr, None) for lr in (1e-3, 3e-3)]
+    + [("prompt-tuning", lr, None) for lr in (3e-4, 1e-3)]
+    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 1.0), ("dmp", 3e-3, 0.1), ("dmp", 3e-3, 0.01), ("dmp", 1e-2, 1.0), ("dmp", 1e-2, 0.01)]
 )
 
 
