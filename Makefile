@@ -60,7 +60,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 
 notebooks: $(READY)  ## execute the notebooks again, in place
 	@echo "== executing notebooks in place"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace $$(ls nbs/*.ipynb nbs/tutorials/*.ipynb nbs/runs/*.ipynb)
+	@rm -rf runs/notebooks && DMP_WB_RUNS=$$PWD/runs/notebooks $(BIN)/python -m jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$(ls nbs/*.ipynb nbs/tutorials/*.ipynb nbs/runs/*.ipynb)
 	@$(BIN)/nbdev_clean
 	@$(MAKE) --no-print-directory readme
 

@@ -113,7 +113,9 @@ def find_experiment(
         raise MissingFile(f"no folder {path.parent}: expected an experiment file {path.name} there")
     named = experiments_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
     if named.is_file() and len(path.parts) == 1: return named
-    raise unknown("experiment", str(experiment), [f.stem for f in experiments_folder().glob("*.yaml")], path.name.removesuffix(".yaml"))
+    known = [f.stem for f in experiments_folder().glob("*.yaml")]
+    if not known: raise MissingFile(f"no experiment {experiment}: it is no file here, and there are no experiments in {experiments_folder()}")
+    raise unknown("experiment", str(experiment), known, path.name.removesuffix(".yaml"))
 
 def _dotted(cls, prefix="") -> dict[str, type]:
     "Every dotted key of a dataclass tree, with its type."

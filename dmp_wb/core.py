@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROGRESS_MIME', 'BadInput', 'MissingFile', 'unknown', 'one_line_errors', 'write_atomic', 'write_json', 'read_json',
-           'atomic_folder', 'seed_of', 'assets_folder', 'project_root', 'runs_root', 'in_kernel', 'progress_numbers',
-           'progress_line', 'NotebookBar', 'LogBar', 'progress']
+           'atomic_folder', 'seed_of', 'assets_folder', 'project_root', 'short', 'runs_root', 'in_kernel',
+           'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar', 'progress']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -146,6 +146,11 @@ def project_root(
     for folder in (start, *start.parents):
         if (folder / "nbs" / "experiments").is_dir(): return folder
     return start
+
+def short(path: str | os.PathLike) -> str:
+    "A path for people: relative to the project, where it lies in it."
+    path = Path(path).resolve()
+    return path.relative_to(project_root()).as_posix() if path.is_relative_to(project_root()) else str(path)
 
 def runs_root() -> Path:
     "Where run folders go: `$DMP_WB_RUNS`, else `runs/` in the project."

@@ -127,11 +127,12 @@ def listed(
     return values.split() if isinstance(values, str) else [str(v) for v in values or []]
 
 def save_figure(figure, folder: str | Path, name: str):
-    "Save a matplotlib figure as `figures/<name>.png` in a run folder, and return it for display."
+    "Save a matplotlib figure as `figures/<name>.png` in a run folder, and return the picture for display (with any backend, unlike the figure)."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_atomic(Path(folder) / "figures" / f"{name}.png", buffer.getvalue())
-    return figure
+    from IPython.display import Image
+    return Image(data=buffer.getvalue(), format="png")
 
 # %% ../nbs/15_runs.ipynb #0d791fcb
 def figures_table(

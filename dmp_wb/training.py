@@ -31,7 +31,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, fingerprint, load_checkpoint, load_model, newest_checkpoint, read_rows, save_checkpoint
 from .config import Experiment, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, runs_root, seed_of, write_atomic, write_json
+from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, runs_root, seed_of, short, write_atomic, write_json
 from .data import EpochOrder, ImageData, load_data
 from .dit import DiT
 from .objectives import GaussianTables, diffusion_losses
@@ -118,11 +118,11 @@ def train(
     tables = GaussianTables(exp.schedule).to(accelerator.device)
 
     if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
-    run = Run(Path(folder) if folder else runs_root() / exp.name)
+    run = Run((Path(folder) if folder else runs_root() / exp.name).resolve())
     say = accelerator.print
     check_folder(run, exp)
     if run.finished:
-        say(f"{run.folder} is finished: nothing to do")
+        say(f"{short(run.folder)} is finished: nothing to do")
         return run
     accelerator.wait_for_everyone()
     if accelerator.is_main_process: write_config(run, exp)
@@ -189,7 +189,7 @@ def train(
     bar.close()
     if accelerator.is_main_process: export(run, backbone, params, ema, t.steps, {"base_fingerprint": base_fingerprint} if base_fingerprint else {})
     accelerator.wait_for_everyone()
-    say(f"finished: {run.folder}")
+    say(f"finished: {short(run.folder)}")
     return run
 
 # %% ../nbs/10_training.ipynb #1aaefbf3
@@ -210,7 +210,7 @@ def check_folder(run: Run, exp: Experiment):
     old, new = flat(dataclasses.asdict(run.experiment)), flat(dataclasses.asdict(exp))
     differs = [k for k in new if old[k] != new[k] and k not in ("name", "train.cpu")]
     if differs:
-        raise BadInput(f"{run.folder} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here"
+        raise BadInput(f"{short(run.folder)} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here"
                        + (f" (and {len(differs) - 1} more)" if len(differs) > 1 else "") + "; give the run another name, or remove that folder")
 
 def versions() -> dict[str, str]:

@@ -124,15 +124,17 @@ def test_frozen_diffusers_dit_does_not_drop_labels(tmp_path):
 
 
 def test_a_run_finds_its_base_from_any_folder_and_notices_another(tmp_path, monkeypatch):
+    exp, other = small(), small(extra=["seed=5"])
+    patching = wb.load_experiment("digits-dmp", ["base=pre", "train.batch_size=16", "train.steps=3"])
     monkeypatch.chdir(tmp_path)
-    wb.train(small(), folder="pre")
-    run = wb.train("digits-dmp", ["base=pre", "train.batch_size=16", "train.steps=3"], folder="patched")
+    wb.train(exp, folder="pre")
+    run = wb.train(patching, folder="patched")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     wb.load_model(tmp_path / "patched")
     assert run.experiment.base == str(tmp_path / "pre")
     shutil.rmtree(tmp_path / "pre")
-    wb.train(small(extra=["seed=5"]), folder=tmp_path / "pre")
+    wb.train(other, folder=tmp_path / "pre")
     with pytest.raises(BadInput, match="trained on other weights than"): wb.load_model(tmp_path / "patched")
 
 
