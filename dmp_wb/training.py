@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import accelerate
+import diffusers
 import psutil
 import torch
 from accelerate import Accelerator
@@ -215,7 +217,6 @@ def check_folder(run: Run, exp: Experiment):
 
 def versions() -> dict[str, str]:
     "What a run was made with: Python, packages, machine, and the git commit of the working folder."
-    import accelerate, diffusers
     from dmp_wb import __version__
     try: commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): commit = ""
