@@ -46,7 +46,7 @@ test: test-notebooks test-python  ## all tests: every notebook, then pytest
 
 test-notebooks: $(READY)  ## run every notebook as a test
 	@echo "== notebooks (nbdev_test)"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing  # two workers with two threads each would fight over two cores
 
 test-python: $(READY)  ## pytest
 	@echo "== pytest"

@@ -15,6 +15,7 @@ import numpy as np
 import seaborn as sns
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .core import BadInput
 
@@ -82,15 +83,18 @@ def compare_samples(
 
 # %% ../nbs/13_viz.ipynb #2ebb3596
 def _relative(gates: np.ndarray) -> tuple[np.ndarray, Normalize]:
-    "log2 of the gate relative to uniform, and a symmetric scale for it."
+    "log2 of the gate relative to uniform, and a symmetric scale for it; below an eighth a prompt is as good as off, so the scale ends there."
     rel = np.log2(np.clip(gates * gates.shape[-1], 2.0**-10, None))
-    limit = max(float(np.quantile(np.abs(rel), 0.995)), 0.05)
+    limit = float(np.clip(np.quantile(np.abs(rel), 0.99), 0.05, 3))
     return rel, TwoSlopeNorm(0, -limit, limit)
 
 def _gate_colourbar(fig, norm: Normalize, axes, **kwargs):
     bar = fig.colorbar(plt.cm.ScalarMappable(norm, GATES), ax=axes, extend="both", **kwargs)
-    bar.set_label("times uniform")
-    bar.ax.yaxis.set_major_formatter(lambda v, _: f"{2.0 ** v:.3g}")
+    steps = [f for f in (1.02, 1.05, 1.1, 1.2, 1.5, 2, 4, 8) if math.log2(f) <= norm.vmax][-3:]
+    bar.set_ticks([-math.log2(f) for f in reversed(steps)] + [0] + [math.log2(f) for f in steps],
+                  labels=[f"÷ {f:g}" for f in reversed(steps)] + ["uniform"] + [f"× {f:g}" for f in steps])
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
     return bar
 
 def gate_heatmaps(
@@ -192,7 +196,10 @@ def training_curves(
         tails.append(values)
     everything = np.concatenate(tails)
     ax.set(xlabel="optimiser step", ylabel=key, yscale="log" if everything.max() > 4 * everything.min() > 0 else "linear")
-    for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter): axis(lambda v, _: f"{v:g}")
+    if ax.get_yscale() == "log":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_formatter("")
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     if len(metrics) > 1: ax.legend(frameon=False)
     sns.despine(ax=ax)
     if title: ax.set_title(title, fontsize=10)

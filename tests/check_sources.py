@@ -26,6 +26,7 @@ def readme() -> str:
     for cell in nb.cells:
         if cell.cell_type == "code" and cell.source.startswith("#| hide"): cell.source, cell.outputs = "", []
     nb.cells = [c for c in nb.cells if c.source]
+    nb.metadata["language_info"] = {"name": "python"}   # nbdev_clean takes it out; the code fences need it
     text, resources = MarkdownExporter().from_notebook_node(nb)
     if resources.get("outputs"): raise SystemExit(f"nbs/index.ipynb has picture outputs {list(resources['outputs'])}: link a file in nbs/images instead")
 

@@ -19,7 +19,7 @@ OUT = Path(__file__).with_name("digits-search.csv")
 SETTINGS = (
     [("finetune", lr, None) for lr in (3e-5, 1e-4, 3e-4)]
     + [("prompt-tuning", lr, None) for lr in (3e-4, 1e-3)]
-    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 1.0), ("dmp", 3e-3, 0.1), ("dmp", 3e-3, 0.01), ("dmp", 1e-2, 1.0), ("dmp", 1e-2, 0.01)]
+    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 1.0), ("dmp", 3e-3, 0.1), ("dmp", 3e-3, 0.01), ("dmp", 3e-3, 0.001), ("dmp", 1e-2, 1.0), ("dmp", 1e-2, 0.01)]
 )
 
 
