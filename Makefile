@@ -29,9 +29,9 @@ demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gate
 	@echo "== 1/6 one minute of pre-training from scratch"
 	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/pretrain/pretrain.ipynb -p experiment digits-quick -p overrides "train.steps=1000"
 	@echo "== 2/6 fine-tuning the converged base that ships with the package: the baseline"
-	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/finetune/finetune.ipynb -p experiment digits-finetune
+	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/finetune/finetune.ipynb -p experiment digits-finetune -p overrides "train.steps=1000"
 	@echo "== 3/6 DMP: patching the same base, its weights frozen"
-	@$(PAPERMILL)/patch.ipynb $(DEMO)/dmp/patch.ipynb -p experiment digits-dmp -p overrides ""
+	@$(PAPERMILL)/patch.ipynb $(DEMO)/dmp/patch.ipynb -p experiment digits-dmp -p overrides "train.steps=1000"
 	@echo "== 4/6 sampling all three from the same seeds, and measuring"
 	@$(PAPERMILL)/sample.ipynb $(DEMO)/sample/sample.ipynb -p num_images 2000 -p models "base:digits-base finetune:$(DEMO)/finetune dmp:$(DEMO)/dmp"
 	@echo "== 5/6 the gates across timesteps"
