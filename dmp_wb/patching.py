@@ -141,7 +141,7 @@ def _leave_patch_out(model, state_dict, prefix, local_metadata):
     for key in [k for k in state_dict if k.startswith(f"{prefix}{PATCH_NAME}.")]: del state_dict[key]
 
 def _miss_no_patch(model, incompatible):
-    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if f"{PATCH_NAME}." not in k]
+    incompatible.missing_keys[:] = [k for k in incompatible.missing_keys if PATCH_NAME not in k.split(".")]
 
 def get_patch(model: nn.Module) -> PromptPatch:
     "The patch on a model; raises `BadInput` if there is none."

@@ -84,7 +84,7 @@ def draw_batch(
     order: EpochOrder,
     step: int,                 # from 0
     null_class: int | None,    # what a dropped label becomes; None for an unconditional model
-    part: slice = slice(None), # this process's and this micro-step's share of the global batch
+    part: slice | torch.Tensor = slice(None), # which places of the global batch, by slice or by indices
 ) -> dict[str, torch.Tensor]: # images, noise [B, C, H, W]; timesteps [B]; class_labels [B] if there are classes
     "The images of a step with their timesteps, noise and (partly dropped) labels."
     indices = order(step)
@@ -145,14 +145,16 @@ def train(
     say(f"{exp.method} {exp.name}: {sum(p.numel() for p in params.values()):,} of {sum(p.numel() for p in backbone.parameters()):,} parameters train, "
         f"{t.batch_size} images a step on {accelerator.num_processes} × {accelerator.device.type}" + (f", resumed at step {start}" if start else ""))
 
+    # this process's places in the global batch, one micro-step after another
+    places = torch.arange(t.batch_size).view(t.gradient_accumulation_steps, accelerator.num_processes, share)[:, accelerator.process_index].flatten()
+    limit = float("inf") if exp.optim.max_grad_norm is None else exp.optim.max_grad_norm
     skipped = 0
     bar = progress(total=t.steps, initial=start, desc=exp.name, unit="step", disable=not accelerator.is_main_process)
     for step in range(start, t.steps):
         torch.manual_seed(seed_of(exp.seed, "model", step, accelerator.process_index))  # for backbones with dropout
+        mine = draw_batch(exp, data, order, step, null, places)
         for micro in range(t.gradient_accumulation_steps):
-            first = (micro * accelerator.num_processes + accelerator.process_index) * share
-            batch = draw_batch(exp, data, order, step, null, slice(first, first + share))
-            batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            batch = {k: v[micro * share:(micro + 1) * share].to(accelerator.device, non_blocking=True) for k, v in mine.items()}
             last = micro == t.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 x_t = tables.add_noise(batch["images"], batch["noise"], batch["timesteps"])
@@ -165,7 +167,6 @@ def train(
                     losses["loss"] = losses["loss"] + exp.patch.importance_weight * losses["balance"]
                 accelerator.backward(losses["loss"] / t.gradient_accumulation_steps)
             meter.add(losses, 1 / t.gradient_accumulation_steps)
-        limit = float("inf") if exp.optim.max_grad_norm is None else exp.optim.max_grad_norm
         grad_norm = accelerator.clip_grad_norm_(params.values(), limit)
         lr = lr_scheduler.get_last_lr()[0]
         # fp16 overflows now and then, and the scaler skips such a step; without a scaler one is a fault, with it a long row of them
