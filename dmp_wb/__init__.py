@@ -8,7 +8,8 @@ _PUBLIC = {
     "DiT": "dit", "ModelConfig": "dit",
     "Anatomy": "anatomy", "register_backbone": "anatomy", "supported_models": "anatomy",
     "DMPConfig": "patching", "PromptPatch": "patching", "patch": "patching", "unpatch": "patching", "get_patch": "patching",
-    "save_patch": "patching", "load_patch": "patching",
+    "save_patch": "patching", "load_patch": "patching", "load_reference_patch": "patching", "use_patches": "patching", "patch_disabled": "patching",
+    "DTRConfig": "routing", "route": "routing", "unroute": "routing", "get_router": "routing", "routing_mask": "routing",
     "diffusion_losses": "objectives",
     "load_data": "data",
     "Experiment": "config", "load_experiment": "config",
@@ -18,7 +19,7 @@ _PUBLIC = {
     "frechet_distance": "metrics",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "patching", "objectives", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs")
+_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -190,7 +190,7 @@ def test_bad_checkpoints(tmp_path, capsys):
     (tmp_path / "torn.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-9])
     bad(tmp_path / "torn.safetensors", "not a whole safetensors file")
     bad({k: v for k, v in sd.items() if k != "blocks.1.mlp.fc2.bias"}, "no tensor 'blocks.1.mlp.fc2.bias'")
-    bad({**sd, "gate.weight": torch.zeros(2)}, "does not have.*gate.weight")
+    bad({**sd, "router.weight": torch.zeros(2)}, "does not have.*router.weight")
     bad({**sd, "blocks.1.mlp.fc2.bias": torch.zeros(7)}, r"blocks.1.mlp.fc2.bias' has shape \(7,\), expected \(32,\)")
     bad({"ema": {}, "args": 3}, "holds no tensors")
     bad({"weight": torch.zeros(2)}, "expected an official DiT checkpoint")
@@ -198,7 +198,7 @@ def test_bad_checkpoints(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes,match", [
-    (dict(sample_size=9), "multiple of patch_size"), (dict(hidden_size=30), "multiple of"), (dict(num_classes=0), "num_classes is 0"),
+    (dict(sample_size=9), "multiple of patch_size"), (dict(hidden_size=30), "multiple of"), (dict(num_classes=-1), "num_classes is -1"),
 ])
 def test_impossible_sizes(changes, match):
     with pytest.raises(BadInput, match=match): tiny_dit(**changes)

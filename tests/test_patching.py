@@ -76,7 +76,7 @@ def test_only_the_patch_trains(make, inputs):
     frozen = {n: p.clone() for n, p in model.named_parameters()}
     p = trained(model)
     names = {n for n, w in model.named_parameters() if w.requires_grad}
-    assert names == {f"{PATCH_NAME}.{n}" for n, _ in p.named_parameters()}
+    assert names == {f"{PATCH_NAME}.default.{n}" for n, _ in p.named_parameters()}
     optimizer = torch.optim.AdamW([w for w in model.parameters() if w.requires_grad], lr=0.1)
     before = {n: w.clone() for n, w in p.named_parameters()}
     for _ in range(2):

@@ -99,7 +99,7 @@ def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_pa
     base = {k: v.clone() for k, v in wb.load_model("digits-base").state_dict().items()}
     run = wb.train(small("dmp"), folder=tmp_path / "dmp")
     state = load_checkpoint(newest_checkpoint(run.folder))
-    assert set(state["model"]) == {f"{PATCH_NAME}.prompts", f"{PATCH_NAME}.gate.weight", f"{PATCH_NAME}.gate.bias"}
+    assert set(state["model"]) == {f"{PATCH_NAME}.default.prompts", f"{PATCH_NAME}.default.gate.weight", f"{PATCH_NAME}.default.gate.bias"}
     assert len(state["optimizer"]["state"]) == 3
     prompts, gate = state["optimizer"]["param_groups"]
     assert gate["lr"] == pytest.approx(10 * prompts["lr"])
@@ -175,7 +175,7 @@ def test_learned_variance_trains(tmp_path):
 
 def test_mixed_precision(tmp_path):
     run = wb.train(small("dmp", ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"]), folder=tmp_path / "r")
-    assert all(v == v for v in run.metrics()["loss"]) and weights(run)[f"{PATCH_NAME}.prompts"].dtype == torch.float32
+    assert all(v == v for v in run.metrics()["loss"]) and weights(run)[f"{PATCH_NAME}.default.prompts"].dtype == torch.float32
 
 
 # --- data order
