@@ -307,12 +307,12 @@ def _unet_grids(m, input_size=None):
     size = input_size or m.config.sample_size
     if size is None: raise BadInput(f"this {type(m).__name__} fixes no sample_size: expected an input_size (height, width) in the patch's config")
     level = (size, size) if isinstance(size, int) else tuple(size)
-    down = [level]
+    down = []
     for block in m.down_blocks:
+        down.append(level)
         if getattr(block, "downsamplers", None) is not None or hasattr(block, "resnet_down") and block.resnet_down is not None:
             level = tuple(-(-s // 2) for s in level)
-        down.append(level)
-    return down[:-1] + [down[-1]] * (m.mid_block is not None) + down[:0:-1]
+    return down + [level] * (m.mid_block is not None) + down[::-1]
 
 def _unet_routed(m):
     from diffusers.models.attention import BasicTransformerBlock

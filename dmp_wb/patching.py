@@ -233,7 +233,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
             move = lambda v: v.to(timestep.device) if isinstance(v, torch.Tensor) else {k: move(w) for k, w in v.items()} if isinstance(v, dict) else v
             used = {k: move(inputs[k]) for k in anatomy.condition_inputs if inputs.get(k) is not None}
             try: u = anatomy.condition(self.model, timestep, used)
-            except (KeyError, TypeError) as e:
+            except (KeyError, TypeError, AttributeError) as e:   # an input that the model needs is missing
                 if set(anatomy.condition_inputs) <= used.keys(): raise
                 raise BadInput(f"the gates look at the condition of {type(self.model).__name__}: expected {', '.join(anatomy.condition_inputs)}; got {', '.join(used) or 'none of them'}") from e
         return u.to(self.gate.weight.dtype)
@@ -297,7 +297,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     def _look_up(self, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
         known, table = self._baked
-        t = timestep.double() * anatomy_of(self.model).timestep_scale(self.model)
+        t = timestep.double() * anatomy_of(self.model).timestep_scale(self.model)   # not in bf16
         place = torch.searchsorted(known, t.contiguous() - 1e-3).clamp(max=len(known) - 1)
         if not torch.compiler.is_compiling():
             wrong = (known[place] - t).abs() > 2e-3

@@ -92,7 +92,7 @@ class Router(Operation):
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]: return list(enumerate(anatomy_of(model).routed(model)))
 
     def start(self, call: Call):
-        t = call.timestep if self._scale == 1 else call.timestep * self._scale
+        t = call.timestep if self._scale == 1 else call.timestep.float() * self._scale   # not in bf16, which would round to the nearest four
         call.state[self.key] = {"timesteps": t, "masks": {}, "kept": {}}
 
     def _mask(self, x: torch.Tensor, first: int, state: dict) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
