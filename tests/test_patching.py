@@ -7,6 +7,7 @@ import torch
 from conftest import randomise, tiny_dit, tiny_diffusers_dit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 import dmp_wb as wb
@@ -220,6 +221,313 @@ def test_compiles_without_a_graph_break(inputs):
     with torch.no_grad(): assert torch.allclose(torch.compile(model, fullgraph=True)(*inputs).sample, want, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_compiled_training_step(inputs):
+    model = tiny_dit()
+    p = trained(model)
+    grads = []
+    for f in (model, torch.compile(model, fullgraph=True)):
+        p.zero_grad()
+        (f(*inputs).sample.square().sum() + p.balance_loss()).backward()
+        grads.append([w.grad.clone() for w in p.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+# --- all of the method
+
+def test_top_k(inputs):
+    model = tiny_dit()
+    p = trained(model, config=wb.DMPConfig(top_k=3))
+    with torch.no_grad():
+        g = p.gates(torch.arange(1000))
+        e_t = model.t_embedder(inputs[1])
+        logits = torch.cat([e_t, torch.full((4, 1), 2.0)], 1) @ p.gate.weight.T + p.gate.bias
+        want = torch.zeros_like(logits)
+        for row in range(4):
+            best = sorted(range(16), key=lambda j: -logits[row, j])[:3]
+            want[row, best] = logits[row, best].softmax(-1)
+    assert ((g > 0).sum(-1) == 3).all() and torch.allclose(g.sum(-1), torch.ones(1000, 3), atol=1e-5)
+    assert torch.allclose(p.gates(inputs[1])[:, 2], want, atol=1e-6)
+    everything = wb.DMPConfig(top_k=16)
+    wb.unpatch(model)
+    assert torch.equal(wb.patch(model, everything).gates(5), torch.full((1, 3, 16), 1 / 16))
+
+
+@pytest.mark.parametrize("depth,blocks", [(None, [0, 1, 2]), (1, [0]), (2, [0, 1]), ([2], [2]), ([2, 0], [0, 2]), ((1,), [1])])
+def test_depth(depth, blocks, inputs, tmp_path):
+    model = tiny_dit()
+    p = trained(model, config=wb.DMPConfig(depth=depth))
+    assert p.blocks == blocks and p.prompts.shape == (len(blocks), 16, 32) and p.gates([0, 9]).shape == (2, len(blocks), 16)
+    got = run(model, inputs)
+    with torch.no_grad():
+        z, c, e_t = model.x_embedder(inputs[0]) + model.pos_embed, model.condition(inputs[1], inputs[2], 4), model.t_embedder(inputs[1])
+        for i, block in enumerate(model.blocks):
+            if i in blocks:   # the gate knows the block by its number in the model
+                g = (torch.cat([e_t, torch.full((4, 1), float(i))], 1) @ p.gate.weight.T + p.gate.bias).softmax(-1)
+                z = z + g[:, :, None] * p.prompts[blocks.index(i)]
+            z = block.forward(z, c)
+        assert torch.allclose(got, model.unpatchify(model.final_layer(z, c)), atol=1e-5)
+    wb.save_patch(model, tmp_path / "p")
+    wb.unpatch(model)
+    assert wb.load_patch(model, tmp_path / "p").blocks == blocks and torch.equal(run(model, inputs), got)
+
+
+def test_random_start(inputs):
+    torch.manual_seed(0)
+    model = tiny_dit()
+    before = run(model, inputs)
+    p = wb.patch(model, wb.DMPConfig(init="random", noisy_gating=True))
+    bound = (6 / ((3 + 16) * 32)) ** 0.5
+    assert 0.9 * bound < p.prompts.abs().max() <= bound and abs(p.prompts.mean()) < 0.1 * bound
+    assert p.gate.weight.abs().max() <= (6 / (33 + 16)) ** 0.5 and (p.gate.bias == 0).all() and p.w_noise.abs().max() <= (6 / (32 + 16)) ** 0.5
+    assert p.gate.weight.std() > 0.1 and p.w_noise.std() > 0.1 and not torch.equal(run(model, inputs), before)
+
+
+def test_noisy_gating(inputs):
+    model = tiny_dit()
+    p = wb.patch(model, wb.DMPConfig(noisy_gating=True))
+    assert p.w_noise.shape == (32, 16) and (p.w_noise == 0).all() and sum(w.numel() for w in p.gate_parameters()) == 33 * 16 + 16 + 32 * 16
+    model.train()
+    torch.manual_seed(0)
+    logs = []
+    for _ in range(400):
+        run(model, inputs)
+        logs.append(p.last_gates.log())
+    spread = torch.stack(logs)
+    noise = spread - spread.mean(-1, keepdim=True)      # the softmax takes a row's mean away
+    std = noise.std() / (1 - 1 / 16) ** 0.5
+    assert abs(std - (0.6931 + 0.01)) < 0.01            # ln 2 + 0.01 at the start
+    assert not torch.equal(logs[0][:, 0], logs[0][:, 1])
+    model.eval()
+    run(model, inputs)
+    assert torch.equal(p.last_gates, torch.full_like(p.last_gates, 1 / 16))    # none outside training
+    randomise(p, 0.5)
+    model.train()
+    loss = model(*inputs).sample.square().sum() + p.balance_loss()
+    loss.backward()
+    assert p.w_noise.grad.abs().sum() > 0
+
+
+def test_load_balance(inputs):
+    model = tiny_dit()
+    p = trained(model, config=wb.DMPConfig(noisy_gating=True, top_k=4))
+    run(model, inputs)
+    assert p.load_loss() == 0                            # only in training
+    model.train()
+    torch.manual_seed(0)
+    run(model, inputs)
+    got = p.load_loss().item()
+    with torch.no_grad():                                # by Monte Carlo: redraw each prompt's own noise
+        e_t = model.t_embedder(inputs[1])
+        std = torch.nn.functional.softplus(e_t @ p.w_noise) + 0.01
+        torch.manual_seed(0)
+        load, draws = torch.zeros(16), 4000
+        clean = torch.stack([torch.cat([e_t, torch.full((4, 1), float(i))], 1) @ p.gate.weight.T + p.gate.bias for i in range(3)], 1)   # [B, blocks, n]
+        noisy = clean + torch.randn_like(clean) * std[:, None]
+        for j in range(16):
+            again = noisy.repeat(draws, 1, 1, 1)
+            again[..., j] = clean[..., j] + torch.randn(draws, 4, 3) * std[:, None, j]
+            load[j] = (again.topk(4, dim=-1).indices == j).any(-1).float().mean(0).sum()
+        want = (load.var() / load.mean() ** 2).item()
+    assert abs(load.sum() - 4 * 12) < 2.5 and abs(got - want) < 0.05 * want   # the released code's plain sum is near k whatever the gates do
+    (model(*inputs).sample.sum() * 0 + p.load_loss()).backward()
+    assert p.gate.weight.grad.abs().sum() > 0
+
+
+def test_gates_on_the_condition(inputs):
+    model = tiny_dit()
+    p = trained(model, config=wb.DMPConfig(gate_input="condition"))
+    x, t, y = inputs
+    run(model, inputs)
+    assert torch.allclose(p.gates(t, y), p.last_gates, atol=1e-6) and torch.allclose(p.gates(t, class_labels=y.tolist()), p.last_gates, atol=1e-6)
+    assert not torch.allclose(p.gates(t, (y + 1) % 10), p.last_gates, atol=1e-3)
+    assert torch.allclose(p.gates(t), p.gates(t, torch.full((4,), 10)), atol=1e-6)      # no label: the null class
+    assert p.gates(5, y).shape == (4, 3, 16) and p.entropy(5, y).shape == (4, 3)
+    with pytest.raises(BadInput, match="gate_input is 'condition'"), p.baked([3]): pass
+
+
+def test_a_baked_table(inputs):
+    x, _, y = inputs
+    model = tiny_dit()
+    p = trained(model)
+    steps = torch.tensor([999, 500, 7])
+    calls = []
+    model.t_embedder.register_forward_hook(lambda *a: calls.append(1))
+    with torch.no_grad():
+        want = [model(x, t, y).sample for t in steps] + [model(x, steps[[0, 1, 2, 0]], y).sample]
+        with p.baked(steps):
+            calls.clear()
+            got = [model(x, t, y).sample for t in steps]
+            assert len(calls) == 3                       # the model's own; the gates need none
+            got.append(model(x, steps[[0, 1, 2, 0]], y).sample)
+            with pytest.raises(BadInput, match="timestep 8 is not in the baked table of 3"): model(x, torch.tensor(8), y)
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], want)) and torch.allclose(got[3], want[3], atol=1e-6)
+    calls.clear()
+    run(model, inputs)
+    assert len(calls) == 2
+
+
+def test_baked_gates_are_not_used_in_training(inputs):
+    model = tiny_dit().train()
+    p = trained(model)
+    with p.baked([5]):
+        model(*inputs).sample.sum().backward()
+        assert p.gate.weight.grad is not None
+
+
+def test_size_of_a_dit_xl_2_patch_file():
+    with torch.device("meta"): model = DiT.from_name("DiT-XL/2")
+    backbone = sum(v.numel() for v in model.state_dict().values())
+    for noisy in (False, True):
+        p = wb.patch(model, wb.DMPConfig(noisy_gating=noisy))
+        assert sum(v.numel() for v in p.state_dict().values()) <= 0.015 * backbone
+        wb.unpatch(model)
+
+
+# --- the hub
+
+def test_hub_files_and_card(inputs, tmp_path):
+    model = tiny_dit()
+    p = trained(model, config=wb.DMPConfig(top_k=3, gate_input="condition"))
+    want = run(model, inputs)
+    p.save_pretrained(tmp_path / "p")
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    card = (tmp_path / "p" / "README.md").read_text()
+    assert card.startswith("---\n") and "library_name: dmp_wb" in card and "**DiT** with 3 blocks" in card and "| `top_k` | `3` |" in card and "gate on the condition" in card
+    wb.unpatch(model)
+    assert wb.PromptPatch.from_pretrained(tmp_path / "p", model=model).config == wb.DMPConfig(top_k=3, gate_input="condition")
+    assert torch.equal(run(model, inputs), want)
+    wb.save_patch(model, tmp_path / "p")                              # over it, card and all
+
+
+def test_push_to_hub(monkeypatch, tmp_path):
+    import huggingface_hub.hub_mixin as mixin
+    sent = {}
+
+    class Api:
+        def __init__(self, **kwargs): sent.update(kwargs)
+        def create_repo(self, repo_id, **kwargs): return type("Repo", (), {"repo_id": repo_id})
+        def upload_folder(self, *, folder_path, **kwargs): sent.update(kwargs, files={f.name: f.read_bytes() for f in folder_path.iterdir()})
+    monkeypatch.setattr(mixin, "HfApi", Api)
+    p = trained(tiny_dit())
+    p.push_to_hub("me/my-patch", token="t", private=True)
+    assert sent["repo_id"] == "me/my-patch" and sent["token"] == "t" and set(sent["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert b'wb.load_patch(pipe.transformer, "me/my-patch")' in sent["files"]["README.md"] and b"# my-patch" in sent["files"]["README.md"]
+
+
+def hub_cache(root, repo_id, files, revision="0123456789abcdef0123456789abcdef01234567"):
+    "A repository as huggingface_hub keeps it on disk."
+    folder = root / f"models--{repo_id.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    snapshot = folder / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    for f in files: (snapshot / f.name).write_bytes(f.read_bytes())
+    return snapshot
+
+
+def test_loading_from_the_hub(inputs, tmp_path):
+    model = tiny_dit()
+    trained(model)
+    want = run(model, inputs)
+    hub_cache(tmp_path / "hub", "me/my-patch", wb.save_patch(model, tmp_path / "p").iterdir())
+    wb.unpatch(model)
+    wb.load_patch(model, "me/my-patch", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert torch.equal(run(model, inputs), want)
+    wb.unpatch(model)
+    with pytest.raises(MissingFile, match="no patch folder me/other, and the hub gave none"): wb.load_patch(model, "me/other", cache_dir=tmp_path / "hub", local_files_only=True)
+
+
+def test_a_patch_remembers_which_model_it_was_made_for(tmp_path):
+    tiny_dit().save_pretrained(tmp_path / "m")
+    snapshot = hub_cache(tmp_path / "hub", "lab/base", (tmp_path / "m").iterdir())
+    for path, want in ((snapshot, {"id": "lab/base", "revision": "0123456789abcdef0123456789abcdef01234567"}), (tmp_path / "m", {})):
+        model = DiT.from_pretrained(path)
+        wb.patch(model)
+        wb.save_patch(model, tmp_path / "p")
+        text = (tmp_path / "p" / "adapter_config.json").read_text()
+        base = json.loads(text)["base_model"]
+        assert {k: base[k] for k in ("id", "revision") if k in base} == want and str(tmp_path) not in text   # no path of this machine
+    assert "base_model: lab/base" in trained(DiT.from_pretrained(snapshot)).generate_model_card().content
+
+
+# --- checkpoints of the released code
+
+def reference_state(model, depth=2, n=16, gated=True, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    D = model.config.hidden_size
+    extra = {"prompt_embeddings": torch.randn(depth, n, D, generator=g)}
+    if gated: extra |= {"gate.weight": torch.randn(n, D + 1, generator=g), "gate.bias": torch.randn(n, generator=g), "w_noise": torch.randn(D, n, generator=g)}
+    return {**model.state_dict(), **extra}
+
+
+@pytest.mark.parametrize("mode,gate_input,top_k,gated", [("add", "condition", None, True), ("add", "condition", 3, True), ("prepend", "timestep", None, True), ("add", "condition", None, False)])
+def test_import_of_a_training_checkpoint(mode, gate_input, top_k, gated, inputs, tmp_path):
+    source = tiny_dit()
+    state = reference_state(source, gated=gated)
+    settings = OmegaConf.create({"general": {"data_path": None, "iterations": 5, "mixed_precision": True, "lrs": [1e-4, 2]}, "models": {"vp": {"type": mode, "n": "${general.iterations}"}}})
+    optimizer = torch.optim.AdamW(source.parameters())
+    torch.save({"model": state, "opt": optimizer.state_dict(), "config": settings}, tmp_path / "0050000.pt")
+    model = DiT.from_official(tmp_path / "0050000.pt", num_attention_heads=4)
+    assert torch.equal(run(model, inputs), run(source, inputs))
+    p = wb.load_reference_patch(model, tmp_path / "0050000.pt", mode=mode, gate_input=gate_input, top_k=top_k)
+    assert torch.equal(p.prompts, state["prompt_embeddings"]) and p.blocks == [0, 1] and p.config.mode == mode and not p.training
+    assert p.config.gate_input == (gate_input if gated else "none")
+    if gated: assert torch.equal(p.gate.weight, state["gate.weight"]) and torch.equal(p.w_noise, state["w_noise"])
+    got = run(model, inputs)
+    assert not torch.allclose(got, run(source, inputs), atol=1e-3)
+    wb.unpatch(model)
+    wb.load_reference_patch(model, state, mode, gate_input, top_k)
+    assert torch.equal(run(model, inputs), got)
+    wb.save_patch(model, tmp_path / "ours")                # on as a patch folder
+    wb.unpatch(model)
+    wb.load_patch(model, tmp_path / "ours")
+    assert torch.equal(run(model, inputs), got)
+
+
+def test_import_leaves_routing_tables_aside(inputs):
+    source = tiny_dit()
+    state = {**source.state_dict(), **{f"blocks.{i}.routing._unit_mapping": torch.ones(1000, 32) for i in range(3)}}
+    assert torch.equal(run(DiT.from_official({"ema": state}, 4), inputs), run(source, inputs))
+
+
+def test_import_of_a_model_without_classes(inputs):
+    "The released FFHQ models have a label table of one row."
+    source = tiny_dit(num_classes=0)
+    state = reference_state(source)
+    assert state["y_embedder.embedding_table.weight"].shape == (1, 32)
+    model = DiT.from_official(state, 4)
+    wb.load_reference_patch(model, state)
+    with torch.no_grad(): assert torch.equal(model(inputs[0], inputs[1]).sample, model(inputs[0], inputs[1], torch.zeros(4, dtype=torch.long)).sample)
+    assert wb.sample(model, 2, num_inference_steps=2, quiet=True).shape == (2, 1, 8, 8)
+
+
+class Evil:
+    def __reduce__(self): return print, ("code ran",)
+
+
+def test_a_checkpoint_that_wants_to_run_code(tmp_path, capsys):
+    model = tiny_dit()
+    torch.save({"model": reference_state(model), "config": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(BadInput, match=r"evil.pt cannot be read.*print, which could run code; allow_pickled_code=True runs it"): wb.load_reference_patch(model, tmp_path / "evil.pt")
+    assert "code ran" not in capsys.readouterr().out and PATCH_NAME not in model._modules
+    wb.load_reference_patch(model, tmp_path / "evil.pt", allow_pickled_code=True)
+    assert "code ran" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change,match", [
+    (lambda s: s.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"), (lambda s: s.update(prompt_embeddings=torch.zeros(4, 16, 32)), "depth is 4: expected 1 to 3"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 17, 32)), "num_prompts is 17: expected at most 16"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 16, 64)), r"prompts.*\(2, 16, 64\)"),
+    (lambda s: s.pop("gate.bias"), "gate.bias"), (lambda s: s["w_noise"].fill_(float("inf")), "'w_noise' holds NaN or infinite"), (lambda s: s.update(prompt_embeddings=torch.zeros(16, 32)), "expected .blocks, prompts, width."),
+])
+def test_a_checkpoint_that_does_not_fit(change, match, inputs):
+    model = tiny_dit()
+    before, state = run(model, inputs), reference_state(model)
+    change(state)
+    with pytest.raises(BadInput, match=match): wb.load_reference_patch(model, state)
+    assert torch.equal(run(model, inputs), before) and all(w.requires_grad for w in model.parameters())
+
+
 # --- bad input: a clear line, and the model as it was
 
 def test_patched_twice(backbone, inputs):
@@ -240,6 +548,13 @@ def test_unsupported_model():
 
 @pytest.mark.parametrize("config,match", [
     (dict(gate_input="timestp"), "did you mean 'timestep'"), (dict(importance_weight=-1), "importance_weight is -1"), (dict(num_train_timesteps=0), "num_train_timesteps is 0"),
+    (dict(mode="append"), "did you mean 'prepend'"), (dict(init="zeros"), "did you mean 'zero'"), (dict(load_weight=float("nan")), "load_weight is nan"),
+    (dict(top_k=0), "top_k is 0: expected a whole number, at least 1"), (dict(top_k=17), "top_k is 17: expected 1 to 16"), (dict(top_k=2.0), "top_k is 2.0: expected a whole number"),
+    (dict(num_prompts=17), "num_prompts is 17: expected at most 16, the tokens of block 0, in add mode"), (dict(num_prompts=0), "num_prompts is 0"),
+    (dict(depth=4), "depth is 4: expected 1 to 3, the model has 3 blocks"), (dict(depth=0), "depth is 0"), (dict(depth=[0, 3]), r"depth is \[0, 3\]: expected.*0 to 2"), (dict(depth=[-1]), "depth is"),
+    (dict(depth=[]), "depth is"), (dict(depth=[1, 1]), "different block numbers"), (dict(depth="all"), "depth is 'all'"), (dict(depth=True), "depth is True"),
+    (dict(gate_input="none", top_k=2), "top_k is set, but gate_input is 'none'"), (dict(gate_input="none", noisy_gating=True), "noisy_gating is set"),
+    (dict(input_size=[8]), r"input_size is \[8\]: expected"), (dict(input_size=[0, 8]), "input_size is"),
 ])
 def test_bad_config(config, match):
     model = tiny_dit()
@@ -266,9 +581,12 @@ def damage(folder, what):
     elif what == "nan": save_file({**tensors, "prompts": tensors["prompts"].fill_(float("nan"))}, weights)
     elif what == "shape": save_file({**tensors, "prompts": tensors["prompts"][:, :3].clone()}, weights)
     elif what == "extra": save_file({**tensors, "more": torch.zeros(1)}, weights)
+    elif what == "bad value": config.write_text(json.dumps({**facts, "top_k": 0}))
+    elif what == "a list": config.write_text("[]")
+    elif what == "too deep": config.write_text(json.dumps({**facts, "depth": 9}))
 
 
-DAMAGES = {"no config": "no file .*adapter_config.json", "no weights": "no file .*adapter_model.safetensors", "truncated": "not a whole safetensors file",
+DAMAGES = {"bad value": "top_k is 0", "a list": "has method \\[\\]", "too deep": "depth is 9: expected 1 to 3", "no config": "no file .*adapter_config.json", "no weights": "no file .*adapter_model.safetensors", "truncated": "not a whole safetensors file",
            "garbage": "not a whole safetensors file", "broken json": "not valid JSON", "other method": "method 'lora': expected 'dmp'",
            "misspelt key": "did you mean 'gate_input'", "nan": "'prompts' holds NaN", "shape": r"\(3, 3, 32\).*expected", "extra": "more"}
 
