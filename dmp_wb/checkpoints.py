@@ -26,6 +26,7 @@ from .config import Experiment, load_experiment
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, unknown, write_json
 from .dit import DiT
 from .patching import CONFIG_FILE, load_patch
+from .routing import route
 
 # %% ../nbs/09_checkpoints.ipynb #3f00f205
 def split_tensors(
@@ -178,14 +179,20 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> 
         # a hub id is owner/name; anything else was meant as a run or a folder
         if len(path.parts) != 2 or path.is_absolute() or str(model).startswith(".") or path.parent.exists() or (runs_root() / path.parent).exists(): raise
         return _from_hub(str(model))
-    if (folder / "model").is_dir(): return _from_diffusers(folder / "model")
+    routing = Run(folder).experiment.routing
+    if (folder / "model").is_dir():
+        backbone = _from_diffusers(folder / "model")
+        if routing.sharing_ratio < 1: route(backbone, routing)
+        return backbone
     if not (folder / "patch" / CONFIG_FILE).is_file(): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     run = Run(folder)
     backbone = _load(run.experiment.base, True, None)
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
         raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
-    if patched: load_patch(backbone, folder / "patch")
+    if patched:
+        load_patch(backbone, folder / "patch")
+        if routing.sharing_ratio < 1: route(backbone, routing)
     return backbone
 
 def fingerprint(model: nn.Module) -> str:

@@ -20,6 +20,7 @@ from .data import DataConfig
 from .dit import ModelConfig
 from .objectives import ObjectiveConfig
 from .patching import DMPConfig
+from .routing import DTRConfig
 from .schedules import ScheduleConfig
 
 # %% ../nbs/08_config.ipynb #30de6d1c
@@ -63,6 +64,7 @@ class Experiment:
     model: ModelConfig = field(default_factory=ModelConfig)   # used by pretrain alone; the others take the base's
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     patch: DMPConfig = field(default_factory=DMPConfig)       # used by dmp and prompt-tuning
+    routing: DTRConfig = field(default_factory=lambda: DTRConfig(sharing_ratio=1.0))  # routing.sharing_ratio below 1 routes the model, with any method; 1 is the plain model
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -95,6 +97,7 @@ class Experiment:
         self.objective.check()
         if self.method == "prompt-tuning": self.patch.gate_input = "none"
         self.patch.check()
+        self.routing.check()
         return self
 
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")

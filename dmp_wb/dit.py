@@ -7,11 +7,11 @@ __all__ = ['SIZES', 'NAMES', 'PIPELINE_NULL_CLASS', 'INERT', 'OTHER_METHODS', 'T
            'PatchEmbedder', 'Attention', 'Mlp', 'modulate', 'DiTBlock', 'FinalLayer', 'Size', 'ModelConfig', 'DiT',
            'read_state_dict', 'plain_state_dict', 'from_official']
 
-# %% ../nbs/01_dit.ipynb #24dcb62f
+# %% ../nbs/01_dit.ipynb #8c07ee43
 import argparse
-import collections
 import math
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,9 +259,11 @@ class DiT(ModelMixin, ConfigMixin):
         given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
         return cls(**given)
 
-# %% ../nbs/01_dit.ipynb #8407b79b
+# %% ../nbs/01_dit.ipynb #3b929358
+def _plain_dict(*factory) -> dict: return {}   # torch fills no defaultdict, and OmegaConf's caches are not needed
+
 # what training scripts store beside tensors: options and settings, which are only data
-INERT = [argparse.Namespace, collections.defaultdict, dict, list, int, str, float, bool, Any, DictConfig, ListConfig, ContainerMetadata, Metadata,
+INERT = [argparse.Namespace, (_plain_dict, "collections.defaultdict"), dict, list, int, str, float, bool, Any, DictConfig, ListConfig, ContainerMetadata, Metadata,
          AnyNode, BooleanNode, BytesNode, FloatNode, IntegerNode, StringNode]
 OTHER_METHODS = re.compile(r"prompt_embeddings|gate\.(weight|bias)|w_noise|blocks\.\d+\.routing\..*")   # tensors that the codes of DMP and DTR add to a DiT's
 
@@ -279,9 +281,9 @@ def read_state_dict(
     try:
         with torch.serialization.safe_globals(INERT): return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        wanted = re.search(r"GLOBAL (\S+) was not an allowed global", str(e)) or re.search(r"Unsupported (?:global|class|operand)[^\n]*", str(e))
-        if wanted: reason = f"its pickle asks for {wanted[1] if wanted.lastindex else wanted[0]}, which could run code; allow_pickled_code=True runs it, and is for files you made yourself"
+        reason = str(e).split("WeightsUnpickler error:")[-1].strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        wanted = re.search(r"GLOBAL (\S+)", reason)
+        if wanted: reason = f"its pickle asks for {wanted[1]}, which could run code; allow_pickled_code=True runs it, and is for files you made yourself"
         raise BadInput(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
 
 def plain_state_dict(
@@ -331,6 +333,9 @@ def from_official(
     origin = "the state dict" if given else str(path_or_state_dict)
     found = plain_state_dict(path_or_state_dict if given else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
     sd = {k: v for k, v in found.items() if not OTHER_METHODS.fullmatch(k)}
+    table = found.get("blocks.0.routing._unit_mapping")
+    if table is not None:
+        warnings.warn(f"{origin} was trained with routing masks: call dmp_wb.route(model, dmp_wb.DTRConfig(sharing_ratio={table[0].mean():.2g}, num_train_timesteps={len(table)}))", stacklevel=2)
     model = cls(**_dit_sizes(sd, num_attention_heads, origin))
     own = model.state_dict()
     for key, tensor in own.items():

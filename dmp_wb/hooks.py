@@ -23,6 +23,7 @@ class Call:
         given = inputs.get(anatomy.timestep_argument)
         if given is None: raise BadInput(f"{type(model).__name__} was called without a timestep: expected the argument {anatomy.timestep_argument!r}, which its patch or route needs")
         self.timestep = timestep_batch(given, device)      # [B] or [1], as the model takes it
+        self.batch = next(len(v) for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim > 1)
         self.inputs = inputs                               # the model's arguments by name, until the operations are prepared
         self.state = {}                                    # by operation
         self.leading = None if anatomy.leading_tokens is None else anatomy.leading_tokens(model, inputs)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .anatomy import Size, anatomy_of, timestep_batch
+from .anatomy import Size, anatomy_of
 from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
 from .hooks import Call, Operation, hooks_of
@@ -316,7 +316,9 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
             if call.prompts[0]: raise BadInput("two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
             call.prompts = (self.num_prompts, self.blocks[0])
         if self._baked is not None and not self.training: call.state[self.key] = self._look_up(call.timestep), None
-        else: call.state[self.key] = self._gates(self._gate_input(call.timestep, call.inputs), len(call.timestep))
+        else:
+            t = call.timestep.expand(call.batch) if self.training else call.timestep   # in training every sample has its own noise and its part in the balance
+            call.state[self.key] = self._gates(self._gate_input(t, call.inputs), len(t))
         object.__setattr__(self, "_call", call)
 
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -548,8 +550,8 @@ def load_reference_patch(
     model: nn.Module,               # a DiT of the sizes that the checkpoint was trained with
     path_or_state_dict: str | Path | dict,  # a checkpoint of the released training script, or its content
     mode: str = "add",
-    gate_input: str = "condition",  # the released code: "condition" in add mode, "timestep" in prepend mode
-    top_k: int | None = None,       # prompts that a gate keeps; the released code's `topk` is this over the number of prompts
+    gate_input: str | None = None,  # None: as in the released code, "condition" in add mode and "timestep" in prepend mode
+    top_k: int | None = None,       # prompts that a gate keeps; the released code's `topk` is a share, of which it takes int(topk * prompts)
     name: str = "default",
     allow_pickled_code: bool = False,  # True runs whatever code the file's pickle names: only for a file you made yourself
 ) -> PromptPatch: # in eval mode
@@ -560,7 +562,11 @@ def load_reference_patch(
     weights = {ours: found[theirs] for theirs, ours in REFERENCE_NAMES.items() if theirs in found}
     if "prompts" not in weights: raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found e.g. {sorted(found)[:3]}")
     if weights["prompts"].ndim != 3: raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, prompts, width]")
+    anatomy, gated = anatomy_of(model), "gate.weight" in weights
+    weights["prompts"] = weights["prompts"][:len(anatomy.blocks(model))]   # the released code ignores what is beyond the last block
     depth, num_prompts, _ = weights["prompts"].shape
-    gated = "gate.weight" in weights
-    config = DMPConfig(mode=mode, gate_input=gate_input if gated else "none", num_prompts=num_prompts, depth=depth, top_k=top_k if gated else None, noisy_gating="w_noise" in weights and gated)
+    tokens = math.prod(anatomy.block_grids(model)[0])
+    if mode == "add" and num_prompts not in (1, tokens): raise BadInput(f"{origin} has {num_prompts} prompts a block and the model {tokens} tokens: expected mode='prepend', or a model of the input size it was trained with")
+    config = DMPConfig(mode=mode, gate_input=(gate_input or {"prepend": "timestep"}.get(mode, "condition")) if gated else "none", num_prompts=num_prompts, depth=depth,
+                       top_k=top_k if gated else None, noisy_gating="w_noise" in weights and gated)
     return _put(model, config, weights, origin, name)

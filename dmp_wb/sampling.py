@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['balanced_labels', 'sample', 'guided']
 
-# %% ../nbs/11_sampling.ipynb #6be7ed72
+# %% ../nbs/11_sampling.ipynb #7eaedb5f
+import contextlib
+
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from .anatomy import anatomy_of, input_size, learned_variance
 from .core import BadInput, progress, seed_of
+from .patching import patches_of
 from .schedules import ScheduleConfig
 from .schedules import sampler as make_sampler
 
@@ -65,11 +68,14 @@ def sample(
             x = randn_tensor((len(generators), *shape), generator=generators).to(param.device) * scheduler.init_noise_sigma   # float32; only the model may be narrower
             y = None if labels is None else labels[start:start + len(x)].to(param.device)
             scheduler.set_timesteps(num_inference_steps)   # solvers of higher order keep a history
-            for t in scheduler.timesteps:
-                output = guided(model, scheduler.scale_model_input(x, t).to(param.dtype), t, y, guidance_scale, classes).float()
-                if learned and sampler != "ddpm": output = output[:, :shape[0]]
-                x = scheduler.step(output, t, x, **({} if sampler == "unipc" else {"generator": generators})).prev_sample
-                bar.update(len(x) / len(scheduler.timesteps))
+            with contextlib.ExitStack() as tables:
+                for p in patches_of(model).values():
+                    if p.config.gate_input == "timestep": tables.enter_context(p.baked(scheduler.timesteps))
+                for t in scheduler.timesteps:
+                    output = guided(model, scheduler.scale_model_input(x, t).to(param.dtype), t, y, guidance_scale, classes).float()
+                    if learned and sampler != "ddpm": output = output[:, :shape[0]]
+                    x = scheduler.step(output, t, x, **({} if sampler == "unipc" else {"generator": generators})).prev_sample
+                    bar.update(len(x) / len(scheduler.timesteps))
             images.append(x.clamp(-1, 1).cpu())
         bar.n = num_images
     finally:

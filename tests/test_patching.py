@@ -235,6 +235,17 @@ def test_compiled_training_step(inputs):
 
 # --- all of the method
 
+def test_training_on_a_shared_timestep_counts_every_sample(inputs):
+    model = tiny_dit().train()
+    p = trained(model, config=wb.DMPConfig(noisy_gating=True))
+    run(model, (inputs[0], torch.tensor(500), inputs[2]))
+    g = p.last_gates
+    assert len(g) == 4 and not torch.allclose(g[0], g[1])             # noise of their own
+    model.eval()
+    run(model, (inputs[0], torch.tensor(500), inputs[2]))
+    assert len(p.last_gates) == 1
+
+
 def test_top_k(inputs):
     model = tiny_dit()
     p = trained(model, config=wb.DMPConfig(top_k=3))
@@ -485,10 +496,22 @@ def test_import_of_a_training_checkpoint(mode, gate_input, top_k, gated, inputs,
     assert torch.equal(run(model, inputs), got)
 
 
-def test_import_leaves_routing_tables_aside(inputs):
+def test_import_of_a_routed_model(inputs):
     source = tiny_dit()
-    state = {**source.state_dict(), **{f"blocks.{i}.routing._unit_mapping": torch.ones(1000, 32) for i in range(3)}}
-    assert torch.equal(run(DiT.from_official({"ema": state}, 4), inputs), run(source, inputs))
+    state = {**source.state_dict(), **{f"blocks.{i}.routing._unit_mapping": wb.routing_mask(range(1000), 32) for i in range(3)}}
+    with pytest.warns(UserWarning, match=r"routing masks: call dmp_wb.route\(model, dmp_wb.DTRConfig\(sharing_ratio=0.78, num_train_timesteps=1000"): model = DiT.from_official({"ema": state}, 4)
+    assert torch.equal(run(model, inputs), run(source, inputs))
+
+
+def test_import_of_more_prompts_than_blocks_and_of_a_hydra_cache(inputs, tmp_path):
+    "The released class takes 28 rows of prompts by default, and Hydra leaves resolved values in the settings that are saved."
+    source = tiny_dit()
+    OmegaConf.register_new_resolver("dmp_wb_test_now", lambda form: "2024", use_cache=True, replace=True)
+    settings = OmegaConf.create({"dir": "${dmp_wb_test_now:%Y}"})
+    assert settings.dir == "2024"                        # fills the cache
+    torch.save({"model": reference_state(source, depth=28), "config": settings}, tmp_path / "x.pt")
+    model = DiT.from_official(tmp_path / "x.pt", 4)
+    assert wb.load_reference_patch(model, tmp_path / "x.pt", mode="prepend").config == wb.DMPConfig(mode="prepend", gate_input="timestep", num_prompts=16, depth=3, noisy_gating=True)
 
 
 def test_import_of_a_model_without_classes(inputs):
@@ -516,8 +539,8 @@ def test_a_checkpoint_that_wants_to_run_code(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change,match", [
-    (lambda s: s.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"), (lambda s: s.update(prompt_embeddings=torch.zeros(4, 16, 32)), "depth is 4: expected 1 to 3"),
-    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 17, 32)), "num_prompts is 17: expected at most 16"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 16, 64)), r"prompts.*\(2, 16, 64\)"),
+    (lambda s: s.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 9, 32)), "has 9 prompts a block and the model 16 tokens: expected mode='prepend'"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 17, 32)), "has 17 prompts a block"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 16, 64)), r"prompts.*\(2, 16, 64\)"),
     (lambda s: s.pop("gate.bias"), "gate.bias"), (lambda s: s["w_noise"].fill_(float("inf")), "'w_noise' holds NaN or infinite"), (lambda s: s.update(prompt_embeddings=torch.zeros(16, 32)), "expected .blocks, prompts, width."),
 ])
 def test_a_checkpoint_that_does_not_fit(change, match, inputs):

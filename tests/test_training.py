@@ -32,7 +32,7 @@ def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for
 class Killed(Exception): pass
 
 
-@pytest.mark.parametrize("method", ["pretrain", "finetune", "prompt-tuning", "dmp"])
+@pytest.mark.parametrize("method", ["pretrain", "finetune", "prompt-tuning", "dmp", "dtr"])
 def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
     whole = wb.train(small(method), folder=tmp_path / "whole")
     assert whole.finished and whole.summary["steps"] == 8
@@ -109,6 +109,31 @@ def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_pa
     assert PATCH_NAME not in wb.load_model(run.folder, patched=False)._modules
     assert run.summary["trained_parameters"] == sum(p.numel() for p in wb.get_patch(model).parameters())
     assert "balance" in run.metrics()
+
+
+def test_a_routed_run_loads_routed(tmp_path):
+    whole = wb.train(small("dtr", extra=["routing.sharing_ratio=0.5"]), folder=tmp_path / "whole")
+    plain = wb.train(small(), folder=tmp_path / "plain")
+    assert not equal(weights(whole), weights(plain)) and weights(whole).keys() == weights(plain).keys()
+    model = wb.load_model(whole.folder)
+    assert wb.get_router(model).config.sharing_ratio == 0.5 and wb.get_router(wb.load_model(plain.folder)) is None
+    # a patch on a routed base: both come back
+    patched = wb.train(small("dmp", extra=[f"base={whole.folder}"]), folder=tmp_path / "patched")
+    both = wb.load_model(patched.folder)
+    assert wb.get_router(both) is not None and wb.get_patch(both).prompts.abs().sum() > 0
+    with pytest.raises(wb.BadInput, match="is routed already and stays so"): wb.train(small("dmp", extra=[f"base={whole.folder}", "routing.sharing_ratio=0.8"]), folder=tmp_path / "again")
+    routed_patch = wb.train(small("dmp", extra=["routing.sharing_ratio=0.9"]), folder=tmp_path / "routed-patch")
+    assert wb.get_router(wb.load_model(routed_patch.folder)) is not None and wb.get_router(wb.load_model(routed_patch.folder, patched=False)) is None
+
+
+def test_noise_and_load_balance_in_training(tmp_path):
+    extra = ["patch.noisy_gating=true", "patch.top_k=3", "patch.load_weight=0.5", "patch.depth=[0,2]", "patch.gate_input=condition"]
+    run, again = (wb.train(small("dmp", extra=extra), folder=tmp_path / name) for name in "ab")
+    assert equal(weights(run), weights(again)) and all(v > 0 for v in run.metrics()["load"])
+    state = load_checkpoint(newest_checkpoint(run.folder))
+    assert [len(g["params"]) for g in state["optimizer"]["param_groups"]] == [1, 3]           # the prompts; gate weight, bias and noise
+    p = wb.get_patch(wb.load_model(run.folder))
+    assert p.blocks == [0, 2] and p.config.top_k == 3 and p.w_noise.abs().sum() > 0
 
 
 def test_frozen_diffusers_dit_does_not_drop_labels(tmp_path):
