@@ -11,6 +11,7 @@ _PUBLIC = {
     "save_patch": "patching", "load_patch": "patching", "load_reference_patch": "patching", "use_patches": "patching", "patch_disabled": "patching",
     "DTRConfig": "routing", "route": "routing", "unroute": "routing", "get_router": "routing", "routing_mask": "routing",
     "diffusion_losses": "objectives",
+    "timestep_clusters": "multitask", "task_affinity": "multitask",
     "load_data": "data",
     "Experiment": "config", "load_experiment": "config",
     "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
@@ -19,7 +20,7 @@ _PUBLIC = {
     "frechet_distance": "metrics",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs")
+_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -389,7 +389,7 @@ def patch(
     config: DMPConfig | None = None,  # the paper's settings if None
     name: str = "default",            # of this patch on this model
 ) -> PromptPatch:
-    """Freeze a backbone and hang a fresh patch on it; with zero init its outputs stay the same, to the bit, until the patch is trained.
+    """Freeze a backbone and hang a fresh patch on it; with zero init its outputs are those of the frozen backbone, to the bit, until the patch is trained.
 
     Raises `BadInput` if there is a patch of that name already, or if the config does not fit the model; the model is then as it was.
     """

@@ -78,8 +78,9 @@ def test_anatomy_agrees_with_what_diffusers_records(name):
 def test_fresh_patch_changes_no_bit_and_unpatch_restores(name):
     model, kwargs = BACKBONES[name](), inputs_for(name)
     before, keys, modules = output(model, kwargs), list(model.state_dict()), [n for n, _ in model.named_modules()]
-    p = wb.patch(model, config(name))
-    assert torch.equal(output(model, kwargs), before) and list(model.state_dict()) == keys
+    frozen = output(model.requires_grad_(False), kwargs)      # PyTorch takes another kernel for some frozen weights and rounds differently
+    p = wb.patch(model.requires_grad_(True), config(name))
+    assert torch.equal(output(model, kwargs), frozen) and torch.allclose(frozen, before, atol=1e-6) and list(model.state_dict()) == keys
     assert {n for n, w in model.named_parameters() if w.requires_grad} == {f"{PATCH_NAME}.default.{n}" for n, _ in p.named_parameters()}
     randomise(p, 0.3)
     assert not torch.allclose(output(model, kwargs), before, atol=1e-4)
@@ -349,7 +350,7 @@ def test_offloaded_weights(name, gate_input):
 # --- several patches
 
 def test_several_patches(tmp_path):
-    model, kwargs = BACKBONES["SD3Transformer2DModel"](), inputs_for("SD3Transformer2DModel")
+    model, kwargs = BACKBONES["SD3Transformer2DModel"]().requires_grad_(False), inputs_for("SD3Transformer2DModel")
     plain = output(model, kwargs)
     a = randomise(wb.patch(model, name="a"), 0.3, 1)
     only_a = output(model, kwargs)
@@ -374,7 +375,7 @@ def test_several_patches(tmp_path):
     wb.unpatch(model, "b")
     assert set(patches_of(model)) == {"a", "c"} and not any(w.requires_grad for n, w in model.named_parameters() if not n.startswith(PATCH_NAME))
     wb.unpatch(model)
-    assert torch.equal(output(model, kwargs), plain) and all(w.requires_grad for w in model.parameters())
+    assert torch.equal(output(model, kwargs), plain) and not any(w.requires_grad for w in model.parameters())   # as it came
 
 
 def test_names_of_patches():
