@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['split_tensors', 'join_tensors', 'save_checkpoint', 'list_checkpoints', 'drop_checkpoints_after', 'checkpoint_fault',
            'newest_checkpoint', 'load_checkpoint', 'read_rows', 'Run', 'run_folder', 'open_run', 'load_model',
-           'fingerprint']
+           'trained_objective', 'fingerprint']
 
 # %% ../nbs/09_checkpoints.ipynb #6edb577a
 import contextlib
@@ -25,6 +25,7 @@ from torch import nn
 from .config import Experiment, load_experiment
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, unknown, write_json
 from .dit import DiT
+from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
 from .routing import route
 
@@ -194,6 +195,11 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> 
         load_patch(backbone, folder / "patch")
         if routing.sharing_ratio < 1: route(backbone, routing)
     return backbone
+
+def trained_objective(model: str | Path) -> ObjectiveConfig | None:
+    "What a run's model was trained to predict; None for what is no run."
+    try: return open_run(model).experiment.objective
+    except BadInput: return None
 
 def fingerprint(model: nn.Module) -> str:
     "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."

@@ -18,8 +18,8 @@ from safetensors.torch import save
 from torch import nn
 
 from .core import BadInput, MissingFile, progress, seed_of, unknown, write_atomic
-from .objectives import GaussianTables, diffusion_losses
-from .schedules import ScheduleConfig, snr, timestep_intervals
+from .objectives import diffusion_losses, make_tables
+from .schedules import ScheduleConfig, timestep_intervals
 
 # %% ../nbs/06_multitask.ipynb #22fc4f77
 def _interval_costs(values: torch.Tensor) -> torch.Tensor: # [T, T] float64: cost of the interval l…r at [l, r], inf where l > r
@@ -144,6 +144,7 @@ def task_affinity(
     clusters: list[tuple[int, int]] | None = None,  # the groups; twenty equal ones if None
     schedule: str | ScheduleConfig = "linear",
     weighting: str = "constant",
+    prediction_type: str = "epsilon",
     batch_size: int = 64,
     memory: float = 2.0,                 # GiB for gradients of groups; beyond, they are sketched
     seed: int = 0,
@@ -154,7 +155,7 @@ def task_affinity(
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not params: raise BadInput(f"no parameter of this {type(model).__name__} requires a gradient: expected a model that is being trained")
     device = next(iter(params.values())).device
-    tables = GaussianTables(schedule).to(device)
+    tables = make_tables(schedule, prediction_type).to(device)
     entries = sum(p.numel() for p in params.values())
     whole = len(clusters) * entries * 4 <= memory * 2**30
     size = 0 if whole else max(1024, min(1 << 22, int(memory * 2**30 / 8 / len(clusters))))
@@ -170,8 +171,8 @@ def task_affinity(
                 noise = torch.randn(x.shape, generator=g).to(device)
                 t = (first + torch.rand(len(x), generator=g) * (last - first + 1)).long().clamp(max=last).to(device)
                 labels = {} if class_labels is None else {"class_labels": class_labels[start:start + batch_size].to(device)}
-                out = model(tables.add_noise(x, noise, t), timestep=t, **labels).sample
-                (diffusion_losses(out, x, noise, t, tables, weighting)["loss"].sum() / len(x0)).backward()
+                out = model(tables.add_noise(x, noise, t), timestep=tables.model_timestep(t), **labels).sample
+                (diffusion_losses(out, x, noise, t, tables, weighting, prediction_type)["loss"].sum() / len(x0)).backward()
                 bar.update(len(x))
             grads = {n: p.grad.detach() for n, p in params.items() if p.grad is not None}
             kept.append(torch.cat([grads[n].float().flatten().cpu() if n in grads else torch.zeros(p.numel()) for n, p in params.items()]) if whole else _sketch(grads, size, seed))

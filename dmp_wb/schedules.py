@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'SAMPLERS', 'ScheduleConfig', 'noise_schedule', 'betas',
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from .core import BadInput, unknown
 
@@ -82,12 +82,13 @@ def timestep_intervals(
     edges = [round(i * num_train_timesteps / k) for i in range(k + 1)]
     return [(a, b - 1) for a, b in zip(edges, edges[1:])]
 
-# %% ../nbs/00_schedules.ipynb #1885ed09
+# %% ../nbs/00_schedules.ipynb #9ee01ea9
 SAMPLERS = {
     "ddpm": (DDPMScheduler, dict(timestep_spacing="linspace")),
     "ddim": (DDIMScheduler, dict(timestep_spacing="trailing", set_alpha_to_one=True)),
     "dpmsolver++": (DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
     "unipc": (UniPCMultistepScheduler, dict(solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
+    "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
 }
 
 def sampler(
@@ -103,7 +104,8 @@ def sampler(
     T = base.config.num_train_timesteps
     if not 1 <= num_inference_steps <= T: raise BadInput(f"num_inference_steps is {num_inference_steps}: expected 1 to {T}")
     cls, defaults = SAMPLERS[name]
-    keep = {k: base.config[k] for k in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")}
+    kept = ("num_train_timesteps",) if name == "flow-euler" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")   # the straight path has no betas
+    keep = {k: base.config[k] for k in kept}
     extra = {"clip_sample": False} if name in ("ddpm", "ddim") else {}
     scheduler = cls(**keep, **{**extra, **defaults, **kwargs})
     scheduler.set_timesteps(num_inference_steps)

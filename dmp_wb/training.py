@@ -31,12 +31,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from .anatomy import anatomy_of, input_size
-from .checkpoints import Run, drop_checkpoints_after, fingerprint, load_checkpoint, load_model, newest_checkpoint, read_rows, save_checkpoint
+from .checkpoints import Run, drop_checkpoints_after, fingerprint, load_checkpoint, load_model, newest_checkpoint, read_rows, save_checkpoint, trained_objective
 from .config import Experiment, TrainConfig, load_experiment, to_yaml
 from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, runs_root, seed_of, short, write_atomic, write_json
 from .data import EpochOrder, ImageData, load_data
 from .dit import DiT
-from .objectives import GaussianTables, diffusion_losses
+from .objectives import diffusion_losses, make_tables
 from .patching import get_patch, patch, patches_of, save_patch
 from .routing import get_router, route
 
@@ -49,7 +49,11 @@ def make_model(
     if exp.method == "pretrain":
         torch.manual_seed(seed_of(exp.seed, "init"))
         model = DiT.from_name(**dataclasses.asdict(exp.model))
-    else: model = load_model(exp.base, device="cpu")
+    else:
+        model = load_model(exp.base, device="cpu")
+        learned = trained_objective(exp.base)
+        if learned is not None and learned.prediction_type != exp.objective.prediction_type:
+            raise BadInput(f"objective.prediction_type is {exp.objective.prediction_type}: expected {learned.prediction_type}, which base {exp.base} was trained to predict")
     size, given = input_size(model), tuple(data.images.shape[1:])
     if size != given:
         raise BadInput(f"the model takes {'×'.join(map(str, size))} images, but data {exp.data.name!r} has {'×'.join(map(str, given))}: "
@@ -122,7 +126,7 @@ def train(
     if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {accelerator.num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
     order = EpochOrder(len(data), t.batch_size, exp.seed)
     backbone = make_model(exp, data)
-    tables = GaussianTables(exp.schedule).to(accelerator.device)
+    tables = make_tables(exp.schedule, exp.objective.prediction_type).to(accelerator.device)
 
     if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     run = Run((Path(folder) if folder else runs_root() / exp.name).resolve())
@@ -164,8 +168,8 @@ def train(
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 x_t = tables.add_noise(batch["images"], batch["noise"], batch["timesteps"])
                 with accelerator.autocast():
-                    output = model(x_t, timestep=batch["timesteps"], **({"class_labels": batch["class_labels"]} if null is not None else {})).sample
-                losses = diffusion_losses(output, batch["images"], batch["noise"], batch["timesteps"], tables, exp.objective.weighting)
+                    output = model(x_t, timestep=tables.model_timestep(batch["timesteps"]), **({"class_labels": batch["class_labels"]} if null is not None else {})).sample
+                losses = diffusion_losses(output, batch["images"], batch["noise"], batch["timesteps"], tables, exp.objective.weighting, exp.objective.prediction_type)
                 losses = {k: v.mean() for k, v in losses.items()}
                 if ptch is not None and ptch.gated:
                     losses["balance"] = ptch.balance_loss()

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
+from diffusers import FlowMatchEulerDiscreteScheduler
 
+import dmp_wb as wb
 from dmp_wb.core import BadInput
-from dmp_wb.objectives import WEIGHTINGS, GaussianTables, diffusion_losses
+from dmp_wb.objectives import PREDICTION_TYPES, WEIGHTINGS, GaussianTables, diffusion_losses, make_tables, register_weighting
 from dmp_wb.schedules import SAMPLERS, SCHEDULES, ScheduleConfig, betas, noise_schedule, sampler, snr, timestep_intervals
 
 T_ALL = torch.tensor([0, 1, 50, 500, 998, 999])
@@ -66,17 +68,67 @@ def test_variational_term_by_definition(schedule):
 @given(st.floats(1e-6, 1e6))
 @settings(deadline=None)
 def test_weightings_by_definition(s):
-    x = torch.tensor([s], dtype=torch.float64)
-    assert WEIGHTINGS["constant"](x) == 1
-    assert math.isclose(WEIGHTINGS["min-snr"](x).item(), min(s, 5) / s, rel_tol=1e-9)
-    assert math.isclose(WEIGHTINGS["p2"](x).item(), 1 / (1 + s), rel_tol=1e-9)
+    x, t = torch.tensor([s], dtype=torch.float64), torch.tensor([0])
+    w = lambda name, target="epsilon": WEIGHTINGS[name](x, t, target).item()
+    assert all(w("constant", target) == 1 for target in PREDICTION_TYPES)
+    assert math.isclose(w("min-snr"), min(s, 5) / s, rel_tol=1e-9) and math.isclose(w("min-snr", "sample"), min(s, 5), rel_tol=1e-9) and math.isclose(w("min-snr", "v_prediction"), min(s, 5) / (s + 1), rel_tol=1e-9)
+    assert math.isclose(w("p2"), 1 / (1 + s), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("target", PREDICTION_TYPES)
+@pytest.mark.parametrize("weighting", ["min-snr", "p2"])
+def test_one_error_weighs_the_same_whatever_is_predicted(target, weighting):
+    "An error of the noise, said in terms of any target, costs the same."
+    x0, noise, error = torch.rand(6, 1, 4, 4), torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4) * 0.1
+    tables = make_tables("linear", target)
+    t = torch.tensor([1, 50, 300, 500, 700, 950])
+    a, b = tables.at("a", t, x0), tables.at("b", t, x0)
+    wrong_noise = noise + error                                         # at the same x_t the image is then another
+    wrong_x0 = (a * x0 + b * noise - b * wrong_noise) / a
+    got = diffusion_losses(tables.target(wrong_x0, wrong_noise, t, target), x0, noise, t, tables, weighting, target)["loss"]
+    want = WEIGHTINGS[weighting](tables.snr[t], t, "epsilon") * error.square().mean((1, 2, 3))
+    assert torch.allclose(got, want, rtol=2e-3)
+
+
+@pytest.mark.parametrize("target", ["epsilon", "sample", "v_prediction"])
+def test_targets_are_diffusers(target):
+    x0, noise, t = torch.rand(4, 2, 4, 4), torch.randn(4, 2, 4, 4), torch.tensor([0, 100, 600, 999])
+    for schedule in ("linear", "cosine"):
+        scheduler = noise_schedule(schedule)
+        want = {"epsilon": noise, "sample": x0}.get(target, scheduler.get_velocity(x0, noise, t))
+        assert torch.allclose(make_tables(schedule).target(x0, noise, t, target), want, atol=1e-4)
+
+
+def test_the_variational_term_knows_what_is_predicted():
+    x0, noise, t = torch.rand(4, 1, 4, 4) * 2 - 1, torch.randn(4, 1, 4, 4), torch.tensor([0, 100, 600, 900])
+    tables, v = make_tables("linear"), torch.rand(4, 1, 4, 4)
+    vb = [diffusion_losses(torch.cat([tables.target(x0, noise, t, p), v], 1), x0, noise, t, tables, prediction_type=p)["vb"] for p in ("epsilon", "sample", "v_prediction")]
+    assert torch.allclose(vb[0], vb[1], rtol=1e-3, atol=1e-4) and torch.allclose(vb[0], vb[2], rtol=1e-3, atol=1e-4)
+    with pytest.raises(BadInput, match="flow matching has no variance"): diffusion_losses(torch.zeros(4, 2, 4, 4), x0, noise, t, prediction_type="flow_prediction")
+
+
+def test_flow_matching_is_diffusers():
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    tables, t = make_tables("linear", "flow_prediction"), torch.tensor([0, 499, 999])
+    times = tables.model_timestep(t)
+    assert times.tolist() == [1.0, 500.0, 1000.0] and all(float(v) in scheduler.timesteps.tolist() for v in times)
+    x0, noise = torch.rand(3, 1, 2, 2), torch.randn(3, 1, 2, 2)
+    assert torch.allclose(tables.add_noise(x0, noise, t), scheduler.scale_noise(x0, times, noise), atol=1e-5)
+
+
+def test_a_weighting_of_your_own(monkeypatch):
+    monkeypatch.setitem(WEIGHTINGS, "mine", None)
+    register_weighting("mine", lambda snr, timesteps, prediction_type: timesteps.float() * (2 if prediction_type == "sample" else 1))
+    x, t = torch.ones(2, 1, 2, 2), torch.tensor([3, 7])
+    assert diffusion_losses(x, x * 0, x * 0, t, weighting="mine")["loss"].tolist() == [3, 7] and diffusion_losses(x, x * 0, x * 0, t, weighting="mine", prediction_type="sample")["loss"].tolist() == [6, 14]
+    assert wb.load_experiment("digits-quick", ["objective.weighting=mine"]).objective.weighting == "mine"
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_loss_is_weighted_mse_plus_vb(weighting):
     x0, noise, out = torch.rand(6, 1, 4, 4), torch.randn(6, 1, 4, 4), torch.randn(6, 2, 4, 4)
     losses = diffusion_losses(out, x0, noise, T_ALL, weighting=weighting)
-    w = WEIGHTINGS[weighting](snr("linear", T_ALL))
+    w = WEIGHTINGS[weighting](snr("linear", T_ALL), T_ALL, "epsilon")
     assert torch.allclose(losses["loss"], w * losses["mse"] + losses["vb"], rtol=1e-4)
     assert all(v.shape == (6,) for v in losses.values())
     fixed = diffusion_losses(out[:, :1], x0, noise, T_ALL, weighting=weighting)
@@ -106,6 +158,9 @@ def test_intervals_cover_everything_once(T, data):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_share_the_forward_process(name):
     s = sampler(name, "cosine", 20, 500)
+    if name == "flow-euler":   # the straight path has no betas
+        assert s.timesteps[0] == 500 and len(s.timesteps) == 20
+        return
     assert torch.allclose(s.alphas_cumprod.float(), noise_schedule("cosine", 500).alphas_cumprod, atol=1e-6)
     assert len(s.timesteps) == 20 and s.timesteps[0] >= 499 - 25 and (s.timesteps[1:] < s.timesteps[:-1]).all()
 

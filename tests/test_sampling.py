@@ -5,22 +5,26 @@ from conftest import randomise, tiny_diffusers_dit, tiny_dit
 import dmp_wb as wb
 from dmp_wb.core import BadInput
 from dmp_wb.sampling import balanced_labels, guided
+from dmp_wb.objectives import PREDICTION_TYPES
 from dmp_wb.schedules import SAMPLERS, noise_schedule
 
 FAST = dict(num_inference_steps=4, quiet=True)
+
+
+def predicted(name): return {"prediction_type": "flow_prediction"} if name == "flow-euler" else {}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("out_channels", [1, 2])
 def test_image_i_is_the_same_in_any_batch(name, out_channels):
     model = tiny_dit(out_channels=out_channels)
-    draw = lambda **kw: wb.sample(model, sampler=name, seed=5, **FAST, **kw)
+    draw = lambda **kw: wb.sample(model, sampler=name, **{"seed": 5, **FAST, **predicted(name), **kw})
     whole = draw(num_images=7, batch_size=7)
     assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.float32 and whole.abs().max() <= 1 and whole.isfinite().all()
     assert torch.allclose(whole, draw(num_images=7, batch_size=3), atol=1e-4)
     assert torch.allclose(whole[4:], draw(class_labels=[4, 5, 6], first=4), atol=1e-4)
     assert torch.allclose(whole[4:], draw(num_images=3, first=4), atol=1e-4)      # the default labels go by the number of the image
-    assert not torch.allclose(whole, wb.sample(model, 7, sampler=name, seed=6, **FAST), atol=1e-2)
+    assert not torch.allclose(whole, draw(num_images=7, seed=6), atol=1e-2)
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
 
@@ -29,23 +33,26 @@ wb.register_backbone("Oracle", wb.Anatomy(*[None] * 5))
 
 class Oracle(torch.nn.Module):
     "Knows the one image there is, and so the exact noise in any x_t."
-    def __init__(self, image, learned=False):
+    def __init__(self, image, learned=False, target="epsilon"):
         super().__init__()
         self.dummy = torch.nn.Parameter(torch.zeros(()))
-        self.image, self.learned = image, learned
+        self.image, self.learned, self.target = image, learned, target
         self.bar = noise_schedule("linear").alphas_cumprod
         self.config = type("C", (dict,), {"__getattr__": dict.__getitem__})(sample_size=8, in_channels=1, out_channels=1 + learned, num_classes=None)
     def forward(self, x, timestep):
-        bar = self.bar[timestep].view(-1, 1, 1, 1)
-        eps = (x - bar.sqrt() * self.image) / (1 - bar).sqrt()
-        return type("Out", (), {"sample": torch.cat([eps, torch.zeros_like(eps)], 1) if self.learned else eps})
+        if self.target == "flow_prediction": a, b = 1 - timestep / 1000, timestep / 1000
+        else: a, b = self.bar[timestep].sqrt(), (1 - self.bar[timestep]).sqrt()
+        a, b = a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
+        eps = (x - a * self.image) / b
+        out = {"epsilon": eps, "sample": self.image.expand_as(x), "v_prediction": a * eps - b * self.image, "flow_prediction": eps - self.image}[self.target]
+        return type("Out", (), {"sample": torch.cat([out, torch.zeros_like(out)], 1) if self.learned else out})
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_perfect_model_is_sampled_perfectly(name, learned):
+@pytest.mark.parametrize("name,target", [(n, p) for n in SAMPLERS for p in PREDICTION_TYPES if (n == "flow-euler") == (p == "flow_prediction")])
+def test_a_perfect_model_is_sampled_perfectly(name, target, learned):
     image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    drawn = wb.sample(Oracle(image, learned), 3, sampler=name, num_inference_steps=50, quiet=True)
+    drawn = wb.sample(Oracle(image, learned, target), 3, sampler=name, num_inference_steps=50, prediction_type=target, quiet=True)
     assert (drawn - image).abs().max() < 0.02
 
 

@@ -126,6 +126,18 @@ def test_a_routed_run_loads_routed(tmp_path):
     assert wb.get_router(wb.load_model(routed_patch.folder)) is not None and wb.get_router(wb.load_model(routed_patch.folder, patched=False)) is None
 
 
+@pytest.mark.parametrize("target", ["sample", "v_prediction", "flow_prediction"])
+def test_other_targets_train_and_sample(target, tmp_path):
+    run = wb.train(small(extra=[f"objective.prediction_type={target}", "objective.weighting=min-snr", "train.steps=60", "train.log_every=20", "optim.lr=5e-3"]), folder=tmp_path / target)
+    loss = run.metrics()["loss"]
+    assert loss[-1] < loss[0]
+    model, sampler = wb.load_model(run.folder), "flow-euler" if target == "flow_prediction" else "ddim"
+    images = wb.sample(model, 4, sampler=sampler, num_inference_steps=4, prediction_type=target, quiet=True)
+    assert images.isfinite().all() and images.std() > 0.1
+    with pytest.raises(BadInput, match="expected flow-euler with flow_prediction"): wb.sample(model, 4, sampler="ddim" if target == "flow_prediction" else "flow-euler", prediction_type=target)
+    with pytest.raises(BadInput, match=f"objective.prediction_type is epsilon: expected {target}, which base"): wb.train(small("dmp", extra=[f"base={run.folder}"]), folder=tmp_path / "dmp")
+
+
 def test_noise_and_load_balance_in_training(tmp_path):
     extra = ["patch.noisy_gating=true", "patch.top_k=3", "patch.load_weight=0.5", "patch.depth=[0,2]", "patch.gate_input=condition"]
     run, again = (wb.train(small("dmp", extra=extra), folder=tmp_path / name) for name in "ab")
