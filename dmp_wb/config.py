@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from .core import BadInput, MissingFile, project_root, unknown
 from .data import DataConfig
 from .dit import ModelConfig
+from .multitask import MultitaskConfig
 from .objectives import ObjectiveConfig
 from .patching import DMPConfig
 from .routing import DTRConfig
@@ -63,6 +64,7 @@ class Experiment:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model: ModelConfig = field(default_factory=ModelConfig)   # used by pretrain alone; the others take the base's
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    multitask: MultitaskConfig = field(default_factory=MultitaskConfig)
     patch: DMPConfig = field(default_factory=DMPConfig)       # used by dmp and prompt-tuning
     routing: DTRConfig = field(default_factory=lambda: DTRConfig(sharing_ratio=1.0))  # routing.sharing_ratio below 1 routes the model, with any method; 1 is the plain model
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -95,6 +97,11 @@ class Experiment:
         need(0 <= t.ema_decay < 1, "train.ema_decay", t.ema_decay, "a number in [0, 1)")
         if self.method == "pretrain": self.model.check()
         self.objective.check()
+        self.multitask.check()
+        if self.multitask.method not in ("none", "uw"):
+            need(t.gradient_accumulation_steps == 1, "train.gradient_accumulation_steps", t.gradient_accumulation_steps, f"1 with multitask.method {self.multitask.method}, which looks at the gradients of a whole batch")
+            need(t.mixed_precision != "fp16", "train.mixed_precision", t.mixed_precision, f"no or bf16 with multitask.method {self.multitask.method}, which has no place for a loss scale")
+        if self.multitask.method != "none": need(t.batch_size >= self.multitask.k, "train.batch_size", t.batch_size, f"at least multitask.k, {self.multitask.k}")
         if self.method == "prompt-tuning": self.patch.gate_input = "none"
         self.patch.check()
         self.routing.check()

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['timestep_clusters', 'clusters_cost', 'balanced_timesteps', 'interval_of', 'interval_losses', 'UncertaintyWeighting',
-           'aggregators', 'make_aggregator', 'balanced_backward', 'task_affinity', 'spread_affinity', 'save_affinity',
-           'load_affinity', 'mask_overlap', 'gate_similarity']
+           'aggregators', 'make_aggregator', 'balanced_backward', 'MultitaskConfig', 'make_clusters', 'task_affinity',
+           'spread_affinity', 'save_affinity', 'load_affinity', 'mask_overlap', 'gate_similarity']
 
-# %% ../nbs/06_multitask.ipynb #8c2a74a1
+# %% ../nbs/06_multitask.ipynb #7475f20b
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .core import BadInput, MissingFile, progress, seed_of, unknown, write_atomic
-from .objectives import diffusion_losses, make_tables
+from .objectives import Tables, diffusion_losses, make_tables
 from .schedules import ScheduleConfig, timestep_intervals
 
 # %% ../nbs/06_multitask.ipynb #22fc4f77
@@ -125,6 +126,33 @@ def balanced_backward(
     backward(losses, inputs=params)
     for p in params: p.jac = reduce(p.jac)
     jac_to_grad(params, aggregator)
+
+# %% ../nbs/06_multitask.ipynb #6d0f43e3
+@dataclass
+class MultitaskConfig:
+    "How the losses of timestep intervals are brought together."
+    method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
+    clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
+    k: int = 8                   # intervals
+    lr: float = 0.025            # of the weights that uw learns
+
+    def check(self):
+        "Raise `BadInput` for unknown names and numbers that make no sense."
+        if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
+        if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
+        if not 0 < self.lr < math.inf: raise BadInput(f"multitask.lr is {self.lr}: expected a number > 0")
+
+def make_clusters(
+    config: MultitaskConfig,
+    tables: Tables,          # of the schedule
+) -> list[tuple[int, int]]: # k intervals
+    "The intervals of an experiment. Raises `BadInput` where they do not fit the schedule."
+    T = tables.num_train_timesteps
+    if config.clusters == "uniform": return timestep_intervals(T, config.k)
+    if config.clusters == "log-snr": return timestep_clusters(tables.snr.double().clamp(min=1e-10).log(), config.k)
+    affinity, groups, _ = load_affinity(config.clusters)
+    if groups[-1][1] != T - 1: raise BadInput(f"{config.clusters} covers timesteps 0 to {groups[-1][1]}: expected 0 to {T - 1}")
+    return timestep_clusters(spread_affinity(affinity, groups), config.k)
 
 # %% ../nbs/06_multitask.ipynb #2b95d789
 def _sketch(grads: dict[str, torch.Tensor], size: int, seed: int, chunk: int = 1 << 22) -> torch.Tensor: # [size] float64

@@ -36,6 +36,7 @@ from .config import Experiment, TrainConfig, load_experiment, to_yaml
 from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, runs_root, seed_of, short, write_atomic, write_json
 from .data import EpochOrder, ImageData, load_data
 from .dit import DiT
+from .multitask import UncertaintyWeighting, balanced_backward, balanced_timesteps, interval_losses, make_aggregator, make_clusters
 from .objectives import diffusion_losses, make_tables
 from .patching import get_patch, patch, patches_of, save_patch
 from .routing import get_router, route
@@ -94,11 +95,12 @@ def draw_batch(
     step: int,                 # from 0
     null_class: int | None,    # what a dropped label becomes; None for an unconditional model
     part: slice | torch.Tensor = slice(None), # which places of the global batch, by slice or by indices
+    clusters: list[tuple[int, int]] | None = None,  # intervals to spread the timesteps over evenly
 ) -> dict[str, torch.Tensor]: # images, noise [B, C, H, W]; timesteps [B]; class_labels [B] if there are classes
     "The images of a step with their timesteps, noise and (partly dropped) labels."
     indices = order(step)
     g = torch.Generator().manual_seed(seed_of(exp.seed, "batch", step))
-    timesteps = torch.randint(exp.schedule.num_train_timesteps, indices.shape, generator=g)
+    timesteps = torch.randint(exp.schedule.num_train_timesteps, indices.shape, generator=g) if clusters is None else balanced_timesteps(len(indices), clusters, g)
     dropped = torch.rand(indices.shape, generator=g) < exp.train.label_dropout
     noise = torch.randn((len(indices), *data.images.shape[1:]), generator=g)
     batch = {**data.batch(indices[part]), "timesteps": timesteps[part], "noise": noise[part]}
@@ -126,7 +128,11 @@ def train(
     if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {accelerator.num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
     order = EpochOrder(len(data), t.batch_size, exp.seed)
     backbone = make_model(exp, data)
-    tables = make_tables(exp.schedule, exp.objective.prediction_type).to(accelerator.device)
+    tables = make_tables(exp.schedule, exp.objective.prediction_type)
+    clusters = None if exp.multitask.method == "none" else make_clusters(exp.multitask, tables)
+    weights = UncertaintyWeighting(len(clusters)).to(accelerator.device) if exp.multitask.method == "uw" else None
+    aggregator = make_aggregator(exp.multitask.method, len(clusters)) if clusters and weights is None else None
+    tables.to(accelerator.device)
 
     if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     run = Run((Path(folder) if folder else runs_root() / exp.name).resolve())
@@ -138,11 +144,11 @@ def train(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process: write_config(run, exp)
 
-    groups = param_groups(backbone, exp)
+    groups = param_groups(backbone, exp) + ([{"params": list(weights.parameters()), "lr": exp.multitask.lr, "weight_decay": 0.0}] if weights else [])
     optimizer = torch.optim.AdamW(groups, lr=exp.optim.lr, betas=exp.optim.betas, weight_decay=exp.optim.weight_decay, foreach=True)
     lr_scheduler = get_scheduler(exp.optim.lr_scheduler, optimizer, num_warmup_steps=exp.optim.lr_warmup_steps, num_training_steps=t.steps)
     model, optimizer = accelerator.prepare(backbone, optimizer)
-    params = trainable(backbone)
+    params = trainable(backbone) | ({f"multitask.{n}": p for n, p in weights.named_parameters()} if weights else {})
     ema = EMAModel(params.values(), decay=t.ema_decay, foreach=True)
     ema.to(accelerator.device)
     ptch = get_patch(backbone) if patches_of(backbone) else None
@@ -161,24 +167,32 @@ def train(
     bar = progress(total=t.steps, initial=start, desc=exp.name, unit="step", disable=not accelerator.is_main_process)
     for step in range(start, t.steps):
         torch.manual_seed(seed_of(exp.seed, "model", step, accelerator.process_index))  # for backbones with dropout
-        mine = draw_batch(exp, data, order, step, null, places)
+        mine = draw_batch(exp, data, order, step, null, places, clusters)
         for micro in range(t.gradient_accumulation_steps):
             batch = {k: v[micro * share:(micro + 1) * share].to(accelerator.device, non_blocking=True) for k, v in mine.items()}
-            last = micro == t.gradient_accumulation_steps - 1
+            last = micro == t.gradient_accumulation_steps - 1 and aggregator is None   # an aggregator averages over processes itself
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 x_t = tables.add_noise(batch["images"], batch["noise"], batch["timesteps"])
                 with accelerator.autocast():
                     output = model(x_t, timestep=tables.model_timestep(batch["timesteps"]), **({"class_labels": batch["class_labels"]} if null is not None else {})).sample
                 losses = diffusion_losses(output, batch["images"], batch["noise"], batch["timesteps"], tables, exp.objective.weighting, exp.objective.prediction_type)
+                tasks = interval_losses(losses["loss"], batch["timesteps"], clusters) if clusters else None
                 losses = {k: v.mean() for k, v in losses.items()}
+                if weights is not None: losses["loss"] = weights(tasks)
+                balance = 0.0
                 if ptch is not None and ptch.gated:
                     losses["balance"] = ptch.balance_loss()
-                    losses["loss"] = losses["loss"] + exp.patch.importance_weight * losses["balance"]
+                    balance = exp.patch.importance_weight * losses["balance"]
                     if exp.patch.noisy_gating and exp.patch.top_k is not None:
                         losses["load"] = ptch.load_loss()
-                        losses["loss"] = losses["loss"] + exp.patch.load_weight * losses["load"]
-                accelerator.backward(losses["loss"] / t.gradient_accumulation_steps)
+                        balance = balance + exp.patch.load_weight * losses["load"]
+                    losses["loss"] = losses["loss"] + balance
+                if aggregator is None: accelerator.backward(losses["loss"] / t.gradient_accumulation_steps)
+                else:
+                    torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
+                    balanced_backward(tasks + balance / len(clusters), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
             meter.add(losses, 1 / t.gradient_accumulation_steps)
+        if weights is not None and accelerator.num_processes > 1: weights.s.grad = accelerator.reduce(weights.s.grad, "mean")   # outside of what DDP wraps
         grad_norm = accelerator.clip_grad_norm_(params.values(), limit)
         lr = lr_scheduler.get_last_lr()[0]
         # fp16 overflows now and then, and the scaler skips such a step; without a scaler one is a fault, with it a long row of them
