@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .core import BadInput
+from .dit import DiT
 
 # %% ../nbs/02_anatomy.ipynb #dd8e3370
 Size = tuple[int, ...]   # of an input or a token grid: rows, columns; for videos frames, rows, columns
@@ -23,7 +24,7 @@ Size = tuple[int, ...]   # of an input or a token grid: rows, columns; for video
 class Anatomy:
     "What patching and routing may know about one class of backbone. Every function takes the model first."
     blocks: Callable[[nn.Module], Sequence[nn.Module]]                # the blocks, in forward order
-    grid_size: Callable[..., Size | list[Size]]                       # the token grid, row by row; a list where blocks differ. A second argument is an input size other than the model's own
+    grid_size: Callable[..., Size | list[Size]]                       # the token grid, row by row; a list where blocks differ. A second argument, named input_size, is a size other than the model's own
     width: Callable[[nn.Module], int | list[int]]                     # channels D of a token; a list where blocks differ
     embed_timestep: Callable[[nn.Module, torch.Tensor], torch.Tensor] # timesteps [B], as the model takes them → e_t [B, D_t], as inside the model
     embedding_width: Callable[[nn.Module], int]                       # D_t
@@ -31,9 +32,11 @@ class Anatomy:
     condition_inputs: tuple[str, ...] = ()                            # the arguments of the model that `condition` looks at
     num_classes: Callable[[nn.Module], int | None] = lambda m: None   # classes the model is conditioned on, without the null class, which has this index
     routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None  # the blocks that routing masks, each with its residuals inside; None: `blocks`
+    called_grid: Callable[[nn.Module, dict], Size] | None = None      # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
     leading_tokens: Callable[[nn.Module, dict], Sequence[int]] | None = None # by block, how many tokens of a text come before the image's in the same stream; None: none
     any_length: bool = False                                          # the blocks take any number of tokens, so that prompts can be prepended
     timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0      # what the model's timestep is multiplied by to lie in 0…T
+    as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t  # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds
     flow_matching: bool = False                                       # time is continuous in [0, T], not an integer in 0…T−1
     timestep_argument: str = "timestep"                               # the model's argument that holds the timestep
     tokens_argument: str = "hidden_states"                            # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; the first if positional
@@ -43,7 +46,10 @@ class Anatomy:
         "The token grid of every block. Raises `BadInput` where neither the model nor `input_size` fixes it."
         if input_size is not None and "input_size" not in inspect.signature(self.grid_size).parameters:
             raise BadInput(f"input_size is {tuple(input_size)}: the anatomy of {type(model).__name__} takes none, its inputs have one size")
-        grid = self.grid_size(model) if input_size is None else self.grid_size(model, input_size=tuple(input_size))
+        if input_size is None: grid = self.grid_size(model)
+        else:
+            try: grid = self.grid_size(model, input_size=tuple(input_size))
+            except ValueError as e: raise BadInput(f"input_size is {tuple(input_size)}: it does not fit a {type(model).__name__}: {e}") from None
         return grid if isinstance(grid, list) else [tuple(grid)] * len(self.blocks(model))
 
     def block_widths(self, model: nn.Module) -> list[int]:
@@ -72,19 +78,19 @@ def learned_variance(model: nn.Module) -> bool:
     "Whether the output holds a variance beside the noise."
     return model.config.out_channels == 2 * model.config.in_channels
 
-_ANATOMIES: dict[str, Anatomy] = {}
+_ANATOMIES: dict[type | str, Anatomy] = {}
 
 def register_backbone(
-    model_class: type | str,  # the class, or its name; subclasses are covered
+    model_class: type | str,  # the class, or the name of one of diffusers' classes; subclasses are covered
     anatomy: Anatomy,
 ) -> Anatomy:
     "Make a class of backbone known to `patch` and `route`. A later registration replaces an earlier one."
-    _ANATOMIES[model_class if isinstance(model_class, str) else model_class.__name__] = anatomy
+    _ANATOMIES[model_class] = anatomy
     return anatomy
 
 def registered() -> dict[str, Anatomy]:
     "The anatomies by the name of their class."
-    return dict(sorted(_ANATOMIES.items()))
+    return dict(sorted(((k if isinstance(k, str) else k.__name__, a) for k, a in _ANATOMIES.items()), key=lambda pair: pair[0]))
 
 def supported_models() -> list[str]:
     "The names of the backbone classes that can be patched and routed."
@@ -93,10 +99,14 @@ def supported_models() -> list[str]:
 def anatomy_of(model: nn.Module) -> Anatomy:
     "The anatomy of a model's class or of the nearest registered base class; raises `BadInput` that says how to register one."
     for cls in type(model).__mro__:
-        if cls.__name__ in _ANATOMIES: return _ANATOMIES[cls.__name__]
+        if cls in _ANATOMIES: return _ANATOMIES[cls]
+        if cls.__name__ in _ANATOMIES and cls.__module__.startswith("diffusers."): return _ANATOMIES[cls.__name__]
+    name, inside = type(model).__name__, None
     if hasattr(model, "_orig_mod"): raise BadInput("this model is compiled already: patch or route it first, then compile it")
-    raise BadInput(f"{type(model).__name__} is not a known backbone: expected one of {', '.join(supported_models())}; "
-                   f"add yours with dmp_wb.register_backbone({type(model).__name__}, dmp_wb.Anatomy(...))")
+    for part in ("transformer", "unet", "module", "base_model"):   # of a pipeline, of DDP, of PEFT
+        if isinstance(getattr(model, part, None), nn.Module): inside = part; break
+    hint = f"; did you mean its .{inside}?" if inside else f"; add yours with dmp_wb.register_backbone({name}, dmp_wb.Anatomy(...))"
+    raise BadInput(f"{name} is not a known backbone: expected one of {', '.join(supported_models())}{hint}")
 
 # %% ../nbs/02_anatomy.ipynb #5fc56293
 def timestep_batch(
@@ -111,22 +121,35 @@ def timestep_batch(
     if t.device.type == "cpu" and not torch.compiler.is_compiling() and bool((t == t[0]).all()): return t[:1]
     return t
 
-# %% ../nbs/02_anatomy.ipynb #a95e502c
-def _grid(model, input_size=None, side="sample_size", patch="patch_size") -> Size:
-    "The token grid of a square model, or of an input of another size."
-    size = input_size or ((model.config[side],) * 2 if isinstance(model.config[side], int) else model.config[side])
-    return tuple(s // model.config[patch] for s in size)
+# %% ../nbs/02_anatomy.ipynb #d17700f0
+def _divide(size: Size, patch: Size) -> Size:
+    "The token grid of an input."
+    if len(size) != len(patch): raise ValueError(f"expected {len(patch)} sides")
+    if any(s % p for s, p in zip(size, patch)): raise ValueError(f"expected multiples of {patch}")
+    return tuple(s // p for s, p in zip(size, patch))
 
-def _embed(embedder: nn.Module, timestep: torch.Tensor) -> torch.Tensor:
-    "diffusers' two steps: sinusoids, then an MLP in its own dtype."
+def _grid(model, input_size=None) -> Size:
+    "The token grid of a model for images, or of an input of another size."
+    side = model.config.sample_size
+    return _divide(input_size or ((side, side) if isinstance(side, int) else tuple(side)), (model.config.patch_size,) * 2)
+
+def _called_grid(model, inputs) -> Size: return tuple(s // model.config.patch_size for s in inputs["hidden_states"].shape[-2:])
+
+def _dtype(model: nn.Module, linear: nn.Linear) -> torch.dtype:
+    "What a layer computes in: its weights' dtype, or the model's where the weights are stored in fewer bits."
+    stored = linear.weight.dtype
+    return stored if stored in (torch.float32, torch.float16, torch.bfloat16, torch.float64) else model.dtype
+
+def _embed(model: nn.Module, embedder: nn.Module, timestep: torch.Tensor) -> torch.Tensor:
+    "diffusers' two steps: sinusoids, then an MLP."
     mlp = embedder.timestep_embedder
-    return mlp(embedder.time_proj(timestep).to(mlp.linear_1.weight.dtype))
+    return mlp(embedder.time_proj(timestep).to(_dtype(model, mlp.linear_1)))
 
 _inner_dim = lambda m: m.config.num_attention_heads * m.config.attention_head_dim
 
-register_backbone("DiT", Anatomy(
+register_backbone(DiT, Anatomy(
     blocks=lambda m: m.blocks,
-    grid_size=lambda m, input_size=None: tuple(s // m.config.patch_size for s in input_size) if input_size else m.grid_size,
+    grid_size=lambda m, input_size=None: _divide(input_size or m.input_size, (m.config.patch_size,) * 2),
     width=lambda m: m.config.hidden_size,
     embed_timestep=lambda m, t: m.t_embedder(t),
     embedding_width=lambda m: m.config.hidden_size,
@@ -138,13 +161,14 @@ register_backbone("DiT", Anatomy(
 
 def _dit_condition(m, timestep, inputs):
     emb = m.transformer_blocks[0].norm1.emb
-    return _embed(emb, timestep) + emb.class_embedder.embedding_table(inputs["class_labels"])   # past its label dropout
+    return _embed(m, emb, timestep) + emb.class_embedder.embedding_table(inputs["class_labels"])   # past its label dropout
 
 register_backbone("DiTTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m.transformer_blocks[0].norm1.emb, t),
+    embed_timestep=lambda m, t: _embed(m, m.transformer_blocks[0].norm1.emb, t),
     embedding_width=_inner_dim,
     condition=_dit_condition,
     condition_inputs=("class_labels",),
@@ -157,13 +181,14 @@ def _pixart_condition(m, timestep, inputs):
     sizes = inputs.get("added_cond_kwargs") or {"resolution": None, "aspect_ratio": None}
     some = next((v for v in sizes.values() if v is not None), timestep)
     emb = m.adaln_single.emb
-    return emb(timestep, **sizes, batch_size=len(some), hidden_dtype=emb.timestep_embedder.linear_1.weight.dtype)
+    return emb(timestep, **sizes, batch_size=len(some), hidden_dtype=_dtype(m, emb.timestep_embedder.linear_1))
 
 register_backbone("PixArtTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m.adaln_single.emb, t),
+    embed_timestep=lambda m, t: _embed(m, m.adaln_single.emb, t),
     embedding_width=_inner_dim,
     condition=_pixart_condition,
     condition_inputs=("added_cond_kwargs",),
@@ -175,7 +200,7 @@ register_backbone("PixArtTransformer2DModel", Anatomy(
 _sana_embedder = lambda m: getattr(m.time_embed, "emb", m.time_embed)   # the latter in models with embedded guidance
 
 def _sana_condition(m, timestep, inputs):
-    e_t, guidance = _embed(_sana_embedder(m), timestep), inputs.get("guidance")
+    e_t, guidance = _embed(m, _sana_embedder(m), timestep), inputs.get("guidance")
     if guidance is None: return e_t
     waves = m.time_embed.guidance_condition_proj(guidance)
     return e_t + m.time_embed.guidance_embedder(waves.to(e_t.dtype))
@@ -183,28 +208,32 @@ def _sana_condition(m, timestep, inputs):
 register_backbone("SanaTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(_sana_embedder(m), t),
+    embed_timestep=lambda m, t: _embed(m, _sana_embedder(m), t),
     embedding_width=_inner_dim,
     condition=_sana_condition,
     condition_inputs=("guidance",),
     timestep_scale=lambda m: 1 / m.config.timestep_scale,
+    as_called=lambda m, t: t * m.config.timestep_scale,
     flow_matching=True,
     tokens_output=0,
 ))
 
 def _hunyuan_condition(m, timestep, inputs):
     e = m.time_extra_emb
-    return e(timestep, inputs["encoder_hidden_states_t5"], inputs.get("image_meta_size"), inputs.get("style"), hidden_dtype=e.timestep_embedder.linear_1.weight.dtype)
+    return e(timestep, inputs["encoder_hidden_states_t5"], inputs.get("image_meta_size"), inputs.get("style"), hidden_dtype=_dtype(m, e.timestep_embedder.linear_1))
 
 register_backbone("HunyuanDiT2DModel", Anatomy(
     blocks=lambda m: m.blocks,
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m.time_extra_emb, t),
+    embed_timestep=lambda m, t: _embed(m, m.time_extra_emb, t),
     embedding_width=lambda m: m.time_extra_emb.timestep_embedder.linear_2.out_features,
     condition=_hunyuan_condition,
     condition_inputs=("encoder_hidden_states_t5", "image_meta_size", "style"),
+    as_called=lambda m, t: t.to(m.dtype),
     tokens_output=0,
 ))
 
@@ -218,8 +247,9 @@ def _text_time_condition(m, timestep, inputs):
 register_backbone("SD3Transformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m.time_text_embed, t),
+    embed_timestep=lambda m, t: _embed(m, m.time_text_embed, t),
     embedding_width=_inner_dim,
     condition=_text_time_condition,
     condition_inputs=("pooled_projections",),
@@ -228,15 +258,23 @@ register_backbone("SD3Transformer2DModel", Anatomy(
     tokens_output=1,
 ))
 
+def _flux_grid(m, inputs):
+    "From the positions of the tokens. None where asking would break a compiled graph, or there is nobody to ask."
+    ids = inputs["img_ids"]
+    if torch.compiler.is_compiling() or ids.device.type == "meta": return None
+    return tuple((ids.flatten(0, -2)[:, 1:].amax(0) + 1).long().tolist())
+
 register_backbone("FluxTransformer2DModel", Anatomy(
     blocks=lambda m: [*m.transformer_blocks, *m.single_transformer_blocks],
-    grid_size=lambda m, input_size=(128, 128): tuple(s // 2 for s in input_size),
+    grid_size=lambda m, input_size=(128, 128): _divide(input_size, (2, 2)),
+    called_grid=_flux_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m.time_text_embed, t.to(m.x_embedder.weight.dtype) * 1000),   # in the model's dtype, as the model does
+    embed_timestep=lambda m, t: _embed(m, m.time_text_embed, t.to(_dtype(m, m.x_embedder)) * 1000),   # in the model's dtype, as the model does
     embedding_width=_inner_dim,
     condition=_text_time_condition,
     condition_inputs=("pooled_projections", "guidance"),
     timestep_scale=lambda m: 1000.0,
+    as_called=lambda m, t: t.to(m.dtype) / 1000,
     flow_matching=True,
     tokens_output=1,
 ))
@@ -247,29 +285,32 @@ def _auraflow_text(m, inputs):
 
 def _auraflow_embedding(m, timestep):
     waves = m.time_step_embed(timestep)   # multiplies by 1000 itself
-    return m.time_step_proj(waves.to(m.time_step_proj.linear_1.weight.dtype))
+    return m.time_step_proj(waves.to(_dtype(m, m.time_step_proj.linear_1)))
 
 register_backbone("AuraFlowTransformer2DModel", Anatomy(
     blocks=lambda m: [*m.joint_transformer_blocks, *m.single_transformer_blocks],
     grid_size=_grid,
+    called_grid=_called_grid,
     width=_inner_dim,
     embed_timestep=_auraflow_embedding,
     embedding_width=_inner_dim,
     leading_tokens=_auraflow_text,
     timestep_scale=lambda m: 1000.0,
+    as_called=lambda m, t: (t / 1000).to(m.dtype),
     flow_matching=True,
     any_length=True,
     tokens_output=1,
 ))
 
-# %% ../nbs/02_anatomy.ipynb #75938081
+# %% ../nbs/02_anatomy.ipynb #94627a27
 def _cogvideox_grid(m, input_size=None):
     c = m.config
+    if input_size is not None and len(input_size) != 3: raise ValueError("expected frames, rows and columns")
     frames, rows, columns = input_size or ((c.sample_frames - 1) // c.temporal_compression_ratio + 1, c.sample_height, c.sample_width)
     return (-(-frames // (c.patch_size_t or 1)), rows // c.patch_size, columns // c.patch_size)
 
 def _cogvideox_embedding(m, timestep):
-    return m.time_embedding(m.time_proj(timestep).to(m.time_embedding.linear_1.weight.dtype))
+    return m.time_embedding(m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1)))
 
 def _cogvideox_condition(m, timestep, inputs):
     e_t = _cogvideox_embedding(m, timestep)
@@ -278,6 +319,7 @@ def _cogvideox_condition(m, timestep, inputs):
 register_backbone("CogVideoXTransformer3DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_cogvideox_grid,
+    called_grid=lambda m, inputs: _cogvideox_grid(m, (inputs["hidden_states"].shape[1], *inputs["hidden_states"].shape[-2:])),
     width=_inner_dim,
     embed_timestep=_cogvideox_embedding,
     embedding_width=lambda m: m.config.time_embed_dim,
@@ -288,11 +330,12 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
 
 def _wan_embedding(m, timestep):
     e = m.condition_embedder
-    return e.time_embedder(e.timesteps_proj(timestep).to(e.time_embedder.linear_1.weight.dtype))
+    return e.time_embedder(e.timesteps_proj(timestep).to(_dtype(m, e.time_embedder.linear_1)))
 
 register_backbone("WanTransformer3DModel", Anatomy(
     blocks=lambda m: m.blocks,
-    grid_size=lambda m, input_size=(21, 60, 104): tuple(s // p for s, p in zip(input_size, m.config.patch_size)),
+    grid_size=lambda m, input_size=(21, 60, 104): _divide(input_size, tuple(m.config.patch_size)),
+    called_grid=lambda m, inputs: tuple(s // p for s, p in zip(inputs["hidden_states"].shape[-3:], m.config.patch_size)),
     width=_inner_dim,
     embed_timestep=_wan_embedding,
     embedding_width=_inner_dim,
@@ -311,6 +354,7 @@ def _unet_grids(m, input_size=None):
     size = input_size or m.config.sample_size
     if size is None: raise BadInput(f"this {type(m).__name__} fixes no sample_size: expected an input_size (height, width) in the patch's config")
     level = (size, size) if isinstance(size, int) else tuple(size)
+    if len(level) != 2: raise ValueError("expected rows and columns")
     down = []
     for block in m.down_blocks:
         down.append(level)
@@ -331,7 +375,7 @@ def _unet_routed(m):
     return units
 
 def _unet_embedding(m, timestep):
-    return m.time_embedding(m.time_proj(timestep).to(m.time_embedding.linear_1.weight.dtype))
+    return m.time_embedding(m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1)))
 
 def _unet2d_condition(m, timestep, inputs):
     e_t, labels = _unet_embedding(m, timestep), inputs.get("class_labels")
@@ -340,7 +384,7 @@ def _unet2d_condition(m, timestep, inputs):
     return e_t + m.class_embedding(labels).to(e_t.dtype)
 
 def _unet2d_condition_condition(m, timestep, inputs):
-    waves = m.time_proj(timestep).to(m.time_embedding.linear_1.weight.dtype)
+    waves = m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1))
     c = m.time_embedding(waves, inputs.get("timestep_cond"))
     label = m.get_class_embed(c, inputs.get("class_labels"))
     if label is not None:

@@ -37,7 +37,8 @@ def unknown(
 ) -> BadInput:
     "The error for an unknown name: it suggests the nearest known one and lists the rest."
     known = sorted(map(str, known))
-    near = difflib.get_close_matches(str(name or word), known, n=1, cutoff=0.5)
+    lower = {k.lower(): k for k in known}
+    near = [lower[k] for k in difflib.get_close_matches(str(name or word).lower(), lower, n=1, cutoff=0.5)]
     if not near: # "lr" for "optim.lr": compare with the last part of each dotted name
         last = str(word).split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == last][:1]

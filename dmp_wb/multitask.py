@@ -134,13 +134,13 @@ class MultitaskConfig:
     method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
     clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
     k: int = 8                   # intervals
-    lr: float = 0.025            # of the weights that uw learns
+    uw_lr: float = 0.025         # learning rate of the weights that uw learns
 
     def check(self):
         "Raise `BadInput` for unknown names and numbers that make no sense."
         if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
         if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
-        if not 0 < self.lr < math.inf: raise BadInput(f"multitask.lr is {self.lr}: expected a number > 0")
+        if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
 
 def make_clusters(
     config: MultitaskConfig,

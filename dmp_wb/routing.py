@@ -14,7 +14,7 @@ from torch import nn
 
 from .anatomy import anatomy_of
 from .core import BadInput, unknown
-from .hooks import HOOKS_NAME, Call, Operation, hooks_of
+from .hooks import HOOKS_NAME, Call, Operation, attach, hooks_of
 
 # %% ../nbs/04_routing.ipynb #16e103ff
 KINDS = ("dtr", "random")
@@ -33,7 +33,8 @@ class DTRConfig:
         if not (isinstance(self.sharing_ratio, (int, float)) and 0 < self.sharing_ratio <= 1): raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected a number in (0, 1]")
         if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")): raise BadInput(f"alpha is {self.alpha}: expected a number > 0")
         if self.kind not in KINDS: raise unknown("kind of route", self.kind, KINDS)
-        if self.num_train_timesteps < 2: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
+        if not isinstance(self.seed, int): raise BadInput(f"seed is {self.seed!r}: expected a whole number")
+        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."
@@ -51,7 +52,7 @@ def mask_starts(
     u = (timesteps.to(wide) * (1 / (config.num_train_timesteps - 1))).clamp(0, 1)
     return (u**config.alpha * (channels - config.kept_channels(channels))).round().long()
 
-def _hash(x: torch.Tensor) -> torch.Tensor:
+def _hash(x):
     "A 32-bit mix of integers, held in int64 (the finaliser of MurmurHash3)."
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)): x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return x
@@ -62,7 +63,7 @@ def _masks(timesteps: torch.Tensor, channels: int, config: DTRConfig) -> torch.T
         start = mask_starts(timesteps, channels, config)[:, None]
         return (channel >= start) & (channel < start + kept)
     t = timesteps.round().long().clamp(0, config.num_train_timesteps - 1)
-    score = _hash(_hash(t[:, None] + (config.seed << 20 & 0xFFFFFFFF)) ^ _hash(channel + 0x9E3779B9))
+    score = _hash(_hash(t[:, None] ^ _hash(config.seed & 0xFFFFFFFF)) ^ _hash(channel + 0x9E3779B9))
     chosen = score.topk(kept, dim=1).indices
     return torch.zeros_like(score, dtype=torch.bool).scatter(1, chosen, True)
 
@@ -75,8 +76,8 @@ def routing_mask(
     "The masks of any timesteps. Raises `BadInput` for settings that make no sense and negative timesteps."
     config = dataclasses.replace(config or DTRConfig(), **changes)
     config.check()
-    t = torch.atleast_1d(torch.as_tensor(timesteps))
-    if not (t >= 0).all(): raise BadInput(f"timestep {t[~(t >= 0)][0].item():g} is out of range: expected 0 to {config.num_train_timesteps}")
+    t = torch.as_tensor(timesteps).reshape(-1)
+    if not (t >= 0).all(): raise BadInput(f"timestep {t[~(t >= 0)][0].item():g} is out of range: expected 0 or more")
     if channels < 1: raise BadInput(f"channels is {channels}: expected at least 1")
     return _masks(t, channels, config).float()
 
@@ -85,14 +86,17 @@ class Router(Operation):
     "The masks on one model: what `route` returns."
     rank, key = 2, "route"
 
-    def __init__(self, config: DTRConfig):
+    def __init__(self, model: nn.Module, config: DTRConfig):
         config.check()
-        self.config = config
+        self.config = dataclasses.replace(config)   # the caller's stays the caller's
+        anatomy = anatomy_of(model)
+        self.scale = anatomy.timestep_scale(model)
+        for width in {*anatomy.block_widths(model)}: config.kept_channels(width)
 
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]: return list(enumerate(anatomy_of(model).routed(model)))
 
     def start(self, call: Call):
-        t = call.timestep if self._scale == 1 else call.timestep.float() * self._scale   # not in bf16, which would round to the nearest four
+        t = call.timestep if self.scale == 1 else call.timestep.float() * self.scale   # not in bf16, which would round to the nearest four
         call.state[self.key] = {"timesteps": t, "masks": {}, "kept": {}}
 
     def _mask(self, x: torch.Tensor, first: int, state: dict) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
@@ -120,9 +124,8 @@ def route(
 ) -> Router:
     "Send every timestep through its own channels of a model's blocks. Raises `BadInput` if the model is routed already or the settings make no sense."
     if get_router(model) is not None: raise BadInput(f"this {type(model).__name__} is routed already: unroute it first")
-    router = Router(config or DTRConfig())
-    router._scale = anatomy_of(model).timestep_scale(model)
-    hooks_of(model).attach(router)
+    router = Router(model, config or DTRConfig())
+    attach(model, router)
     return router
 
 def get_router(model: nn.Module) -> Router | None:

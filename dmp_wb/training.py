@@ -144,7 +144,7 @@ def train(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process: write_config(run, exp)
 
-    groups = param_groups(backbone, exp) + ([{"params": list(weights.parameters()), "lr": exp.multitask.lr, "weight_decay": 0.0}] if weights else [])
+    groups = param_groups(backbone, exp) + ([{"params": list(weights.parameters()), "lr": exp.multitask.uw_lr, "weight_decay": 0.0}] if weights else [])
     optimizer = torch.optim.AdamW(groups, lr=exp.optim.lr, betas=exp.optim.betas, weight_decay=exp.optim.weight_decay, foreach=True)
     lr_scheduler = get_scheduler(exp.optim.lr_scheduler, optimizer, num_warmup_steps=exp.optim.lr_warmup_steps, num_training_steps=t.steps)
     model, optimizer = accelerator.prepare(backbone, optimizer)

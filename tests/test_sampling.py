@@ -28,9 +28,6 @@ def test_image_i_is_the_same_in_any_batch(name, out_channels):
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
 
-wb.register_backbone("Oracle", wb.Anatomy(*[None] * 5))
-
-
 class Oracle(torch.nn.Module):
     "Knows the one image there is, and so the exact noise in any x_t."
     def __init__(self, image, learned=False, target="epsilon"):
@@ -46,6 +43,9 @@ class Oracle(torch.nn.Module):
         eps = (x - a * self.image) / b
         out = {"epsilon": eps, "sample": self.image.expand_as(x), "v_prediction": a * eps - b * self.image, "flow_prediction": eps - self.image}[self.target]
         return type("Out", (), {"sample": torch.cat([out, torch.zeros_like(out)], 1) if self.learned else out})
+
+
+wb.register_backbone(Oracle, wb.Anatomy(*[None] * 5))
 
 
 @pytest.mark.parametrize("learned", [False, True])
