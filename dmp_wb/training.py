@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['make_model', 'trainable', 'param_groups', 'draw_batch', 'train', 'make_accelerator', 'check_folder', 'versions',
-           'write_config', 'append_row', 'resume', 'Meter', 'export', 'start_cpu_processes', 'main']
+           'write_config', 'append_row', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite', 'Meter',
+           'export', 'start_cpu_processes', 'main']
 
 # %% ../nbs/10_training.ipynb #259bea6e
 import argparse
@@ -14,8 +15,10 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,12 +31,13 @@ from accelerate.state import AcceleratorState
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import save
 from torch import nn
 
 from .anatomy import anatomy_of, input_size
-from .checkpoints import Run, drop_checkpoints_after, fingerprint, load_checkpoint, load_model, newest_checkpoint, read_rows, save_checkpoint, trained_objective
+from .checkpoints import Run, drop_checkpoints_after, fingerprint, load_checkpoint, load_model, newest_checkpoint, read_rows, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, runs_root, seed_of, short, write_atomic, write_json
+from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, read_json, runs_root, seed_of, short, write_atomic, write_json
 from .data import EpochOrder, ImageData, load_data
 from .dit import DiT
 from .multitask import UncertaintyWeighting, balanced_backward, balanced_timesteps, interval_losses, make_aggregator, make_clusters
@@ -116,9 +120,13 @@ def train(
 ) -> Run:
     """Train, and return the run. A run folder with checkpoints of the same experiment is resumed; a finished one is returned as it is.
 
-    Raises `BadInput` before anything is written if the experiment cannot work, or if the folder holds another experiment;
-    `FloatingPointError` at the step where the gradient stops being finite (with fp16, after twenty such steps in a row).
+    SIGTERM and SIGUSR1 (as Slurm sends before it pre-empts a job) end it after the step that is running, with a checkpoint; the run is then not finished.
+    Raises `BadInput` before anything is written if the experiment cannot work, if the folder holds another experiment, or if another process writes it;
+    `FloatingPointError` at the step where the loss or the gradient stops being finite, unless `train.on_nonfinite` says otherwise.
     """
+    with contextlib.ExitStack() as held: return _train(experiment, overrides, folder, held)
+
+def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     exp = load_experiment(experiment, overrides)
     t = exp.train
     if exp.base and Path(exp.base).exists(): exp.base = str(Path(exp.base).resolve())   # the run must find it from any folder
@@ -141,8 +149,10 @@ def train(
     if run.finished:
         say(f"{short(run.folder)} is finished: nothing to do")
         return run
+    if accelerator.is_main_process: held.enter_context(run_lock(run.folder))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process: write_config(run, exp)
+    asked = held.enter_context(asked_to_stop())
 
     groups = param_groups(backbone, exp) + ([{"params": list(weights.parameters()), "lr": exp.multitask.uw_lr, "weight_decay": 0.0}] if weights else [])
     optimizer = torch.optim.AdamW(groups, lr=exp.optim.lr, betas=exp.optim.betas, weight_decay=exp.optim.weight_decay, foreach=True)
@@ -156,16 +166,19 @@ def train(
     base_fingerprint = fingerprint(backbone) if ptch is not None else None
 
     meter = Meter(accelerator)
-    start = resume(run, accelerator, params, ema, optimizer, lr_scheduler, meter)
+    start, rate = resume(run, accelerator, params, ema, optimizer, lr_scheduler, meter)
+    lr_scale, nonfinite = rate["lr_scale"], rate["nonfinite"]
+    if (run.folder / "rollback.json").exists() and (rollback := read_json(run.folder / "rollback.json"))["step"] == start: lr_scale = scale_rate(optimizer, lr_scheduler, rollback["lr_scale"], lr_scale)
     say(f"{exp.method} {exp.name}: {sum(p.numel() for p in params.values()):,} of {sum(p.numel() for p in backbone.parameters()):,} parameters train, "
         f"{t.batch_size} images a step on {accelerator.num_processes} × {accelerator.device.type}" + (f", resumed at step {start}" if start else ""))
 
     # this process's places in the global batch, one micro-step after another
     places = torch.arange(t.batch_size).view(t.gradient_accumulation_steps, accelerator.num_processes, share)[:, accelerator.process_index].flatten()
     limit = float("inf") if exp.optim.max_grad_norm is None else exp.optim.max_grad_norm
-    skipped = 0
+    in_a_row = 0
     bar = progress(total=t.steps, initial=start, desc=exp.name, unit="step", disable=not accelerator.is_main_process)
-    for step in range(start, t.steps):
+    step = start
+    while step < t.steps:
         torch.manual_seed(seed_of(exp.seed, "model", step, accelerator.process_index))  # for backbones with dropout
         mine = draw_batch(exp, data, order, step, null, places, clusters)
         for micro in range(t.gradient_accumulation_steps):
@@ -195,26 +208,47 @@ def train(
         if weights is not None and accelerator.num_processes > 1: weights.s.grad = accelerator.reduce(weights.s.grad, "mean")   # outside of what DDP wraps
         grad_norm = accelerator.clip_grad_norm_(params.values(), limit)
         lr = lr_scheduler.get_last_lr()[0]
-        # fp16 overflows now and then, and the scaler skips such a step; without a scaler one is a fault, with it a long row of them
-        skipped = skipped + 1 if not torch.isfinite(grad_norm) else 0
-        if skipped > (0 if accelerator.scaler is None else 20):
-            raise FloatingPointError(f"the gradient is not finite at step {step} of {run.folder}; the newest checkpoint is {newest_checkpoint(run.folder)}")
-        optimizer.step()
-        if not skipped:
+        bad = not torch.isfinite(grad_norm + losses["loss"].detach())   # the gradient is averaged, so every process sees the same; the loss only adds a local cause
+        bad = bool(accelerator.reduce(torch.tensor(float(bad), device=accelerator.device), "sum")) if accelerator.num_processes > 1 else bad
+        in_a_row = in_a_row + 1 if bad else 0
+        scaling = accelerator.scaler is not None   # fp16 overflows now and then: the scaler skips such a step and lowers its scale
+        if bad and not (scaling and in_a_row <= 20):
+            if exp.train.on_nonfinite == "stop" or (exp.train.on_nonfinite == "skip" and in_a_row > t.nonfinite_limit):
+                stop_at_nonfinite(run, step, mine, losses, grad_norm, accelerator)
+            if exp.train.on_nonfinite == "rollback":
+                if lr_scale < 0.5**(t.nonfinite_limit - 0.5): stop_at_nonfinite(run, step, mine, losses, grad_norm, accelerator)
+                optimizer.zero_grad(set_to_none=True)
+                back, rate = resume(run, accelerator, params, ema, optimizer, lr_scheduler, meter)
+                lr_scale = scale_rate(optimizer, lr_scheduler, 0.5 * lr_scale, rate["lr_scale"])
+                if accelerator.is_main_process: write_json(run.folder / "rollback.json", {"step": back, "lr_scale": lr_scale})   # for a kill before the next checkpoint
+                say(f"step {step} was not finite: back to step {back} at {lr_scale:g} × the rate")
+                bar.n, bar.initial = back, back
+                step, in_a_row = back, 0
+                continue
+            nonfinite += 1
+        if not bad or scaling: optimizer.step()
+        if not bad:
             lr_scheduler.step()
             ema.step(params.values())
         optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
+        step += 1
         bar.update()
-        if done % t.log_every == 0 or done == t.steps:
-            row = {"step": done, **meter.means(t.batch_size), "lr": lr, "grad_norm": float(grad_norm)}
+        stop = asked() if accelerator.num_processes == 1 else int(accelerator.reduce(torch.tensor(asked(), device=accelerator.device), "sum"))
+        if step % t.log_every == 0 or step == t.steps:
+            row = {"step": step, **meter.means(t.batch_size), "lr": lr, "grad_norm": float(grad_norm), **({"skipped": nonfinite} if exp.train.on_nonfinite == "skip" else {})}
             if accelerator.is_main_process: append_row(run, row)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-        if accelerator.is_main_process and (done % t.checkpoint_every == 0 or done == t.steps):
-            save_checkpoint(run.folder, done, {
+        if accelerator.is_main_process and (step % t.checkpoint_every == 0 or step == t.steps or stop):
+            save_checkpoint(run.folder, step, {
                 "model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
-                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "meter": meter.state()}, t.keep_last)
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "meter": meter.state(), "rate": {"lr_scale": lr_scale, "nonfinite": nonfinite}},
+                t.keep_last, t.keep_every, t.keep_best)
+        if stop and step < t.steps:
+            bar.close()
+            accelerator.wait_for_everyone()
+            say(f"stopped by a signal at step {step}, with a checkpoint: run it again to go on")
+            return run
     bar.close()
     if accelerator.is_main_process: export(run, backbone, params, ema, t.steps, {"base_fingerprint": base_fingerprint} if base_fingerprint else {})
     accelerator.wait_for_everyone()
@@ -259,8 +293,8 @@ def append_row(run: Run, row: dict):
     "One line of metrics.jsonl."
     with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
 
-def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, lr_scheduler, meter: "Meter") -> int:
-    "Load the newest whole checkpoint, if there is one, and return the step to go on from; later lines of metrics.jsonl are cut off."
+def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, lr_scheduler, meter: "Meter") -> tuple[int, dict]:
+    "Load the newest whole checkpoint, if there is one, and return the step to go on from and what became of the rate; later lines of metrics.jsonl are cut off."
     folder = newest_checkpoint(run.folder)
     state = load_checkpoint(folder) if folder else {"step": 0}
     if folder:
@@ -278,7 +312,33 @@ def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, opti
         file = run.folder / "metrics.jsonl"
         if file.exists(): write_atomic(file, "".join(json.dumps(row) + "\n" for row in read_rows(file) if row["step"] <= state["step"]))
     accelerator.wait_for_everyone()
-    return state["step"]
+    return state["step"], state.get("rate", {"lr_scale": 1.0, "nonfinite": 0})
+
+@contextlib.contextmanager
+def asked_to_stop():
+    "Inside this context SIGTERM and SIGUSR1 do not kill the process; what is yielded says 1 once one has come. Outside of the main thread, where signals cannot be caught, always 0."
+    came, before = [], {}
+
+    def note(number, frame): came.append(number)
+    if threading.current_thread() is threading.main_thread(): before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try: yield lambda: int(bool(came))
+    finally:
+        for n, handler in before.items(): signal.signal(n, handler)
+
+def scale_rate(optimizer, lr_scheduler, new: float, old: float) -> float:
+    "Change every learning rate from `old` times the experiment's to `new` times it; returns `new`."
+    inner, factor = getattr(lr_scheduler, "scheduler", lr_scheduler), new / old
+    inner.base_lrs, inner._last_lr = [lr * factor for lr in inner.base_lrs], [lr * factor for lr in inner._last_lr]
+    for group in optimizer.param_groups: group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
+    return new
+
+def stop_at_nonfinite(run: Run, step: int, batch: dict, losses: dict, grad_norm: torch.Tensor, accelerator: Accelerator):
+    "Save the batch of a step whose loss or gradient is not finite, for inspection, and raise."
+    file = run.folder / f"nonfinite-step-{step:07d}-process-{accelerator.process_index}.safetensors"
+    facts = {"step": str(step), "grad_norm": str(float(grad_norm)), **{k: str(float(v)) for k, v in losses.items()}}
+    write_atomic(file, save({k: v.detach().cpu().contiguous() for k, v in batch.items()}, metadata=facts))
+    raise FloatingPointError(f"the loss or gradient is not finite at step {step} of {run.folder} (loss {facts['loss']}, gradient norm {facts['grad_norm']}); "
+                             f"its batch and timesteps are in {file.name}, the newest checkpoint is {newest_checkpoint(run.folder)}")
 
 class Meter:
     "Means of losses since the last line, over all processes, without waiting for the device in between."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'METHOD_LABELS', 'GATES', 'MAGNITUDE', 'ROUTES', 'method_colour', 'method_label', 'sample_grid',
-           'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy', 'routing_masks', 'training_curves',
-           'distances']
+           'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy', 'routing_masks', 'timestep_affinities',
+           'training_curves', 'distances']
 
 # %% ../nbs/13_viz.ipynb #f4fbfd0b
 import math
@@ -208,6 +208,27 @@ def routing_masks(
         if i // columns == rows - 1: ax.set_xlabel("timestep")
     swatches = [Patch(color=ROUTES(1.0), label="through the block"), Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
     fig.legend(handles=swatches, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    if title: fig.suptitle(title, fontsize=11)
+    return fig
+
+# %% ../nbs/13_viz.ipynb #30cb11af
+def timestep_affinities(
+    matrices: Mapping[str, Sequence],  # title → [n, n] similarities
+    timesteps: Mapping[str, Sequence] | Sequence,  # the first and last timestep on the axes, or those of each matrix
+    title: str | None = None,
+) -> Figure:
+    "Similarity of every two timesteps, one panel a measure, each with a scale of its own."
+    fig, axes = _figure(1, len(matrices), 3.3 * len(matrices), 2.9 + (0.3 if title else 0))
+    for ax, (name, m) in zip(axes[0], matrices.items()):
+        m = _array(m)
+        if m.ndim != 2 or m.shape[0] != m.shape[1]: raise BadInput(f"{name!r} has shape {m.shape}: expected [n, n]")
+        ends = timesteps[name] if isinstance(timesteps, Mapping) else timesteps
+        first, last = float(ends[0]), float(ends[-1])
+        off = m[~np.eye(len(m), dtype=bool)]   # the diagonal is one and would use up the scale
+        im = ax.imshow(m, cmap=MAGNITUDE, vmin=off.min(), vmax=off.max(), interpolation="nearest", origin="lower", extent=(first, last, first, last))
+        ax.set(title=name, xlabel="timestep")
+        fig.colorbar(im, ax=ax, shrink=0.85).ax.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("timestep")
     if title: fig.suptitle(title, fontsize=11)
     return fig
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,7 +302,7 @@ def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
     import dmp_wb.checkpoints as checkpoints
     def full(*a, **k): raise OSError(28, "No space left on device")
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space"): save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
+    with pytest.raises(BadInput, match="No space.*older checkpoints are untouched"): save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"] and newest_checkpoint(tmp_path)
 
 
@@ -406,3 +407,118 @@ def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "export", die)
     with pytest.raises(Killed): wb.train(small(), folder=tmp_path / "r")
     with pytest.raises(BadInput, match="has not finished training"): wb.load_model(tmp_path / "r")
+
+
+# --- stability, signals, and one writer at a time
+
+def poison(monkeypatch, steps, times=10**9):
+    "Make the images of some steps not finite, at most so many times."
+    import dmp_wb.training as training
+    original, left = training.draw_batch, [times]
+
+    def draw(exp, data, order, step, *args, **kwargs):
+        batch = original(exp, data, order, step, *args, **kwargs)
+        if step in steps and left[0] > 0:
+            left[0] -= 1
+            batch["images"] = batch["images"] * float("inf")
+        return batch
+    monkeypatch.setattr(training, "draw_batch", draw)
+
+
+def test_a_step_that_is_not_finite_stops_and_is_kept(tmp_path, monkeypatch):
+    poison(monkeypatch, [5])
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5 of .*its batch and timesteps are in (\S+), the newest checkpoint is .*step-0000003") as e: wb.train(small(), folder=tmp_path / "run")
+    file = tmp_path / "run" / e.value.args[0].split("are in ")[1].split(",")[0]
+    from safetensors import safe_open
+    with safe_open(file, "pt") as f:
+        assert set(f.keys()) == {"images", "noise", "timesteps", "class_labels"} and len(f.get_tensor("timesteps")) == 16 and f.metadata()["step"] == "5"
+    monkeypatch.undo()
+    assert equal(weights(wb.train(small(), folder=tmp_path / "run")), weights(wb.train(small(), folder=tmp_path / "whole")))   # and the run goes on once the cause is gone
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, [2, 5])
+    run = wb.train(small(extra=["train.on_nonfinite=skip"]), folder=tmp_path / "run")
+    assert run.metrics()["skipped"] == [0, 1, 2, 2] and all(torch.isfinite(w).all() for w in weights(run).values())
+    monkeypatch.undo()
+    monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path))
+    poison(monkeypatch, range(3, 8))
+    with pytest.raises(FloatingPointError, match="at step 5"): wb.train(small(extra=["train.on_nonfinite=skip", "train.nonfinite_limit=2"]), folder=tmp_path / "many")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_rolling_back_to_a_lower_rate(killed, tmp_path, monkeypatch):
+    import dmp_wb.training as training
+    extra = ["train.on_nonfinite=rollback", "train.log_every=1"]
+    poison(monkeypatch, [4], times=2)
+    if killed:   # right after the second rollback
+        original = training.append_row
+
+        def die(run, row):
+            if (tmp_path / "run" / "rollback.json").exists() and json.loads((tmp_path / "run" / "rollback.json").read_text())["lr_scale"] == 0.25: raise Killed
+            original(run, row)
+        monkeypatch.setattr(training, "append_row", die)
+        with pytest.raises(Killed): wb.train(small(extra=extra), folder=tmp_path / "run")
+        monkeypatch.setattr(training, "append_row", original)
+    run = wb.train(small(extra=extra), folder=tmp_path / "run")
+    lr = run.metrics()["lr"]
+    plain = wb.train(small(extra=["train.log_every=1"]), folder=tmp_path / "plain").metrics()["lr"]
+    assert run.metrics()["step"] == list(range(1, 9)) and lr[:3] == plain[:3] and lr[3:] == pytest.approx([v / 4 for v in plain[3:]])
+    poison(monkeypatch, [4])
+    with pytest.raises(FloatingPointError, match="at step 4"): wb.train(small(extra=[*extra, "train.nonfinite_limit=3"]), folder=tmp_path / "never")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pre_emption_saves_and_leaves(number, processes, tmp_path):
+    if processes == 2 and number == signal.SIGUSR1: pytest.skip("torchrun passes on SIGTERM alone")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = [*SMALL, "train.steps=100000", "train.checkpoint_every=100000", "train.log_every=5"]
+    command = [sys.executable, "-m", "dmp_wb.training"] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dmp_wb.training"]
+    process = subprocess.Popen([*command, "digits-quick", *settings, "--folder", str(tmp_path / "run")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    last = Run(tmp_path / "run").metrics()["step"][-1]
+    saved = load_checkpoint(newest_checkpoint(tmp_path / "run"))["step"]
+    assert last <= saved < last + 5 and not Run(tmp_path / "run").finished, out[-2000:]
+    if processes == 1: assert f"stopped by a signal at step {saved}" in out
+
+
+def test_two_runs_cannot_write_one_folder(tmp_path):
+    from dmp_wb.checkpoints import run_lock
+    with run_lock(tmp_path / "run"), pytest.raises(BadInput, match=rf"is being written by process {os.getpid()} on .*expected to be the only one"): wb.train(small(), folder=tmp_path / "run")
+    assert wb.train(small(), folder=tmp_path / "run").finished
+
+
+def test_which_checkpoints_stay(tmp_path):
+    run = wb.train(small(extra=["train.checkpoint_every=1", "train.log_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]), folder=tmp_path / "run")
+    from dmp_wb.checkpoints import best_checkpoint
+    loss = run.metrics()["loss"]
+    best = 1 + loss.index(min(loss))
+    assert [int(p.name[5:]) for p in list_checkpoints(run.folder)] == sorted({3, 6, 7, 8, best}) and best_checkpoint(run.folder).name == f"step-{best:07d}"
+    with pytest.raises(BadInput, match="train.keep_every is 4: expected a multiple of train.checkpoint_every 3"): small(extra=["train.keep_every=4"])
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    import dmp_wb.checkpoints as checkpoints
+    original, calls = checkpoints.write_json, []
+
+    def full(path, obj):
+        calls.append(path)
+        if len(calls) > 2: raise OSError(28, "No space left on device")
+        return original(path, obj)
+    monkeypatch.setattr(checkpoints, "write_json", full)
+    with pytest.raises(BadInput, match="checkpoint of step 6 cannot be written below .*No space left on device; the older checkpoints are untouched"): wb.train(small(), folder=tmp_path / "run")
+    monkeypatch.undo()
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-0000003"] and not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    assert equal(weights(wb.train(small(), folder=tmp_path / "run")), weights(wb.train(small(), folder=tmp_path / "whole")))
+
+
+def test_killed_at_random_moments():
+    "Twenty kills, in pre-training and in DMP, with one process and with two. `--kills 20` kills each of the four so often."
+    drill = Path(__file__).parent / "drills" / "kill_and_resume.py"
+    done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, done.stdout + done.stderr[-3000:]
