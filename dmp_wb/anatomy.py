@@ -145,7 +145,13 @@ def _embed(model: nn.Module, embedder: nn.Module, timestep: torch.Tensor) -> tor
     mlp = embedder.timestep_embedder
     return mlp(embedder.time_proj(timestep).to(_dtype(model, mlp.linear_1)))
 
+def _time_embedding(m, timestep):
+    "The same where both are the model's own: CogVideoX and the U-Nets."
+    return m.time_embedding(m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1)))
+
 _inner_dim = lambda m: m.config.num_attention_heads * m.config.attention_head_dim
+
+_IMAGES = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)   # diffusers' transformers for images
 
 register_backbone(DiT, Anatomy(
     blocks=lambda m: m.blocks,
@@ -165,9 +171,7 @@ def _dit_condition(m, timestep, inputs):
 
 register_backbone("DiTTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=lambda m, t: _embed(m, m.transformer_blocks[0].norm1.emb, t),
     embedding_width=_inner_dim,
     condition=_dit_condition,
@@ -185,9 +189,7 @@ def _pixart_condition(m, timestep, inputs):
 
 register_backbone("PixArtTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=lambda m, t: _embed(m, m.adaln_single.emb, t),
     embedding_width=_inner_dim,
     condition=_pixart_condition,
@@ -207,9 +209,7 @@ def _sana_condition(m, timestep, inputs):
 
 register_backbone("SanaTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=lambda m, t: _embed(m, _sana_embedder(m), t),
     embedding_width=_inner_dim,
     condition=_sana_condition,
@@ -226,9 +226,7 @@ def _hunyuan_condition(m, timestep, inputs):
 
 register_backbone("HunyuanDiT2DModel", Anatomy(
     blocks=lambda m: m.blocks,
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=lambda m, t: _embed(m, m.time_extra_emb, t),
     embedding_width=lambda m: m.time_extra_emb.timestep_embedder.linear_2.out_features,
     condition=_hunyuan_condition,
@@ -246,9 +244,7 @@ def _text_time_condition(m, timestep, inputs):
 
 register_backbone("SD3Transformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=lambda m, t: _embed(m, m.time_text_embed, t),
     embedding_width=_inner_dim,
     condition=_text_time_condition,
@@ -289,9 +285,7 @@ def _auraflow_embedding(m, timestep):
 
 register_backbone("AuraFlowTransformer2DModel", Anatomy(
     blocks=lambda m: [*m.joint_transformer_blocks, *m.single_transformer_blocks],
-    grid_size=_grid,
-    called_grid=_called_grid,
-    width=_inner_dim,
+    **_IMAGES,
     embed_timestep=_auraflow_embedding,
     embedding_width=_inner_dim,
     leading_tokens=_auraflow_text,
@@ -309,11 +303,8 @@ def _cogvideox_grid(m, input_size=None):
     frames, rows, columns = input_size or ((c.sample_frames - 1) // c.temporal_compression_ratio + 1, c.sample_height, c.sample_width)
     return (-(-frames // (c.patch_size_t or 1)), rows // c.patch_size, columns // c.patch_size)
 
-def _cogvideox_embedding(m, timestep):
-    return m.time_embedding(m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1)))
-
 def _cogvideox_condition(m, timestep, inputs):
-    e_t = _cogvideox_embedding(m, timestep)
+    e_t = _time_embedding(m, timestep)
     return e_t if m.ofs_embedding is None else e_t + m.ofs_embedding(m.ofs_proj(inputs["ofs"]).to(e_t.dtype))
 
 register_backbone("CogVideoXTransformer3DModel", Anatomy(
@@ -321,7 +312,7 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
     grid_size=_cogvideox_grid,
     called_grid=lambda m, inputs: _cogvideox_grid(m, (inputs["hidden_states"].shape[1], *inputs["hidden_states"].shape[-2:])),
     width=_inner_dim,
-    embed_timestep=_cogvideox_embedding,
+    embed_timestep=_time_embedding,
     embedding_width=lambda m: m.config.time_embed_dim,
     condition=_cogvideox_condition,
     condition_inputs=("ofs",),
@@ -374,11 +365,8 @@ def _unet_routed(m):
         units += [a for a in getattr(block, "attentions", None) or () if isinstance(a, Attention)]
     return units
 
-def _unet_embedding(m, timestep):
-    return m.time_embedding(m.time_proj(timestep).to(_dtype(m, m.time_embedding.linear_1)))
-
 def _unet2d_condition(m, timestep, inputs):
-    e_t, labels = _unet_embedding(m, timestep), inputs.get("class_labels")
+    e_t, labels = _time_embedding(m, timestep), inputs.get("class_labels")
     if m.class_embedding is None: return e_t
     if m.config.class_embed_type == "timestep": labels = m.time_proj(labels).to(e_t.dtype)
     return e_t + m.class_embedding(labels).to(e_t.dtype)
@@ -394,7 +382,7 @@ def _unet2d_condition_condition(m, timestep, inputs):
     if extra is not None: c = c + (extra[0] if isinstance(extra, tuple) else extra)
     return c if m.time_embed_act is None else m.time_embed_act(c)
 
-_UNET = dict(blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_unet_embedding,
+_UNET = dict(blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
              embedding_width=lambda m: m.time_embedding.linear_2.out_features, routed_blocks=_unet_routed, tokens_output=0)
 
 register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",), num_classes=lambda m: m.config.num_class_embeds))
