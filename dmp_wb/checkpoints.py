@@ -5,11 +5,10 @@
 # %% auto #0
 __all__ = ['split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint', 'run_lock', 'list_checkpoints',
            'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint', 'read_rows', 'Run',
-           'run_folder', 'open_run', 'load_model', 'trained_objective', 'fingerprint']
+           'run_folder', 'open_run', 'load_model', 'trained_objective']
 
-# %% ../nbs/09_checkpoints.ipynb #631b3769
+# %% ../nbs/09_checkpoints.ipynb #d5c36a54
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -25,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Experiment, load_experiment
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, unknown, write_json
+from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, sha256_of, unknown, write_json
+from .data import fingerprint
 from .dit import DiT
 from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
@@ -55,10 +55,7 @@ def join_tensors(tree, tensors: dict[str, torch.Tensor]):
         return {int(k) if k.isdigit() else k: join_tensors(v, tensors) for k, v in tree.items()}
     return [join_tensors(v, tensors) for v in tree] if isinstance(tree, list) else tree
 
-# %% ../nbs/09_checkpoints.ipynb #e156effc
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
-
+# %% ../nbs/09_checkpoints.ipynb #e6856a3f
 def save_checkpoint(
     run: str | Path,       # the run folder
     step: int,             # optimiser steps done
@@ -76,7 +73,7 @@ def save_checkpoint(
                 state[name], tensors = split_tensors(tree)
                 if tensors: save_file(tensors, tmp / f"{name}.safetensors")
             write_json(tmp / "state.json", state)
-            write_json(tmp / "manifest.json", {f.name: _sha256(f) for f in sorted(tmp.iterdir())})
+            write_json(tmp / "manifest.json", {f.name: sha256_of(f) for f in sorted(tmp.iterdir())})
     except (OSError, SafetensorError) as e:
         raise BadInput(f"the checkpoint of step {step} cannot be written below {Path(run) / 'checkpoints'}: {getattr(e, 'strerror', None) or e}; the older checkpoints are untouched") from e
     older = [p for p in list_checkpoints(run) if _step(p) < step]
@@ -129,7 +126,7 @@ def checkpoint_fault(folder: Path) -> str | None:
     except BadInput as e: return str(e)
     for name, digest in manifest.items():
         if not (folder / name).is_file(): return f"{name} is missing"
-        if _sha256(folder / name) != digest: return f"{name} does not match its checksum"
+        if sha256_of(folder / name) != digest: return f"{name} does not match its checksum"
     return None
 
 def newest_checkpoint(run: str | Path) -> Path | None:
@@ -235,13 +232,6 @@ def trained_objective(model: str | Path) -> ObjectiveConfig | None:
     "What a run's model was trained to predict; None for what is no run."
     try: return open_run(model).experiment.objective
     except BadInput: return None
-
-def fingerprint(model: nn.Module) -> str:
-    "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 def _from_diffusers(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")

@@ -103,6 +103,7 @@ class Experiment:
         if t.keep_every: need(t.keep_every % t.checkpoint_every == 0, "train.keep_every", t.keep_every, f"a multiple of train.checkpoint_every {t.checkpoint_every}")
         if t.on_nonfinite not in ON_NONFINITE: raise unknown("train.on_nonfinite", t.on_nonfinite, ON_NONFINITE)
         need(t.nonfinite_limit >= 1, "train.nonfinite_limit", t.nonfinite_limit, "at least 1")
+        self.data.check()
         if self.method == "pretrain": self.model.check()
         self.objective.check()
         self.multitask.check()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROGRESS_MIME', 'BadInput', 'MissingFile', 'unknown', 'one_line_errors', 'write_atomic', 'write_json', 'read_json',
-           'atomic_folder', 'seed_of', 'assets_folder', 'project_root', 'short', 'runs_root', 'in_kernel',
+           'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder', 'project_root', 'short', 'runs_root', 'in_kernel',
            'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar', 'progress']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
@@ -94,6 +94,13 @@ def read_json(path: str | os.PathLike):
     if not path.is_file(): raise MissingFile(f"no file {path}: expected a JSON file")
     try: return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e: raise BadInput(f"{path} is not valid JSON: {e}") from None
+
+def sha256_of(path: str | os.PathLike) -> str: # 64 hex digits
+    "The checksum of a file, read in pieces."
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20): digest.update(block)
+    return digest.hexdigest()
 
 # %% ../nbs/00_core.ipynb #bf98468d
 @contextlib.contextmanager
