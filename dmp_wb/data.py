@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'TEXT_INPUTS', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'DataConfig',
-           'ImageData', 'digits', 'BadImage', 'read_image', 'centre_crop', 'to_tensor', 'ImageFiles', 'SkippedImages',
-           'image_folder', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder', 'draw_latents', 'load_vae',
-           'fingerprint', 'TextCoder', 'load_text_encoder', 'write_cache', 'LatentCache', 'load_data']
+           'Source', 'ImageData', 'digits', 'BadImage', 'read_image', 'centre_crop', 'to_tensor', 'ImageFiles',
+           'SkippedImages', 'image_folder', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder', 'draw_latents',
+           'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache', 'LatentCache',
+           'load_data']
 
 # %% ../nbs/07_data.ipynb #2de55570
 import bisect
@@ -58,29 +59,52 @@ class DataConfig:
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         return self
 
+class Source:
+    "What a training loop asks of data. Batches are made on the CPU, perhaps in workers; `encode` does on the device what is left to do."
+    shape: tuple[int, int, int]           # [C, H, W] of what the model sees
+    class_names: list[str]                # empty for unlabelled data
+    workers = 0                           # processes it is worth reading with
+    random_latents = False                # whether `batch` wants noise to draw latents with
+    null: dict[str, torch.Tensor] = {}    # text embeddings of the empty caption, if there are captions
+
+    @property
+    def num_classes(self) -> int | None: return len(self.class_names) or None
+
+    def batch(
+        self,
+        indices: torch.Tensor,             # [B]
+        flip: torch.Tensor | None = None,  # [B] booleans: which to mirror
+        noise: torch.Tensor | None = None, # [B, C, h, w] standard normal, to draw latents with; None: their means
+        drop: torch.Tensor | None = None,  # [B] booleans: whose caption to leave empty
+    ) -> dict[str, torch.Tensor]:
+        "`images` [B, C, H, W] and, if there are any, `class_labels` [B] and text."
+        raise NotImplementedError
+
+    def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        "A batch, on the device, as the model sees it."
+        return batch
+
+    def decode(self, images: torch.Tensor) -> torch.Tensor: # [B, C, H, W] in [−1, 1]
+        "Images of what the model sees."
+        return images
+
+    def to(self, device: str | torch.device) -> "Source":
+        "With what encodes on the device there."
+        return self
+
 @dataclass
-class ImageData:
-    "Images in memory, indexed by a batch of indices."
+class ImageData(Source):
+    "Images in memory."
     images: torch.Tensor              # [N, C, H, W] float32 in [−1, 1]
     labels: torch.Tensor | None       # [N] integers 0…num_classes−1, or None
     class_names: list[str]            # empty for unlabelled data
-    workers = 0                       # processes it is worth reading with
 
     def __len__(self) -> int: return len(self.images)
 
     @property
-    def num_classes(self) -> int | None: return len(self.class_names) or None
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        "[C, H, W] of an image."
-        return tuple(self.images.shape[1:])
+    def shape(self) -> tuple[int, int, int]: return tuple(self.images.shape[1:])
 
-    def batch(
-        self,
-        indices: torch.Tensor,            # [B]
-        flip: torch.Tensor | None = None, # [B] booleans: which to mirror
-    ) -> dict[str, torch.Tensor]:
-        "`images` [B, C, H, W] and, if there are any, `class_labels` [B]."
+    def batch(self, indices, flip=None, noise=None, drop=None):
         return {"images": _flipped(self.images[indices], flip), **({} if self.labels is None else {"class_labels": self.labels[indices]})}
 
 def _flipped(images: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
@@ -140,8 +164,8 @@ def to_tensor(image: Image.Image) -> torch.Tensor: # [C, H, W] float32 in [−1,
     array = np.array(image)
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).float() / 127.5 - 1
 
-# %% ../nbs/07_data.ipynb #8bb4ce82
-class ImageFiles:
+# %% ../nbs/07_data.ipynb #8ea9d247
+class ImageFiles(Source):
     "Images read on demand, in the order of a list."
     def __init__(
         self,
@@ -159,19 +183,13 @@ class ImageFiles:
         self.workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
     def __len__(self) -> int: return self.num_images
-    @property
-    def num_classes(self) -> int | None: return len(self.class_names) or None
 
     def image(self, index: int) -> torch.Tensor: # [C, H, W]
         "Image `index`, cropped; raises `BadImage`."
         return to_tensor(centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1]))
 
-    def batch(
-        self,
-        indices: torch.Tensor,            # [B]
-        flip: torch.Tensor | None = None, # [B] booleans: which to mirror
-    ) -> dict: # what `ImageData.batch` gives, `captions` (strings) if there are any, and `bad_images` {name: reason} if some were met for the first time
-        "A batch; an image that cannot be read is replaced by the next in the list that can."
+    def batch(self, indices, flip=None, noise=None, drop=None) -> dict:
+        "A batch; an image that cannot be read is replaced by the next in the list that can. With `captions` (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."
         images, taken, met = [], [], {}
         for index in indices.tolist():
             for i in (n % self.num_images for n in range(index, index + self.num_images)):
@@ -185,7 +203,7 @@ class ImageFiles:
             else: raise BadInput(f"none of the {self.num_images} images can be read; the first, {self.names(0)}, {self.bad[0]}")
         batch = {"images": _flipped(torch.stack(images), flip)}
         if self.labels is not None: batch["class_labels"] = self.labels[taken]
-        if self.captions is not None: batch["captions"] = [self.captions(i) for i in taken]
+        if self.captions is not None: batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
         return batch | ({"bad_images": met} if met else {})
 
 class SkippedImages:
@@ -397,6 +415,38 @@ def _text_coder(config: DataConfig, data) -> TextCoder | None:
     if config.text_encoder is None: raise BadInput("data.text_encoder is null: expected a pipeline with tokenizer/ and text_encoder/, for the captions of data.caption_column")
     return load_text_encoder(config.text_encoder, config.text_length)
 
+
+class EncodedImages(Source):
+    "Images that are encoded in the loop, at every step: for data that are seen once. A cache saves that work."
+    def __init__(self, data: Source, coder: LatentCoder | None, text: TextCoder | None):
+        self.data, self.coder, self.text = data, coder, text
+        self.shape, self.class_names = coder.latent_shape(data.shape) if coder else data.shape, data.class_names
+        self.workers, self.random_latents = data.workers, coder is not None
+        if text is not None: self.null = {k: v[0] for k, v in text.embed(**text.tokens([""])).items()}
+
+    def __len__(self) -> int: return len(self.data)
+
+    def batch(self, indices, flip=None, noise=None, drop=None):
+        "Pixels and tokens: `encode` makes latents and embeddings of them."
+        batch = self.data.batch(indices, flip, None, drop)
+        if self.coder is not None: batch["latent_noise"] = torch.zeros(len(indices), *self.shape) if noise is None else noise
+        if self.text is not None: batch |= self.text.tokens(batch.pop("captions"))
+        return batch
+
+    @torch.no_grad()
+    def encode(self, batch):
+        batch = dict(batch)
+        if self.coder is not None: batch["images"] = self.coder.draw(self.coder.moments(batch["images"]), batch.pop("latent_noise"))
+        if self.text is not None: batch |= self.text.embed(batch.pop("input_ids"), batch.pop("attention_mask"))
+        return batch
+
+    def decode(self, images): return self.coder.decode(images) if self.coder is not None else images
+
+    def to(self, device):
+        for coder in (self.coder, self.text):
+            if coder is not None: coder.to(device)
+        return self
+
 # %% ../nbs/07_data.ipynb #b3114ba9
 CACHE_FORMAT, CACHE_FILE, PLAN_FILE = 1, "latents.json", "plan.json"
 CACHE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -502,9 +552,9 @@ def _same_plan(folder: Path, old: dict, new: dict):
     differs = [k for k in new if not same(k)]
     if differs: raise BadInput(f"{folder} holds latents of something else: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here; expected the same, or another folder")
 
-class LatentCache:
+class LatentCache(Source):
     "A complete cache, opened and verified: gives latents that are drawn from the moments anew at each call."
-    workers = 1
+    workers, random_latents = 1, True
     def __init__(
         self,
         folder: str | Path,
@@ -521,16 +571,14 @@ class LatentCache:
         self._starts = [0]
         for entry in facts["shards"]: self._starts.append(self._starts[-1] + entry["images"])
         self._verify()
-        self._open, self.captioned = {}, facts["text_encoder"] is not None
+        self._open, self._coder = {}, None
         self.labels = None
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
         self.null = {}
-        if self.captioned:
+        if facts["text_encoder"] is not None:
             with safe_open(folder / "null.safetensors", "pt") as f: self.null = {k: f.get_tensor(k) for k in f.keys()}
 
     def __len__(self) -> int: return self._starts[-1]
-    @property
-    def num_classes(self) -> int | None: return len(self.class_names) or None
 
     def __getstate__(self): return {**self.__dict__, "_open": {}}   # open files stay with their process
 
@@ -553,13 +601,7 @@ class LatentCache:
         if number not in self._open: self._open[number] = safe_open(_shard(self.folder, number), "pt").__enter__()
         return self._open[number]
 
-    def batch(
-        self,
-        indices: torch.Tensor,             # [B]
-        flip: torch.Tensor | None = None,  # [B] booleans: which to take mirrored
-        noise: torch.Tensor | None = None, # [B, C, h, w] standard normal, to draw the latents with; None: their means
-    ) -> dict[str, torch.Tensor]:
-        "`images`: latents [B, C, h, w], scaled for the model; `class_labels` and text embeddings, if there are any."
+    def batch(self, indices, flip=None, noise=None, drop=None):
         rows = []
         for n, index in enumerate(indices.tolist()):
             s = bisect.bisect_right(self._starts, index) - 1
@@ -568,8 +610,16 @@ class LatentCache:
         batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         moments = batch.pop("moments")
         batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+        if drop is not None: batch = {k: torch.where(drop.view(-1, *[1] * (v.dim() - 1)), self.null[k].to(v.dtype), v) for k, v in batch.items()}
         images = draw_latents(moments, torch.zeros(len(rows), *self.shape) if noise is None else noise, self.facts["scale"], self.facts["shift"])
         return {"images": images, **batch, **({} if self.labels is None else {"class_labels": self.labels[indices]})}
+
+    def decode(self, images):
+        "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."
+        if self._coder is None:
+            self._coder = load_vae(self.facts["vae"])
+            if fingerprint(self._coder.vae) != self.facts["vae_fingerprint"]: raise BadInput(f"VAE {self.facts['vae']} is not the one that latent cache {self.folder} was made with: expected fingerprint {self.facts['vae_fingerprint']}")
+        return self._coder.to(images.device).decode(images)
 
     def check(self, config: DataConfig):
         "Raise `BadInput` if it was made with another size, VAE or text encoder than the experiment names."
@@ -577,15 +627,17 @@ class LatentCache:
         if config.vae and (found := fingerprint(load_vae(config.vae).vae)) != self.facts["vae_fingerprint"]:
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} ({self.facts['vae_fingerprint']}), than data.vae {config.vae} ({found}): expected the same")
 
-# %% ../nbs/07_data.ipynb #7364a248
+# %% ../nbs/07_data.ipynb #ee556273
 def load_data(
     data: str | DataConfig = "digits",  # a name, or the config that an experiment holds
-) -> ImageData | ImageFiles | LatentCache:
-    "The images of a data set, or the latents of a cache. Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."
+) -> Source:
+    "The images of a data set, or its latents if `vae` is named or it is a cache. Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."
     config = (data if isinstance(data, DataConfig) else DataConfig(name=data)).check()
     folder = Path(config.name)
     if (folder / CACHE_FILE).is_file() or (folder / PLAN_FILE).is_file():
         cache = LatentCache(folder, config.conditional)
         cache.check(config)
         return cache
-    return load_images(config)
+    data = load_images(config)
+    text = _text_coder(config, data)
+    return EncodedImages(data, load_vae(config.vae) if config.vae else None, text) if config.vae or text else data

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['timestep_clusters', 'clusters_cost', 'balanced_timesteps', 'interval_of', 'interval_losses', 'UncertaintyWeighting',
-           'aggregators', 'make_aggregator', 'balanced_backward', 'MultitaskConfig', 'make_clusters', 'task_affinity',
-           'spread_affinity', 'save_affinity', 'load_affinity', 'mask_overlap', 'gate_similarity']
+           'aggregators', 'make_aggregator', 'aggregator_state', 'restore_aggregator', 'balanced_backward',
+           'MultitaskConfig', 'make_clusters', 'task_affinity', 'spread_affinity', 'save_affinity', 'load_affinity',
+           'mask_overlap', 'gate_similarity']
 
 # %% ../nbs/06_multitask.ipynb #7475f20b
 import json
@@ -13,6 +14,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -114,6 +116,22 @@ def make_aggregator(
     try: return A.NashMTL(n_tasks=k, max_norm=1.0, update_weights_every=25) if name == "NashMTL" else getattr(A, name)()
     except ImportError as e: raise BadInput(f"aggregator {name} needs more packages: {' '.join(str(e).split())}") from None
     except TypeError as e: raise BadInput(f"aggregator {name} has settings that must be given: {e}; expected one that works without, such as PCGrad or UPGrad") from None
+
+def aggregator_state(aggregator: nn.Module) -> dict: # for a checkpoint: plain values and tensors
+    "What an aggregator remembers from step to step, as NashMTL and GradVac do."
+    plain = lambda v: str(v) if isinstance(v, (torch.dtype, torch.device)) else torch.from_numpy(v) if isinstance(v, np.ndarray) else v
+    keep = lambda v: isinstance(v, (torch.Tensor, np.ndarray, int, float)) or isinstance(v, tuple) and all(isinstance(x, (int, float, torch.dtype, torch.device)) for x in v)
+    from torchjd import Stateful
+    return {name: {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in vars(m).items() if keep(v)} for name, m in aggregator.named_modules() if isinstance(m, Stateful)}
+
+def restore_aggregator(aggregator: nn.Module, state: dict):
+    "The inverse of `aggregator_state`, on an aggregator made with the same settings."
+    dtype_or_device = lambda v: v if not isinstance(v, str) else getattr(torch, v.removeprefix("torch.")) if v.startswith("torch.") else torch.device(v)
+    for name, m in aggregator.named_modules():
+        for k, v in state.get(name, {}).items():
+            old = vars(m).get(k)
+            setattr(m, k, v.numpy() if isinstance(old, np.ndarray) else tuple(map(dtype_or_device, v)) if isinstance(v, list) else v)
+        if name in state and hasattr(m, "_init_optim_problem"): m._init_optim_problem()   # NashMTL builds its problem at its first step only
 
 def balanced_backward(
     losses: torch.Tensor,              # [K], with a graph

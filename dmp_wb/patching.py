@@ -283,6 +283,15 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         losses = [squared_variation(g.float().sum(dim=1)) for g in self._call.state[self.key][0].values()]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
+    def gate_statistics(self) -> dict[str, torch.Tensor]: # scalars
+        """Of the newest forward pass: `gate_entropy`, in nats, mean over samples and blocks, and `prompt_use`, the share of prompts in use:
+        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike. Empty for a patch without a gate."""
+        if not self.gated or self._call is None: return {}
+        gates = [g.detach().float() for g in self._call.state[self.key][0].values()]
+        entropy = lambda g: torch.special.entr(g).sum(-1)
+        return {"gate_entropy": torch.cat([entropy(g).flatten() for g in gates]).mean(),
+                "prompt_use": torch.cat([entropy(g.mean(0)).exp() / g.shape[-1] for g in gates]).mean()}
+
     def load_loss(self) -> torch.Tensor: # scalar
         "Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k; zero without noise, without top_k and outside training."
         load = None if self._call is None else self._call.state[self.key][1]

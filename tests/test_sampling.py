@@ -61,11 +61,11 @@ def test_guidance_is_the_papers_formula(inputs):
     y, t = torch.tensor([1, 2, 3, 4]), torch.tensor(400)
     with torch.no_grad():
         cond, free = model(x, t, y).sample, model(x, t, torch.full((4,), 10)).sample
-        got = guided(model, x, t, y, 2.5, 10)
+        got = guided(model, x, t, {"class_labels": y}, {"class_labels": torch.tensor(10)}, 2.5)
         assert torch.allclose(got[:, :1], free[:, :1] + 2.5 * (cond[:, :1] - free[:, :1]), atol=1e-5)
         assert torch.allclose(got[:, 1:], cond[:, 1:], atol=1e-6)
-        assert torch.allclose(guided(model, x, t, y, 1.0, 10), cond, atol=1e-6)
-        assert torch.allclose(guided(model, x, t, y, 0.0, 10)[:, :1], free[:, :1], atol=1e-6)
+        assert torch.allclose(guided(model, x, t, {"class_labels": y}, {}, 1.0), cond, atol=1e-6)
+        assert torch.allclose(guided(model, x, t, {"class_labels": y}, {"class_labels": torch.tensor(10)}, 0.0)[:, :1], free[:, :1], atol=1e-6)
 
 
 def test_base_and_patched_start_from_the_same_noise():
