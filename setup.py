@@ -33,6 +33,6 @@ setup(
     packages=find_packages(include=["dmp_wb", "dmp_wb.*"]),
     package_data={"dmp_wb": ["assets/**/*"]},
     include_package_data=False,
-    entry_points={"papermill.engine": ["dmp-wb = dmp_wb.runs:RunEngine"]},
+    entry_points={"console_scripts": ["dmp-wb = dmp_wb.cli:main"], "papermill.engine": ["dmp-wb = dmp_wb.runs:RunEngine"]},
     zip_safe=False,
 )

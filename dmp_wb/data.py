@@ -294,7 +294,7 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         return image_folder(config) if ours else hub_data(config)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.name) and not config.name.startswith(".") and not folder.parent.is_dir(): return hub_data(config)
     if "/" in config.name or os.sep in config.name: raise MissingFile(f"data.name is {config.name!r}: there is no such folder; expected a folder of images, a latent cache, or owner/name of a data set on the hub")
-    raise unknown("data set", config.name, DATASETS)
+    raise BadInput(f"data.name is {config.name!r}: there is no such folder, and an {unknown('data set', config.name, DATASETS)}")
 
 # %% ../nbs/07_data.ipynb #52907eb9
 class EpochOrder:

@@ -122,7 +122,7 @@ def aggregator_state(aggregator: nn.Module) -> dict: # for a checkpoint: plain v
     plain = lambda v: str(v) if isinstance(v, (torch.dtype, torch.device)) else torch.from_numpy(v) if isinstance(v, np.ndarray) else v
     keep = lambda v: isinstance(v, (torch.Tensor, np.ndarray, int, float)) or isinstance(v, tuple) and all(isinstance(x, (int, float, torch.dtype, torch.device)) for x in v)
     from torchjd import Stateful
-    return {name: {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in vars(m).items() if keep(v)} for name, m in aggregator.named_modules() if isinstance(m, Stateful)}
+    return {name: {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in {**vars(m), **dict(m.named_buffers(recurse=False))}.items() if keep(v)} for name, m in aggregator.named_modules() if isinstance(m, Stateful)}
 
 def restore_aggregator(aggregator: nn.Module, state: dict):
     "The inverse of `aggregator_state`, on an aggregator made with the same settings."

@@ -338,7 +338,7 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     if not cpu:
         torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = t.tf32
-    return Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, log_with=names, project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)))
+    return Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, log_with=names or None, project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)))
 
 def start_trackers(accelerator: Accelerator, run: Run, exp: Experiment, step: int, held: contextlib.ExitStack) -> list:
     "The trackers of the first process, going on after `step`; none in the others."
