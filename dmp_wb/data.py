@@ -12,6 +12,7 @@ __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'TEXT_INPUTS', 'CACHE_FORMAT', 'CACHE_F
 # %% ../nbs/07_data.ipynb #2de55570
 import bisect
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -136,13 +137,17 @@ def read_image(
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)   # a broken orientation is none
     except FileNotFoundError: raise BadImage("does not exist") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError): raise BadImage(f"has too many pixels: expected at most {Image.MAX_IMAGE_PIXELS:,}") from None
     except Image.UnidentifiedImageError: raise BadImage("is no image that Pillow can read") from None
     except Exception as e: raise BadImage(f"is damaged or cut off: {' '.join(str(e).split()) or type(e).__name__}") from None   # decoders raise OSError, SyntaxError, struct.error and others
     if image.mode == "F": raise BadImage("has float pixels, whose range is not known: expected 8 or 16 bits a channel")
-    if image.mode.startswith("I"): image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.mode == "LAB": image = image.convert("RGB")
+    if image.mode.startswith("I"):
+        values, clear = np.asarray(image).astype(np.int64).clip(0, 65535), image.info.get("transparency")
+        grey = (values / 257).round().astype(np.uint8)
+        image = Image.fromarray(grey if clear is None else np.where(values == clear, 255, grey).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -155,6 +160,7 @@ def centre_crop(
     "ADM's crop: halved by box averaging while the short side is at least twice `size`, then bicubic to `size`, then the middle."
     while min(image.size) >= 2 * size: image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
+    if size * max(image.size) * scale > (Image.MAX_IMAGE_PIXELS or float("inf")): raise BadImage(f"is too elongated, {image.width} × {image.height}, for {size} × {size}")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
@@ -177,7 +183,9 @@ class ImageFiles(Source):
         labels: torch.Tensor | None = None,         # [N]
         class_names: list[str] = (),
         captions: Callable[[int], str] | None = None,
+        source: dict | None = None,                 # what else tells which images these are
     ):
+        self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = read, names, num_images, labels, list(class_names), captions
         self.shape, self.bad = (channels, size, size), {}
         self.workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
@@ -232,11 +240,15 @@ def image_folder(config: DataConfig) -> ImageFiles:
     if classes and loose: raise BadInput(f"folder {root} holds images beside its class folders, first {loose[0]} beside {classes[0]}/: expected every image in a class folder, or data.conditional=false")
     number = {name: i for i, name in enumerate(classes)}
     labels = torch.tensor([number[f.split("/")[0]] for f in files]) if classes else None
-    return ImageFiles(lambda i: root / files[i], lambda i: files[i], len(files), side, config.channels, labels, classes)
+    return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side, config.channels, labels, classes)
+
+def _file(root: Path, files: list[str], i: int) -> Path: return root / files[i]
+def _printed(files: list[str], i: int) -> str: return os.fsencode(files[i]).decode("utf-8", "backslashreplace")
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+    for folder, folders, files in os.walk(root, followlinks=True):
+        above = {os.path.realpath(p) for p in (folder, *Path(folder).parents)}
+        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]   # links are followed, not in circles
         yield from (Path(folder) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
 
 def _side(config: DataConfig) -> int:
@@ -249,15 +261,18 @@ def hub_data(config: DataConfig) -> ImageFiles:
     path, side = Path(config.name), _side(config)
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists(): ds = datasets.load_from_disk(path)
-        else: ds = datasets.load_dataset(*(("imagefolder",) if path.is_dir() and any(_walk(path)) else (config.name,)), **({"data_dir": str(path)} if path.is_dir() else {}))
+        else: ds = datasets.load_dataset("imagefolder", data_dir=str(path)) if path.is_dir() and any(_walk(path)) else datasets.load_dataset(str(path.absolute()) if path.is_dir() else config.name)
     except Exception as e: raise BadInput(f"data.name is {config.name!r}, which datasets cannot load: {' '.join(str(e).split())[:300]}") from None   # it raises its own, fsspec's, the hub's and pyarrow's errors
     if isinstance(ds, dict):
         if config.split not in ds: raise unknown("data.split", config.split, ds)
         ds = ds[config.split]
-    for key in ("image_column", "caption_column"):
+    ds = ds.with_format(None)   # `save_to_disk` keeps a format
+    for key in ("image_column", "caption_column", "label_column"):
         column = getattr(config, key)
+        if key == "label_column" and (not config.conditional or column == DataConfig.label_column): continue   # the default need not be there
         if column is not None and column not in ds.column_names: raise BadInput(f"{config.name}: {unknown(f'data.{key}', column, ds.column_names)}")
     if not isinstance(ds.features[config.image_column], datasets.Image): raise BadInput(f"{config.name}: data.image_column {config.image_column!r} holds {ds.features[config.image_column]}: expected images")
+    if config.caption_column and getattr(ds.features[config.caption_column], "dtype", None) not in ("string", "large_string", "string_view"): raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds {ds.features[config.caption_column]}: expected strings")
     if not len(ds): raise BadInput(f"split {config.split!r} of {config.name} is empty: expected images")
     labels, classes = _labels(ds, config) if config.conditional and config.label_column in ds.column_names else (None, [])
     encoded = ds.select_columns([config.image_column]).cast_column(config.image_column, datasets.Image(decode=False))
@@ -265,17 +280,20 @@ def hub_data(config: DataConfig) -> ImageFiles:
 
     def read(i: int):
         image = encoded[i][config.image_column]
+        if image is None or image["bytes"] is None and image["path"] is None: raise BadImage("is missing (null)")
         return image["bytes"] if image["bytes"] is not None else image["path"]
-    return ImageFiles(read, lambda i: f"row {i}" + (f" ({Path(p).name})" if (p := encoded[i][config.image_column]["path"]) else ""), len(ds), side, config.channels, labels, classes,
-                      None if column is None else lambda i: column[i][config.caption_column] or "")
+    return ImageFiles(read, lambda i: f"row {i}" + (f" ({Path(p).name})" if (p := (encoded[i][config.image_column] or {}).get("path")) else ""), len(ds), side, config.channels, labels, classes,
+                      None if column is None else lambda i: column[i][config.caption_column] or "", {"split": config.split, "image_column": config.image_column})
 
 def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
     import datasets
     feature = ds.features[config.label_column]
+    column = ds.select_columns([config.label_column]).with_format("arrow")[:][config.label_column]
+    if column.null_count: raise BadInput(f"{config.name}: the label of row {column.is_null().to_pylist().index(True)} is missing: expected one for every image, or data.conditional=false")
     values = np.asarray(ds.select_columns([config.label_column]).with_format("numpy")[:][config.label_column])
     if isinstance(feature, datasets.ClassLabel): names = feature.names
-    elif values.dtype.kind in "iu": names = [str(i) for i in range(int(values.max()) + 1)]
-    else: raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds {feature}: expected integers or a ClassLabel; data.conditional=false trains without labels")
+    elif values.ndim == 1 and values.dtype.kind in "iu" and values.max() < 10**6: names = [str(i) for i in range(int(values.max()) + 1)]
+    else: raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds {feature}: expected class numbers below a million or a ClassLabel; data.conditional=false trains without labels")
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong): raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to {len(names) - 1}")
     return torch.from_numpy(values.astype(np.int64)), list(names)
@@ -360,8 +378,18 @@ def draw_latents(moments: torch.Tensor, noise: torch.Tensor, scale: float, shift
 
 def load_vae(name: str) -> LatentCoder: # float32, on the CPU
     "A diffusers AutoencoderKL: its folder or hub id, or those of a pipeline that holds one in vae/. Raises `BadInput`."
-    inner = not (Path(name) / "config.json").exists()
-    try: return LatentCoder(AutoencoderKL.from_pretrained(name, use_safetensors=True, **({"subfolder": "vae"} if inner else {})), name)
+    places = [{}] if (Path(name) / "config.json").exists() else [{"subfolder": "vae"}] if Path(name).is_dir() else [{"subfolder": "vae"}, {}]
+    try:
+        for place in places:
+            try: kind = AutoencoderKL.load_config(name, **place).get("_class_name")
+            except OSError:
+                if place is places[-1]: raise
+                continue
+            if kind != "AutoencoderKL": raise ValueError(f"found a {kind}")
+            vae, info = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
+            if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
+            if vae.config.get("latents_mean") is not None: raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
+            return LatentCoder(vae, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
 
@@ -405,7 +433,8 @@ def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
         config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder")
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)   # T5's encoder is a class of its own
-        encoder = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True)
+        encoder, info = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+        if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.text_encoder is {name!r}: expected a pipeline with tokenizer/ and text_encoder/, {' '.join(str(e).split())[:200]}") from None
     return TextCoder(tokenizer, encoder, length, name)
@@ -468,6 +497,7 @@ def write_cache(
     Raises `BadInput` if the folder holds a cache of something else, naming what differs.
     """
     folder = Path(folder)
+    if not 0 <= part[0] < part[1]: raise BadInput(f"part is {part}: expected a number from 0, and how many there are")
     if dtype not in CACHE_DTYPES: raise unknown("dtype", dtype, CACHE_DTYPES)
     if not config.vae: raise BadInput("data.vae is null: expected the VAE that makes the latents")
     for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
@@ -480,7 +510,7 @@ def write_cache(
     plan = {"format": CACHE_FORMAT, "data": config.name, "size": data.shape[-1], "channels": data.shape[0], "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
             "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift, "latent_shape": list(shape),
             "text_encoder": config.text_encoder if text else None, "text_fingerprint": fingerprint(text.encoder) if text else None,
-            "text_length": text.length if text else None, "images_per_shard": images_per_shard, "dtype": dtype}
+            "text_length": text.length if text else None, "caption_column": config.caption_column if text else None, "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if (folder / PLAN_FILE).exists(): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
     else: write_json(folder / PLAN_FILE, plan)
     if text is not None and not (folder / "null.safetensors").exists():
@@ -492,6 +522,8 @@ def write_cache(
     todo = [s for s in mine if not _shard(folder, s).with_suffix(".json").exists()]   # written after the shard itself
     count = lambda numbers: sum(min(images_per_shard, len(data) - s * images_per_shard) for s in numbers)
     skipped = SkippedImages(config.max_bad_images, say)
+    for s in shards:   # what earlier runs and other processes have skipped counts too
+        if (file := _shard(folder, s).with_suffix(".json")).exists(): skipped.found |= read_json(file)["skipped"]
     bar = progress(total=count(mine), initial=count(mine) - count(todo), desc="latents", unit="img", disable=part[0] != 0)
     try:
         for s in todo:
@@ -499,7 +531,8 @@ def write_cache(
     finally: bar.close()
     entries = [read_json(file) for s in shards if (file := _shard(folder, s).with_suffix(".json")).exists()]
     if len(entries) < len(shards): return None
-    if not (folder / CACHE_FILE).exists(): write_json(folder / CACHE_FILE, {**plan, "shards": entries, "images": sum(e["images"] for e in entries)})
+    if not any(e["images"] for e in entries): raise BadInput(f"none of the {len(data)} images can be read; the first, {data.names(0)}, {entries[0]['skipped'][data.names(0)]}")
+    if not (folder / CACHE_FILE).exists(): write_json(folder / CACHE_FILE, {**plan, "null_sha256": sha256_of(folder / "null.safetensors") if text else None, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
 class _Batches(torch.utils.data.Dataset):
@@ -576,7 +609,9 @@ class LatentCache(Source):
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
         self.null = {}
         if facts["text_encoder"] is not None:
-            with safe_open(folder / "null.safetensors", "pt") as f: self.null = {k: f.get_tensor(k) for k in f.keys()}
+            file = folder / "null.safetensors"
+            if not file.exists() or sha256_of(file) != facts["null_sha256"]: raise BadInput(f"{file} is missing or does not match its checksum: remove it with {CACHE_FILE}, and run dmp-wb latents again")
+            with safe_open(file, "pt") as f: self.null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
 
     def __len__(self) -> int: return self._starts[-1]
 
@@ -585,7 +620,8 @@ class LatentCache(Source):
     def _verify(self):
         "Compare every shard with its checksum; a shard that was found whole is read again only when it has changed."
         stamps = self.folder / ".verified.json"
-        known = read_json(stamps) if stamps.exists() else {}
+        try: known = dict(read_json(stamps))
+        except (BadInput, TypeError, ValueError): known = {}   # a note that may be lost
         now = {}
         for entry in self.facts["shards"]:
             file = self.folder / entry["file"]
@@ -624,8 +660,11 @@ class LatentCache(Source):
     def check(self, config: DataConfig):
         "Raise `BadInput` if it was made with another size, VAE or text encoder than the experiment names."
         if config.size not in (None, self.facts["size"]): raise BadInput(f"data.size is {config.size}, but latent cache {self.folder} was made of {self.facts['size']} × {self.facts['size']} images: expected a cache of that size")
-        if config.vae and (found := fingerprint(load_vae(config.vae).vae)) != self.facts["vae_fingerprint"]:
-            raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} ({self.facts['vae_fingerprint']}), than data.vae {config.vae} ({found}): expected the same")
+        facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
+        made, found = (self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]), facts(load_vae(config.vae)) if config.vae else None
+        if found not in (None, made): raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, scale and shift {made}), than data.vae {config.vae} {found}: expected the same")
+        if config.text_encoder and self.null and (found := fingerprint(load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
+            raise BadInput(f"latent cache {self.folder} was made with another text encoder, {self.facts['text_encoder']} ({self.facts['text_fingerprint']}), than data.text_encoder {config.text_encoder} ({found}): expected the same")
 
 # %% ../nbs/07_data.ipynb #ee556273
 def load_data(

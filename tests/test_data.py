@@ -173,7 +173,7 @@ FILES = {   # name: (what it holds, what it becomes, or the message, or the mess
     "16-bit.png": (encoded(Image.fromarray(SIXTEEN), "PNG"), like(grey((SIXTEEN / 257).round()))),
     "16-bit.tif": (encoded(Image.fromarray(SIXTEEN), "TIFF"), like(grey((SIXTEEN / 257).round()))),
     "16-bit.pgm": (b"P5 20 24 65535\n" + SIXTEEN.byteswap().tobytes(), like(grey((SIXTEEN / 257).round()))),
-    "1-bit.png": (encoded(Image.fromarray((x > 9)), "PNG"), like(grey(255 * (x > 9)))),
+    "1-bit.png": (encoded(Image.fromarray(x > 9), "PNG"), like(grey(255 * (x > 9)))),
     "animated.gif": (encoded(GREY, "GIF", save_all=True, append_images=[ImageOps.invert(GREY)]), like(GREY)),
     "animated.webp": (encoded(RGB, "WEBP", save_all=True, append_images=[ImageOps.invert(RGB)], lossless=True), like(RGB)),
     "two-pages.tif": (encoded(RGB, "TIFF", save_all=True, append_images=[ImageOps.invert(RGB)]), like(RGB)),
@@ -496,9 +496,9 @@ CLASSES = datasets.ClassLabel(names=["x", "y"])
 
 
 @pytest.mark.parametrize("labels,feature,match", [
-    (["a", "b", "a", "b"], None, r"data.label_column 'label' holds Value\('string'\): expected integers or a ClassLabel; data.conditional=false trains without labels"),
-    ([0.5, 1, 2, 3], None, "expected integers or a ClassLabel"), ([0, 1, -1, 1], None, "label -1 of row 2 is out of range: expected 0 to 1"), ([0, 1, 1, -1], CLASSES, "label -1 of row 3 is out of range: expected 0 to 1"),
-    ([[0, 1], [1, 0], [1, 1], [0, 0]], None, "expected integers or a ClassLabel"), ([[0, 1], [1], [], [0]], None, "expected integers or a ClassLabel"),
+    (["a", "b", "a", "b"], None, r"data.label_column 'label' holds Value\('string'\): expected class numbers below a million or a ClassLabel; data.conditional=false trains without labels"),
+    ([0.5, 1, 2, 3], None, "expected class numbers below a million or a ClassLabel"), ([0, 1, -1, 1], None, "label -1 of row 2 is out of range: expected 0 to 1"), ([0, 1, 1, -1], CLASSES, "label -1 of row 3 is out of range: expected 0 to 1"),
+    ([[0, 1], [1, 0], [1, 1], [0, 0]], None, "expected class numbers below a million or a ClassLabel"), ([[0, 1], [1], [], [0]], None, "expected integers or a ClassLabel"),
     ([0, 1, None, 1], CLASSES, "row 2"), ([0, 1, None, 1], None, "row 2"),
 ], ids=["strings", "floats", "negative", "negative-class", "lists", "ragged", "missing-class", "missing"])
 def test_labels_that_are_none(labels, feature, match, tmp_path):

@@ -128,7 +128,7 @@ def test_captions_dropped_are_the_empty_one(captioned):
 
 def test_a_model_that_takes_no_text_is_refused(captioned, tmp_path):
     with pytest.raises(BadInput, match="has captions, but the model, a DiT, takes no text"):
-        wb.train(captions(captioned, "method=pretrain", "base=null", "model.in_channels=3", "model.sample_size=16", "model.num_classes=null", *SMALL[:3]), folder=tmp_path / "r")
+        wb.train(captions(captioned, "method=pretrain", "base=null", "model.in_channels=3", "model.sample_size=16", "model.num_classes=null", "model.patch_size=2", *SMALL[:3]), folder=tmp_path / "r")
     from diffusers import UNet2DConditionModel
     other = UNet2DConditionModel.from_config({**UNet2DConditionModel.load_config(captioned / "unet"), "cross_attention_dim": 12})
     other.save_pretrained(tmp_path / "unet")
