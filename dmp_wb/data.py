@@ -188,7 +188,7 @@ class ImageFiles(Source):
         self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = read, names, num_images, labels, list(class_names), captions
         self.shape, self.bad = (channels, size, size), {}
-        self.workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        self.workers = min(4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // 2)   # the rest is for the model
 
     def __len__(self) -> int: return self.num_images
 

@@ -6,7 +6,7 @@
 __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer', 'draw_batch',
            'Steps', 'batches', 'train', 'make_accelerator', 'start_trackers', 'flat', 'check_folder', 'versions',
            'write_config', 'append_row', 'note_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite',
-           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'sample_grid', 'export', 'summarise',
+           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
            'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
@@ -301,7 +301,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             for tracker in trackers: tracker.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         if t.sample_every and step % t.sample_every == 0 and accelerator.is_main_process:
-            with averaged(params, ema, optimizer): sample_grid(run, step, backbone, data, exp, trackers)
+            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers)
         if step % t.checkpoint_every == 0 or step == t.steps or stop:
             state = {"model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
                      "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "aggregator": aggregator_state(aggregator) if aggregator else {},
@@ -494,7 +494,7 @@ def averaged(params: dict[str, nn.Parameter], ema: EMAModel, optimizer):
         if averages_itself(optimizer): optimizer.train()
         ema.restore(params.values())
 
-def sample_grid(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list):
+def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
     given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in data.batch(torch.arange(n) % len(data)).items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")}) if data.null else {}

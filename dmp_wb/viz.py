@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'METHOD_LABELS', 'GATES', 'MAGNITUDE', 'ROUTES', 'method_colour', 'method_label', 'sample_grid',
            'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy', 'routing_masks', 'timestep_affinities',
-           'training_curves', 'distances']
+           'training_curves', 'loss_by_timestep', 'distances']
 
 # %% ../nbs/13_viz.ipynb #f4fbfd0b
 import math
@@ -232,7 +232,7 @@ def timestep_affinities(
     if title: fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/13_viz.ipynb #220b3370
+# %% ../nbs/13_viz.ipynb #613b1b09
 def training_curves(
     metrics: Mapping[str, Mapping[str, Sequence[float]]],  # run or method → columns of metrics.jsonl
     key: str = "mse",
@@ -258,6 +258,30 @@ def training_curves(
     if len(metrics) > 1: ax.legend(frameon=False)
     sns.despine(ax=ax)
     if title: ax.set_title(title, fontsize=10)
+    return fig
+
+def loss_by_timestep(
+    intervals: Sequence[tuple[int, int]],  # first and last timestep of each
+    losses: Mapping[str, Sequence],        # method → [intervals]
+    against: str = "base",
+    name: str = "mse",
+) -> Figure:
+    "Loss over timestep intervals, and beside it the change against one of the methods, in percent."
+    losses = {n: _array(v) for n, v in losses.items()}
+    for n, v in losses.items():
+        if v.shape != (len(intervals),): raise BadInput(f"the losses of {n!r} have shape {v.shape}: expected [{len(intervals)} intervals]")
+    others = [n for n in losses if n != against] if against in losses else []
+    fig, axes = _figure(1, 1 + bool(others), 4.1 * (1 + bool(others)), 2.6)
+    edges = [first for first, _ in intervals] + [intervals[-1][1] + 1]
+    for i, n in enumerate(losses):
+        axes[0, 0].stairs(losses[n], edges, color=method_colour(n, i), lw=1.8, label=method_label(n), baseline=None)
+        if n in others: axes[0, 1].stairs(100 * (losses[n] / losses[against] - 1), edges, color=method_colour(n, i), lw=1.8, baseline=0, fill=len(others) == 1, alpha=0.75 if len(others) == 1 else 1)
+    axes[0, 0].set(xlabel="timestep", ylabel=name, yscale="log")
+    if len(losses) > 1: axes[0, 0].legend(frameon=False)
+    if others:
+        axes[0, 1].axhline(0, color="grey", lw=0.8)
+        axes[0, 1].set(xlabel="timestep", ylabel=f"change against {method_label(against)} (%)")
+    for ax in axes.flat: sns.despine(ax=ax)
     return fig
 
 def distances(
