@@ -20,7 +20,7 @@ _PUBLIC = {
     "frechet_distance": "metrics",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "training", "sampling", "metrics", "viz", "runs", "cli")
+_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "runs", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -73,6 +73,10 @@ class BlockHooks:
         self._renew([o for o in self.operations if o is not operation])
         if not self.operations: delattr(self.model, HOOKS_NAME)
 
+    def renew(self):
+        "Put the hooks on anew, around those that came to the model since, as FSDP's do."
+        self._renew(self.operations)
+
     def _renew(self, operations: list[Operation]):
         around: dict[nn.Module, list] = {}
         for operation in operations:
@@ -87,6 +91,7 @@ class BlockHooks:
         if not operations: return
         self.handles += [self.model.register_forward_pre_hook(self._before_model, with_kwargs=True), self.model.register_forward_hook(self._after_model)]
         for module, steps in around.items():
+            self.handles.append(module.register_forward_pre_hook(partial(self._note_call, anatomy.tokens_argument), prepend=True, with_kwargs=True))
             self.handles.append(module.register_forward_pre_hook(partial(self._before_block, steps, anatomy.tokens_argument), with_kwargs=True))
             acting = [(i, o) for i, o in reversed(steps) if type(o).after is not Operation.after]
             if acting: self.handles.append(module.register_forward_hook(partial(self._after_block, acting, places[module])))
@@ -101,11 +106,16 @@ class BlockHooks:
 
     def _after_model(self, model, args, output): self.call = self.call.previous
 
-    def _before_block(self, steps, argument, block, args, kwargs):
+    def _note_call(self, argument, block, args, kwargs):
+        "Before all other hooks: FSDP's gives the block other tensors than those that a checkpoint keeps."
         if argument not in kwargs and not args: raise BadInput(f"{type(block).__name__} was called without {argument!r}: expected its tokens there or first; see Anatomy.tokens_argument")
+        x = kwargs[argument] if argument in kwargs else args[0]
+        self._around = self._call_of(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): x._dmp_wb_call = self._around
+
+    def _before_block(self, steps, argument, block, args, kwargs):
         given = x = kwargs[argument] if argument in kwargs else args[0]
-        call = self._around = self._call_of(x)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): x._dmp_wb_call = call
+        call = self._around
         for index, operation in steps:
             if operation.key in call.state: x = operation.before(index, x, call)
         if x is given: return args, kwargs

@@ -414,7 +414,7 @@ class Patches(nn.ModuleDict):
     "The patches of one model, by name, and what the backbone was like before the first."
     def __init__(self):
         super().__init__()
-        self.was_trainable: list[nn.Parameter] = []
+        self.was_trainable: set[str] = set()   # by name: FSDP puts others in the place of parameters, and these would stay in memory
         self.handles: list = []
 
 def _leave_patch_out(model, state_dict, prefix, local_metadata):
@@ -445,8 +445,8 @@ def patch(
     p.train(model.training)
     attach(model, p)
     if not len(patches):
-        patches.was_trainable = [param for param in model.parameters() if param.requires_grad]
-        for param in patches.was_trainable: param.requires_grad_(False)
+        patches.was_trainable = {n for n, param in model.named_parameters() if param.requires_grad}
+        model.requires_grad_(False)
         patches.handles = [model.register_state_dict_post_hook(_leave_patch_out), model.register_load_state_dict_post_hook(_miss_no_patch)]
         model.add_module(PATCH_NAME, patches)
     patches[name] = p
@@ -481,7 +481,7 @@ def unpatch(
     if not len(patches):
         for handle in patches.handles: handle.remove()
         del model._modules[PATCH_NAME]
-        for param in patches.was_trainable: param.requires_grad_(True)
+        for n, param in model.named_parameters(): param.requires_grad_(n in patches.was_trainable or param.requires_grad)
     return model
 
 def use_patches(model: nn.Module, *names: str):

@@ -37,20 +37,23 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import save
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, read_rows, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, load_experiment, to_yaml
 from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
+from .distributed import check_launch, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
 from .dit import DiT
+from .hooks import hooks_of
 from .multitask import UncertaintyWeighting, aggregator_state, balanced_backward, balanced_timesteps, interval_losses, make_aggregator, make_clusters, restore_aggregator
 from .objectives import diffusion_losses, make_tables
 from .patching import get_patch, patch, patches_of, save_patch
@@ -193,9 +196,15 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     clusters = None if exp.multitask.method == "none" else make_clusters(exp.multitask, tables)
-    weights = UncertaintyWeighting(len(clusters)).to(device) if exp.multitask.method == "uw" else None
+    weights = UncertaintyWeighting(len(clusters)) if exp.multitask.method == "uw" else None
     aggregator = make_aggregator(exp.multitask.method, len(clusters)) if clusters and weights is None else None
-    groups = param_groups(backbone, exp) + ([{"params": list(weights.parameters()), "lr": exp.multitask.uw_lr, "weight_decay": 0.0}] if weights else [])
+    if aggregator and splits_weights(accelerator): raise BadInput(f"multitask.method is {exp.multitask.method!r}: expected 'none' or 'uw' with FSDP, an aggregator needs the whole gradient of each loss")
+    null, inputs = anatomy_of(backbone).num_classes(backbone), model_inputs(backbone)
+    base_fingerprint = fingerprint(backbone) if patches_of(backbone) else None   # while its tensors are whole
+    groups = param_groups(backbone, exp)
+    if weights:   # a part of the model while it trains, so that what averages or splits gradients does so with its own
+        groups.append({"params": list(weights.parameters()), "lr": exp.multitask.uw_lr, "weight_decay": 0.0})
+        backbone.add_module("multitask", weights)
     optimizer = make_optimizer(groups, exp.optim)
     if t.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
     tables.to(device), data.to(device)
@@ -212,17 +221,17 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     asked = held.enter_context(asked_to_stop())
 
     lr_scheduler = get_scheduler(exp.optim.lr_scheduler, optimizer, num_warmup_steps=exp.optim.lr_warmup_steps, num_training_steps=t.steps)
+    groups = [list(group["params"]) for group in groups]   # DeepSpeed puts flat ones in the place of the optimiser's
     model, optimizer = accelerator.prepare(backbone, optimizer)
-    params = trainable(backbone) | ({f"multitask.{n}": p for n, p in weights.named_parameters()} if weights else {})
+    hooks_of(backbone).renew()
+    params = trainable(backbone)
     ema = EMAModel(params.values(), decay=t.ema_decay, foreach=True)
     ema.to(device)
     if averages_itself(optimizer): optimizer.train()
     ptch = get_patch(backbone) if patches_of(backbone) else None
-    null, inputs = anatomy_of(backbone).num_classes(backbone), model_inputs(backbone)
-    base_fingerprint = fingerprint(backbone) if ptch is not None else None
 
     meter = Meter(accelerator, tables.num_train_timesteps, t.log_intervals)
-    start, rate = resume(run, accelerator, params, ema, optimizer, lr_scheduler, aggregator, meter)
+    start, rate = resume(run, accelerator, params, ema, optimizer, groups, lr_scheduler, aggregator, meter)
     lr_scale, nonfinite = rate["lr_scale"], rate["nonfinite"]
     if (run.folder / "rollback.json").exists() and (rollback := read_json(run.folder / "rollback.json"))["step"] == start: lr_scale = scale_rate(optimizer, lr_scheduler, rollback["lr_scale"], lr_scale)
     trackers = start_trackers(accelerator, run, exp, start, held)
@@ -242,8 +251,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
         torch.manual_seed(seed_of(exp.seed, "model", step, accelerator.process_index))  # for backbones with dropout
         for micro in range(t.gradient_accumulation_steps):
             batch = data.encode({k: v[micro * share:(micro + 1) * share].to(device, non_blocking=True) for k, v in mine.items()})
-            last = micro == t.gradient_accumulation_steps - 1 and aggregator is None   # an aggregator averages over processes itself
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.no_sync(model) if aggregator else accelerator.accumulate(model):   # an aggregator averages over processes itself
                 x_t = tables.add_noise(batch["images"], batch["noise"], batch["timesteps"])
                 with accelerator.autocast():
                     output = model(x_t, timestep=tables.model_timestep(batch["timesteps"]), **{k: batch[k] for k in inputs if k in batch}).sample
@@ -260,13 +268,13 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                         losses["load"] = ptch.load_loss()
                         balance = balance + exp.patch.load_weight * losses["load"]
                     losses["loss"] = losses["loss"] + balance
-                if aggregator is None: accelerator.backward(losses["loss"] / t.gradient_accumulation_steps)
+                if aggregator is None: accelerator.backward(losses["loss"])
                 else:
                     torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
                     balanced_backward(tasks + balance / len(clusters), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
             meter.add(losses, 1 / t.gradient_accumulation_steps)
-        if weights is not None and accelerator.num_processes > 1: weights.s.grad = accelerator.reduce(weights.s.grad, "mean")   # outside of what DDP wraps
-        grad_norm = accelerator.clip_grad_norm_(params.values(), limit)
+        grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(params.values(), limit))
+        if isinstance(grad_norm, DTensor): grad_norm = grad_norm.full_tensor()
         lr = lr_scheduler.get_last_lr()[0]
         bad = not torch.isfinite(grad_norm + losses["loss"].detach())   # the gradient is averaged, so every process sees the same; the loss only adds a local cause
         bad = bool(accelerator.reduce(torch.tensor(float(bad), device=device), "sum")) if accelerator.num_processes > 1 else bad
@@ -277,7 +285,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             if given_up: stop_at_nonfinite(run, step, mine, losses, grad_norm, accelerator)
             if t.on_nonfinite == "rollback":
                 optimizer.zero_grad(set_to_none=True)
-                back, rate = resume(run, accelerator, params, ema, optimizer, lr_scheduler, aggregator, meter)
+                back, rate = resume(run, accelerator, params, ema, optimizer, groups, lr_scheduler, aggregator, meter)
                 lr_scale = scale_rate(optimizer, lr_scheduler, 0.5 * lr_scale, rate["lr_scale"])
                 if accelerator.is_main_process: write_json(run.folder / "rollback.json", {"step": back, "lr_scale": lr_scale})   # for a kill before the next checkpoint
                 say(f"step {step} was not finite: back to step {back} at {lr_scale:g} × the rate")
@@ -300,21 +308,24 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             if accelerator.is_main_process: append_row(run, row)
             for tracker in trackers: tracker.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-        if t.sample_every and step % t.sample_every == 0 and accelerator.is_main_process:
-            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers)
+        if t.sample_every and step % t.sample_every == 0 and (accelerator.is_main_process or splits_weights(accelerator)):
+            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers, accelerator.is_main_process)
         if step % t.checkpoint_every == 0 or step == t.steps or stop:
-            state = {"model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "lr_scheduler": lr_scheduler.state_dict(),
+            state = {"model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer_state(accelerator, optimizer, groups), "lr_scheduler": lr_scheduler.state_dict(),
                      "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "aggregator": aggregator_state(aggregator) if aggregator else {},
                      "meter": meter.state(), "rate": {"lr_scale": lr_scale, "nonfinite": nonfinite}}
+            state = whole(state, accelerator.is_main_process)
             if accelerator.is_main_process: save_checkpoint(run.folder, step, state, t.keep_last, t.keep_every, t.keep_best)
+            del state
         if stop and step < t.steps:
             bar.close()
             accelerator.wait_for_everyone()
             say(f"stopped by a signal at step {step}, with a checkpoint: run it again to go on")
             return run
     bar.close()
+    with averaged(params, ema, optimizer): average = whole({name: p.detach().clone() for name, p in params.items()}, accelerator.is_main_process)
     if accelerator.is_main_process:
-        with averaged(params, ema, optimizer): export(run, backbone)
+        export(run, make_model(exp, data) if splits_weights(accelerator) else backbone, average)
         facts = {"trained_parameters": sum(p.numel() for p in params.values()), "images_skipped": len(skipped_images.found), **({"base_fingerprint": base_fingerprint} if base_fingerprint else {})}
         summarise(run, t.steps, facts)
     accelerator.wait_for_everyone()
@@ -326,6 +337,7 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     "accelerate's `Accelerator` for an experiment; raises `BadInput` where it contradicts the machine or the launcher, and for trackers that are not installed."
     t = exp.train
     names = [n.strip() for n in (t.log_with or "").split(",") if n.strip()]
+    check_launch()
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS: raise unknown("train.log_with", name, LOGGER_TYPE_TO_CLASS)
@@ -338,7 +350,10 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     if not cpu:
         torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = t.tf32
-    return Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, log_with=names or None, project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)))
+    accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
+                              project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])   # every process makes the same buffers
+    set_up_sharding(accelerator, t, exp.optim)
+    return accelerator
 
 def start_trackers(accelerator: Accelerator, run: Run, exp: Experiment, step: int, held: contextlib.ExitStack) -> list:
     "The trackers of the first process, going on after `step`; none in the others."
@@ -387,16 +402,16 @@ def note_skipped(run: Run, line: str):
     print(line, file=sys.stderr, flush=True)
     with open(run.folder / "skipped-images.txt", "a", encoding="utf-8") as f: f.write(line + "\n")
 
-def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, lr_scheduler, aggregator, meter: "Meter") -> tuple[int, dict]:
+def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, groups: list[list[nn.Parameter]], lr_scheduler, aggregator, meter: "Meter") -> tuple[int, dict]:
     "Load the newest whole checkpoint, if there is one, and return the step to go on from and what became of the rate; later lines of metrics.jsonl are cut off."
     folder = newest_checkpoint(run.folder)
     state = load_checkpoint(folder) if folder else {"step": 0}
     if folder:
         with torch.no_grad():
-            for name, p in params.items(): p.copy_(state["model"][name])
-        ema.load_state_dict(state["ema"])
+            for name, p in params.items(): p.copy_(like(p, state["model"][name]))
+        ema.load_state_dict({**state["ema"], "shadow_params": [like(p, v) for p, v in zip(params.values(), state["ema"]["shadow_params"], strict=True)]})
         ema.to(accelerator.device)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(accelerator, optimizer, groups, state["optimizer"])
         lr_scheduler.load_state_dict(state["lr_scheduler"])
         if accelerator.scaler and state["scaler"]: accelerator.scaler.load_state_dict(state["scaler"])
         if aggregator is not None: restore_aggregator(aggregator, state["aggregator"])
@@ -486,21 +501,25 @@ def averages_itself(optimizer) -> bool:
 @contextlib.contextmanager
 def averaged(params: dict[str, nn.Parameter], ema: EMAModel, optimizer):
     "Inside this context the parameters are the average: the EMA's, or a schedule-free optimiser's own."
-    ema.store(params.values())
+    def put(values):
+        with torch.no_grad():
+            for p, v in zip(params.values(), values, strict=True): p.copy_(v)
+    kept = [p.detach().clone() for p in params.values()]
     if averages_itself(optimizer): optimizer.eval()
-    else: ema.copy_to(params.values())
+    else: put(ema.shadow_params)
     try: yield
     finally:
         if averages_itself(optimizer): optimizer.train()
-        ema.restore(params.values())
+        put(kept)   # to the bit, where an optimiser's way back rounds
 
-def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list):
+def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, write: bool):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
     given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in data.batch(torch.arange(n) % len(data)).items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")}) if data.null else {}
     conditions = {k: v for k, v in given.items() if k in model_inputs(backbone)}
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)), t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
                     seed=exp.seed, quiet=True, prediction_type=learned, conditions=conditions, null_conditions={k: data.null[k] for k in conditions}, clamp=not data.random_latents)
+    if not write: return   # this process was needed for the forward passes
     with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
     rows = int(n**0.5)
     grid = torch.cat([torch.cat(list(r), -1) for r in torch.cat([images, -torch.ones(-n % rows, *images.shape[1:])]).unflatten(0, (rows, -1))], -2)
@@ -511,8 +530,11 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
     for tracker in trackers:
         if hasattr(tracker, "log_images"): tracker.log_images({"samples": np.repeat(pixels, 3 // pixels.shape[-1], -1)[None]}, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
-def export(run: Run, backbone: nn.Module):
-    "Write the weights as `model/` (diffusers) or `patch/`."
+def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
+    "Write the averaged weights, put into the backbone, as `model/` (diffusers) or `patch/`."
+    backbone._modules.pop("multitask", None)
+    with torch.no_grad():
+        for name, p in trainable(backbone).items(): p.copy_(average[name])
     if patches_of(backbone): save_patch(backbone, run.folder / "patch")
     else:
         with atomic_folder(run.folder / "model") as tmp: backbone.save_pretrained(tmp)
@@ -525,7 +547,7 @@ def summarise(run: Run, steps: int, facts: dict):
         "status": "finished", "steps": steps, "loss": sum(m["loss"][-tail:]) / tail, "mse": sum(m["mse"][-tail:]) / tail,
         "images_per_second": sorted(m["images_per_second"])[len(m["loss"]) // 2], **facts, "versions": versions()})
 
-# %% ../nbs/11_training.ipynb #9ad19cb7
+# %% ../nbs/11_training.ipynb #cb5dd2ad
 def start_cpu_processes(argv: list[str]):
     """Under `accelerate launch --num_processes N` on a CPU, become torchrun with N processes.
 
@@ -550,5 +572,6 @@ def main(argv: list[str] | None = None):
         load_experiment(args.experiment, args.overrides)   # a mistake is told before any process is started
         start_cpu_processes(sys.argv[1:] if argv is None else argv)
         train(args.experiment, args.overrides, args.folder)
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # else its threads may abort a process that has finished
 
 if __name__ == "__main__" and globals().get("__spec__"): main()   # under `python -m`; a notebook has no __spec__
