@@ -50,7 +50,7 @@ test-notebooks: $(READY)  ## run every notebook as a test
 
 test-python: $(READY)  ## pytest
 	@echo "== pytest"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q --durations=8
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
 
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff is content
 	@$(BIN)/python tests/check_sources.py
