@@ -26,6 +26,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, snapshot_do
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from .anatomy import Size, anatomy_of
 from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
@@ -311,6 +312,9 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         anatomy = anatomy_of(self.model)
         t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten().to(self._weight().device)
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
+        if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
+            yield self
+            return
         asked = anatomy.as_called(self.model, t)   # rounded as the pipeline rounds them
         asked = asked[asked.double().argsort()]
         with torch.no_grad():   # row by row, as a forward pass with one timestep computes them

@@ -6,8 +6,8 @@
 __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer', 'draw_batch',
            'Steps', 'batches', 'train', 'make_accelerator', 'start_trackers', 'flat', 'check_folder', 'versions',
            'write_config', 'append_row', 'note_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite',
-           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
-           'start_cpu_processes', 'main']
+           'gradient_norm', 'Average', 'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export',
+           'summarise', 'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, ProjectConfiguration
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -123,7 +123,7 @@ def param_groups(model: nn.Module, exp: Experiment) -> list[dict]:
 def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
     "The optimiser of an experiment; raises `BadInput` if its package is not installed."
     settings = {"lr": o.lr, "betas": tuple(o.betas), "weight_decay": o.weight_decay}
-    if o.name == "adamw": return torch.optim.AdamW(groups, **settings, foreach=True)
+    if o.name == "adamw": return torch.optim.AdamW(groups, **settings, fused=True)   # one pass over memory
     package = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}[o.name]
     try: module = importlib.import_module(package)
     except ImportError: raise BadInput(f"optim.name is {o.name!r}, which needs the package {package}: pip install {package}") from None
@@ -221,11 +221,11 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     asked = held.enter_context(asked_to_stop())
 
     lr_scheduler = get_scheduler(exp.optim.lr_scheduler, optimizer, num_warmup_steps=exp.optim.lr_warmup_steps, num_training_steps=t.steps)
-    groups = [list(group["params"]) for group in groups]   # DeepSpeed puts flat ones in the place of the optimiser's
+    groups = [] if splits_weights(accelerator) else [list(group["params"]) for group in groups]   # DeepSpeed puts flat ones in the place of the optimiser's; FSDP's whole ones must not stay in memory
     model, optimizer = accelerator.prepare(backbone, optimizer)
     hooks_of(backbone).renew()
     params = trainable(backbone)
-    ema = EMAModel(params.values(), decay=t.ema_decay, foreach=True)
+    ema = Average(params.values(), decay=t.ema_decay, foreach=True)
     ema.to(device)
     if averages_itself(optimizer): optimizer.train()
     ptch = get_patch(backbone) if patches_of(backbone) else None
@@ -240,7 +240,6 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
 
     # this process's places in the global batch, one micro-step after another
     places = torch.arange(t.batch_size).view(t.gradient_accumulation_steps, accelerator.num_processes, share)[:, accelerator.process_index].flatten()
-    limit = float("inf") if exp.optim.max_grad_norm is None else exp.optim.max_grad_norm
     steps, workers = Steps(exp, data, order, null, places, clusters), data.workers if exp.data.num_workers is None else exp.data.num_workers
     skipped_images = SkippedImages(exp.data.max_bad_images, lambda line: note_skipped(run, line))
     in_a_row = 0
@@ -273,8 +272,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                     torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
                     balanced_backward(tasks + balance / len(clusters), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
             meter.add(losses, 1 / t.gradient_accumulation_steps)
-        grad_norm = torch.as_tensor(accelerator.clip_grad_norm_(params.values(), limit))
-        if isinstance(grad_norm, DTensor): grad_norm = grad_norm.full_tensor()
+        grad_norm = gradient_norm(accelerator, params, exp.optim.max_grad_norm)
         lr = lr_scheduler.get_last_lr()[0]
         bad = not torch.isfinite(grad_norm + losses["loss"].detach())   # the gradient is averaged, so every process sees the same; the loss only adds a local cause
         bad = bool(accelerator.reduce(torch.tensor(float(bad), device=device), "sum")) if accelerator.num_processes > 1 else bad
@@ -449,6 +447,22 @@ def stop_at_nonfinite(run: Run, step: int, batch: dict, losses: dict, grad_norm:
     write_atomic(file, save({k: v.detach().cpu().contiguous() for k, v in batch.items()}, metadata=facts))
     raise FloatingPointError(f"the loss or gradient is not finite at step {step} of {run.folder} (loss {facts['loss']}, gradient norm {facts['grad_norm']}); "
                              f"its batch and timesteps are in {file.name}, the newest checkpoint is {newest_checkpoint(run.folder)}")
+
+def gradient_norm(accelerator: Accelerator, params: dict[str, nn.Parameter], limit: float | None) -> torch.Tensor: # scalar
+    "The norm of the gradient over all processes, which is clipped to `limit`."
+    if limit is not None or accelerator.distributed_type == DistributedType.DEEPSPEED: norm = torch.as_tensor(accelerator.clip_grad_norm_(params.values(), limit or float("inf")))
+    else:   # clipping to infinity would multiply every gradient by one
+        accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+class Average(EMAModel):
+    "diffusers' moving average with its decay schedule, in one pass over memory where diffusers takes three."
+    @torch.no_grad()
+    def step(self, parameters):
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, [p.detach() for p in parameters], 1 - self.cur_decay_value)
 
 class Meter:
     "Means of losses since the last line, over all processes, without waiting for the device in between."

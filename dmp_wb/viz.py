@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'METHOD_LABELS', 'GATES', 'MAGNITUDE', 'ROUTES', 'method_colour', 'method_label', 'sample_grid',
-           'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy', 'routing_masks', 'timestep_affinities',
-           'training_curves', 'loss_by_timestep', 'distances']
+           'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy', 'prompt_similarity', 'film_strip',
+           'run_table', 'routing_masks', 'timestep_affinities', 'training_curves', 'loss_by_timestep', 'distances']
 
 # %% ../nbs/13_viz.ipynb #f4fbfd0b
 import math
@@ -183,6 +183,96 @@ def gate_entropy(
     axes[0, 1].set(xlabel="timestep", ylabel="block", yticks=range(0, blocks, max(1, blocks // 8)))
     fig.colorbar(im, ax=axes[0, 1], label="prompts in use")
     if title: fig.suptitle(title, fontsize=11)
+    return fig
+
+# %% ../nbs/13_viz.ipynb #f05b009a
+def prompt_similarity(
+    prompts: Sequence,  # a block's prompts each, [prompts, width]
+    gates=None,         # [timesteps, blocks, prompts]: also draws how much each is used
+    blocks: Sequence[int] | None = None,  # the blocks' numbers in the model; 0, 1, … if None
+    columns: int = 4,
+    title: str | None = None,
+) -> Figure:
+    "Cosine similarity of the prompts of each block, with their mean gate over timesteps relative to uniform as bars beside it."
+    prompts, gates = [_array(p) for p in prompts], None if gates is None else _array(gates)
+    if gates is not None and gates.shape[1] != len(prompts): raise BadInput(f"gates have {gates.shape[1]} blocks: expected {len(prompts)}, one for each pool of prompts")
+    columns = min(columns, len(prompts))
+    rows = math.ceil(len(prompts) / columns)
+    fig, axes = _figure(rows, columns, 2.6 * columns + 0.6, 2.3 * rows + (0.4 if title else 0.1))
+    for i, ax in enumerate(axes.flat):
+        if i >= len(prompts): ax.set_visible(False); continue
+        unit = prompts[i] / np.maximum(np.linalg.norm(prompts[i], axis=1, keepdims=True), 1e-12)
+        image = ax.imshow(unit @ unit.T, cmap=GATES, vmin=-1, vmax=1, interpolation="nearest")
+        ax.set_title(f"block {i if blocks is None else blocks[i]}", fontsize=10)
+        ax.set(xticks=[], yticks=[])
+        if gates is not None:
+            n = len(prompts[i])
+            bars = ax.inset_axes([1.03, 0, 0.22, 1], sharey=ax)
+            bars.barh(np.arange(n), gates[:, i, :n].mean(0) * n, color="#0072b2", height=0.9)
+            bars.axvline(1, color="grey", lw=0.7)
+            bars.set(yticks=[], xlabel="use")
+            bars.xaxis.set_major_locator(plt.MaxNLocator(2, integer=True))
+            bars.tick_params(labelsize=7)
+            sns.despine(ax=bars, left=True)
+        if i % columns == 0: ax.set_ylabel("prompt")
+    fig.colorbar(image, ax=axes, shrink=0.8, label="cosine similarity")
+    if title: fig.suptitle(title, fontsize=11)
+    return fig
+
+# %% ../nbs/13_viz.ipynb #12fe57f8
+def film_strip(
+    images: Mapping[str, Sequence],  # model → images [steps, C, H, W] in [−1, 1] at the same steps of the same seed
+    timesteps: Sequence[int],        # [steps]
+    difference: tuple[str, str] | None = None,  # two models to draw the difference of, second − first; base and patched if both are there
+    title: str | None = None,
+) -> Figure:
+    "A row for each model, a column for each step, and the difference of two models below."
+    images = {k: _array(v) for k, v in images.items()}
+    for name, v in images.items():
+        if len(v) != len(timesteps): raise BadInput(f"{name!r} has {len(v)} images: expected {len(timesteps)}, one for each timestep")
+    if difference is None and {"base", "patched"} <= images.keys(): difference = ("base", "patched")
+    rows, k = len(images) + bool(difference), len(timesteps)
+    fig, axes = _figure(rows, k, 1.05 * k + 1.0, 1.08 * rows + 0.3)
+    for i, (name, v) in enumerate(images.items()):
+        for j in range(k): _show_image(axes[i, j], v[j])
+        axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10, color=method_colour("dmp" if name == "patched" else name, i), fontweight="bold")
+    for j, t in enumerate(timesteps): axes[0, j].set_title(f"t = {int(t)}", fontsize=9)
+    if difference:
+        change = [images[difference[1]][j].mean(0) - images[difference[0]][j].mean(0) for j in range(k)]
+        limit = max(1e-3, max(float(np.abs(c).max()) for c in change))
+        for j in range(k):
+            shown = axes[-1, j].imshow(change[j], cmap=GATES, vmin=-limit, vmax=limit, interpolation="nearest")
+            axes[-1, j].set(xticks=[], yticks=[])
+            for s in axes[-1, j].spines.values(): s.set_visible(False)
+        axes[-1, 0].set_ylabel("change", rotation=0, ha="right", va="center", fontsize=10)
+        fig.colorbar(shown, ax=axes[-1, :], shrink=0.9, aspect=8).ax.tick_params(labelsize=7)
+    if title: fig.suptitle(title, fontsize=11)
+    return fig
+
+# %% ../nbs/13_viz.ipynb #c5a9802d
+def run_table(
+    rows: Mapping[str, Mapping[str, float | tuple[float, float, float]]],  # run → metric → value, or (value, low, high)
+    lower_is_better: Sequence[str] = ("fid", "sfid", "kid", "frechet", "loss", "mse"),
+    title: str | None = None,
+) -> Figure:
+    "Metrics of runs as a table, the best of each column in bold; intervals in small type."
+    columns = list(dict.fromkeys(k for r in rows.values() for k in r))
+    value = lambda cell: cell[0] if isinstance(cell, (tuple, list)) else cell
+    fig, axes = _figure(1, 1, 1.9 + 1.35 * len(columns), 0.34 * (len(rows) + 1) + (0.45 if title else 0.15))
+    ax = axes[0, 0]
+    ax.set_axis_off()
+    ax.set(xlim=(-1.4, len(columns) - 0.5), ylim=(len(rows) - 0.4, -0.6 - 0.5))
+    for j, c in enumerate(columns):
+        ax.text(j, -0.55, f"{c} {'↓' if c in lower_is_better else '↑'}", ha="center", va="center", fontsize=9, color="#444444")
+        cells = {n: value(r[c]) for n, r in rows.items() if c in r}
+        best = (min if c in lower_is_better else max)(cells.values())
+        for i, (n, r) in enumerate(rows.items()):
+            if c not in r: ax.text(j, i + 0.15, "–", ha="center", va="center", fontsize=10, color="#999999"); continue
+            ax.text(j, i + 0.15, f"{cells[n]:.4g}", ha="center", va="center", fontsize=10, fontweight="bold" if cells[n] == best else "normal")
+            if isinstance(r[c], (tuple, list)): ax.text(j, i + 0.47, f"{r[c][1]:.4g}–{r[c][2]:.4g}", ha="center", va="center", fontsize=6.5, color="#777777")
+    for i, n in enumerate(rows): ax.text(-1.35, i + 0.15, method_label(n), ha="left", va="center", fontsize=10, color=method_colour(n, i), fontweight="bold")
+    ax.axhline(-0.3, color="#bbbbbb", lw=0.8)
+    if title: ax.set_title(title, fontsize=11)
     return fig
 
 # %% ../nbs/13_viz.ipynb #e2179a8a
