@@ -141,6 +141,12 @@ def _two_sets(a: torch.Tensor, b: torch.Tensor, device: str | torch.device = "cp
     device = "cpu" if torch.device(device).type == "mps" else device
     return a.detach().to(device).double(), b.detach().to(device).double()
 
+def _subset_size(most: int, subsets: int, size: int | None) -> int:
+    size = min(1000, most) if size is None else size
+    if not 2 <= size <= most: raise BadInput(f"subset_size is {size}: expected 2 to {most}, the number of images in the smaller set")
+    if subsets < 1: raise BadInput(f"subsets is {subsets}: expected at least 1")
+    return size
+
 def kernel_distance(
     a: torch.Tensor,             # features [N, D]
     b: torch.Tensor,             # features [M, D]
@@ -151,10 +157,7 @@ def kernel_distance(
 ) -> tuple[float, float]: # mean and standard deviation over the subsets
     "KID (1801.01401): unbiased MMD² with the cubic kernel. Raises `BadInput` for a subset larger than a set."
     a, b = _two_sets(a, b, device)
-    most = min(len(a), len(b))
-    size = min(1000, most) if subset_size is None else subset_size
-    if not 2 <= size <= most: raise BadInput(f"subset_size is {size}: expected 2 to {most}, the number of images in the smaller set")
-    if subsets < 1: raise BadInput(f"subsets is {subsets}: expected at least 1")
+    size = _subset_size(min(len(a), len(b)), subsets, subset_size)
     if size == len(a) == len(b): subsets = 1   # all subsets are the set
     g, values = torch.Generator().manual_seed(seed_of(seed, "kid")), []
     for _ in range(subsets):
@@ -755,6 +758,7 @@ def collect(
     with progress(total=n, desc=f"{extractor.name} features", unit="img", disable=quiet, leave=None) as bar:
         for batch in images.batches(batch_size):
             batch = _checked(batch, images.name)
+            if out.num_images + len(batch) > n: raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
             lowest = min(lowest, float(batch.min()))
             found = extractor(batch.to(device))
             for kind, value in found.items():
@@ -900,6 +904,7 @@ def evaluate(
     rows = any(METRICS[m] == "features" and (m != "fid" or bootstrap) for m in wanted)
     asked = {"moments": "fid" in wanted, "spatial": "sfid" in wanted, "rows": rows, "score": "is" in wanted, "logits": "is" in wanted and bootstrap}
     if "is" in wanted: ScoreSums(images.num_images, splits)   # a wrong number is told before the features
+    if "kid" in wanted: _subset_size(min(images.num_images, len(reference.rows)), kid_subsets, kid_subset_size)
     own = collect(images, extractor, {part for part, needed in asked.items() if needed}, None, batch_size, splits, quiet)
     device = next((p.device for p in extractor.parameters()), "cpu")
 
@@ -933,7 +938,7 @@ def _intervals(wanted, figures, terms, own, reference, device, rounds, level, st
         out[m] = [figures[m] * float(np.exp(x)) if m == "is" else figures[m] + x for x in (low, high)]
     return out
 
-# %% ../nbs/12_metrics.ipynb #994a0475
+# %% ../nbs/12_metrics.ipynb #3266faad
 def guidance_sweep(
     model: str | Path | nn.Module,        # a run, or a backbone that makes images
     scales: Sequence[float] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0),  # guidance scales, each ≥ 0; 1 is none
@@ -950,7 +955,7 @@ def guidance_sweep(
     quiet: bool = False,
     sampling: dict | None = None,         # further arguments of `sample`, as schedule and prediction_type; a run has its own
     **settings,                           # of `evaluate`
-) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference" and what `evaluate` gives
+) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference", "settings" that are not the default ones, and what `evaluate` gives
     "Samples from the same seeds at each guidance scale, and their metrics. Raises `BadInput` for a run that is conditioned on text, or without scales."
     scales = [float(s) for s in scales]
     if not scales: raise BadInput("scales are empty: expected guidance scales, as 1 1.5 2")
@@ -978,18 +983,19 @@ def guidance_sweep(
     if metrics is not None: _chosen(metrics, extractor, reference if isinstance(reference, (Statistics, type(None))) else _EVERYTHING)
     if reference is not None and not isinstance(reference, Statistics): reference = reference_statistics(reference, extractor, shape[-1], shape[0], batch_size=batch_size, cache=settings.pop("cache", True), quiet=quiet)
     classes, rows = anatomy_of(backbone).num_classes(backbone), []
+    special = {k: v for k, v in settings.items() if k in ("k", "k_density", "splits", "kid_subsets", "kid_subset_size")} | {k: str(v) for k, v in (sampling or {}).items()}
     for scale in scales:
         batches = lambda size, scale=scale: (draw(scale, min(size, num_images - first), first) for first in range(0, num_images, size))
         figures = evaluate(Images(f"samples at guidance {scale:g}", num_images, shape, batches), reference, extractor, metrics, seed=seed, batch_size=batch_size, quiet=quiet,
                            **{"strata": balanced_labels(num_images, classes), **settings})
-        rows.append({"guidance_scale": scale, "sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "reference": named, **figures})
+        rows.append({"guidance_scale": scale, "sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "reference": named, **({"settings": special} if special else {}), **figures})
         if run is not None and note: note_evaluation(run, rows[-1])
     return rows
 
 def note_evaluation(run: Run, row: dict):
     "Put a row into `evaluations` of a run's summary; it replaces one with the same settings, whose other metrics stay. Nothing is written to a run that ships with the package."
     if run.folder.resolve().is_relative_to(assets_folder().resolve()): return
-    same = lambda old: all(old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images", "reference", "num_reference", "extractor"))
+    same = lambda old: all(old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images", "reference", "num_reference", "extractor", "settings"))
     rows = run.summary.get("evaluations", [])
     old = next((r for r in rows if same(r)), {})
     run.note(evaluations=[r for r in rows if r is not old] + [old | row])

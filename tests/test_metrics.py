@@ -15,7 +15,7 @@ import dmp_wb as wb
 from dmp_wb.core import BadInput
 from dmp_wb.data import DataConfig, load_data, write_cache
 from dmp_wb.metrics import (
-    Images, ModuleFeatures, Moments, ScoreSums, bootstrap_mean, classifier_accuracy, collect, density_coverage, digit_classifier, evaluate, evaluate_digits, evaluate_run, extract, frechet_bootstrap,
+    Images, ModuleFeatures, Moments, ScoreSums, bootstrap_mean, classifier_accuracy, collect, data_images, density_coverage, digit_classifier, evaluate, evaluate_digits, evaluate_run, extract, frechet_bootstrap,
     frechet_distance, guidance_sweep, inception_score, kernel_distance, load_extractor, open_samples, precision_recall, reference_statistics, split_digits)
 
 
@@ -322,6 +322,20 @@ def test_npz_is_read_a_batch_at_a_time(tmp_path, monkeypatch):
     assert torch.equal(torch.cat(list(opened.batches(16))), images) and max(sizes) == 16 * 48
 
 
+def test_more_images_than_announced(digits):
+    opened = Images("x", 100, (1, 8, 8), digits[:101].split)
+    with pytest.raises(BadInput, match="x are more than 100"): evaluate(opened, "digits", metrics="fid", quiet=True)
+    short = Images("x", 100, (1, 8, 8), digits[:99].split)
+    with pytest.raises(BadInput, match="99 samples: expected 100"): evaluate(short, "digits", metrics="is", quiet=True)
+
+
+def test_wrong_numbers_are_told_before_any_features(digits, monkeypatch):
+    reference = reference_statistics("digits", quiet=True)
+    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, **kw: pytest.fail("collected"))
+    for bad in (dict(k=40), dict(k_density=0), dict(splits=41), dict(kid_subset_size=41), dict(kid_subsets=0), dict(metrics="nothing")):
+        with pytest.raises(BadInput): evaluate(digits[:40], reference, **bad)
+
+
 def test_memory_of_streaming_does_not_grow(digits):
     "What is kept of 40 times as many images has the same size."
     kept = lambda n: sum(t.numel() for m in (collect(Images("x", n, (1, 8, 8), lambda b: (digits[:b] for _ in range(n // b))), load_extractor("digits", "cpu"), {"moments", "score"}, quiet=True),)
@@ -366,6 +380,15 @@ def test_intervals(digits):
     assert again == got
     with pytest.raises(BadInput, match="3 strata for 400 samples"): evaluate(digits[:400], "digits", bootstrap=60, strata=torch.zeros(3))
     with pytest.raises(BadInput, match="bootstrap is -1"): evaluate(digits[:400], "digits", bootstrap=-1)
+
+
+@pytest.mark.filterwarnings("ignore:reference images hold no value")
+def test_balanced_samples_are_resampled_by_class():
+    g = torch.Generator().manual_seed(0)
+    real = torch.rand(100, 1, 2, 2, generator=g) * 0.1
+    samples, strata = torch.cat([real[:50], real[:50] - 0.9]), torch.arange(100) // 50         # one class on the manifold, the other far from it
+    width = lambda **kw: (lambda i: i[1] - i[0])(evaluate(samples, real, Flat(), "precision", bootstrap=200, quiet=True, **kw)["intervals"]["precision"])
+    assert width(strata=strata) == pytest.approx(0, abs=1e-12) and width() > 0.1
 
 
 def test_bootstrap_mean():
@@ -490,7 +513,11 @@ def test_statistics_are_cached_and_verified(digits, runs_folder, monkeypatch):
     second = reference_statistics("digits", quiet=True)
     assert not calls and torch.equal(first.rows, second.rows) and second.num_images == 1797 and second.shape == (1, 8, 8)
     assert torch.allclose(first.moments.mean, second.moments.mean, rtol=1e-12) and torch.allclose(first.moments.covariance, second.moments.covariance, rtol=1e-12) and frechet_distance(first.moments, second.moments) < 1e-9
-    for damage in (lambda: (folder / "statistics.safetensors").write_bytes((folder / "statistics.safetensors").read_bytes()[:-9]), lambda: (folder / "statistics.json").write_text("{"),
+    def flip():   # one number is another; the file can still be read
+        whole = bytearray((folder / "statistics.safetensors").read_bytes())
+        whole[-5] ^= 1
+        (folder / "statistics.safetensors").write_bytes(whole)
+    for damage in (flip, lambda: (folder / "statistics.safetensors").write_bytes((folder / "statistics.safetensors").read_bytes()[:-9]), lambda: (folder / "statistics.json").write_text("{"),
                    lambda: (folder / "statistics.json").write_text("[]"), lambda: (folder / "statistics.safetensors").unlink(), lambda: (folder / "statistics.json").unlink()):
         damage()
         calls.clear()
@@ -510,6 +537,10 @@ def test_statistics_are_told_apart(digits, tmp_path, runs_folder, monkeypatch):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(a / "00003.png")                          # another image under the same name
     changed = reference_statistics(DataConfig(name=str(a), size=8, channels=1), e, quiet=True)
     assert len(caches(runs_folder)) == 3 and not torch.equal(changed.rows, one.rows)
+    many, reference = as_folder(tmp_path / "many", digits[:130]), DataConfig(name=str(tmp_path / "many"), size=8, channels=1)
+    before = data_images(reference).fingerprint()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(many / "00003.png")                       # not one of those whose content is looked at
+    assert data_images(reference).fingerprint() != before
     other = load_extractor("digits", "cpu")
     with torch.no_grad(): other.network.body[0].weight.mul_(2)
     other.weights = "another"
@@ -580,8 +611,11 @@ def test_evaluate_run_notes_a_row(run):
     assert wb.open_run(run.folder).summary["evaluations"] == [{**row, **more}]
     evaluate_run("tiny", 40, guidance_scale=2.0, **QUICK), evaluate_run("tiny", 40, seed=1, **QUICK)
     assert [(r["guidance_scale"], r["seed"]) for r in wb.open_run(run.folder).summary["evaluations"]] == [(1.5, 0), (2.0, 0), (1.5, 1)]
+    assert evaluate_run("tiny", 40, k=7, **QUICK)["settings"] == {"k": 7} and len(wb.open_run(run.folder).summary["evaluations"]) == 4   # other neighbours, another row
+    evaluate_run("tiny", 40, bootstrap=3, **QUICK)
     evaluate_run("tiny", 40, guidance_scale=3.0, note=False, **QUICK)
-    assert len(wb.open_run(run.folder).summary["evaluations"]) == 3
+    rows = wb.open_run(run.folder).summary["evaluations"]
+    assert len(rows) == 4 and rows[-1]["recall"] == more["recall"] and set(rows[-1]["intervals"]) == {"fid", "precision"}
 
 
 @pytest.mark.filterwarnings("ignore:fid from")
