@@ -17,7 +17,8 @@ _PUBLIC = {
     "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
     "train": "training",
     "sample": "sampling",
-    "frechet_distance": "metrics",
+    "evaluate": "metrics", "evaluate_run": "metrics", "guidance_sweep": "metrics", "load_extractor": "metrics", "reference_statistics": "metrics",
+    "frechet_distance": "metrics", "kernel_distance": "metrics", "inception_score": "metrics", "precision_recall": "metrics", "density_coverage": "metrics",
     "BadInput": "core",
 }
 _MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "runs", "cli")
