@@ -16,7 +16,8 @@ _PUBLIC = {
     "Experiment": "config", "load_experiment": "config",
     "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
     "train": "training",
-    "sample": "sampling",
+    "respace": "schedules",
+    "sample": "sampling", "sample_trajectory": "sampling", "sample_run": "sampling", "posterior": "sampling",
     "frechet_distance": "metrics",
     "BadInput": "core",
 }
