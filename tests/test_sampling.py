@@ -307,7 +307,7 @@ def test_a_walk_is_checked_before_its_first_step(wrong, match):
     (dict(class_labels=[0.5]), "expected integers"), (dict(class_labels=[0, 1], num_images=3), "2 class_labels for 3 images"),
     (dict(num_images=0), "num_images is 0"), (dict(batch_size=0), "batch_size is 0"), (dict(sampler="dpm"), "did you mean 'ddpm'"),
     (dict(num_inference_steps=1001), "num_inference_steps is 1001: expected 1 to 1000"), (dict(schedule="sine"), "unknown schedule 'sine'"),
-    (dict(guidance_scale=float("inf")), "guidance_scale is inf"), (dict(num_inference_steps=0), "num_inference_steps is 0"), (dict(num_inference_steps="10,20"), "expected a number for sampler ddim"),
+    (dict(guidance_scale=float("inf")), "guidance_scale is inf"), (dict(num_inference_steps=0), "num_inference_steps is 0"), (dict(num_inference_steps="10,20"), "only the sampler ddpm takes sections, ddim does not"),
     (dict(num_inference_steps="600,600", sampler="ddpm"), "at most 500 steps in section 1 of 2"), (dict(guidance_interval=(700, 200)), r"guidance_interval is \(700, 200\): .* lower one first"),
     (dict(guidance_interval=(-1, 200)), "timesteps 0 to 999"), (dict(guidance_interval=(0, 1000)), "timesteps 0 to 999"), (dict(guidance_channels=0), "guidance_channels is 0: expected 1 to 1"), (dict(guidance_channels=2), "guidance_channels is 2"),
     (dict(keep=0), "keep is 0: expected 1 to 51 steps"), (dict(keep=52), "keep is 52"), (dict(keep=[0, 51]), "keep has step 51: expected integers 0 to 50"), (dict(keep=[-1]), "keep has step -1"), (dict(keep=[]), "at least one step"), (dict(keep=[0.5]), "keep has step 0.5"),

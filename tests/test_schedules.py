@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dmp_wb as wb
 from dmp_wb.core import BadInput
-from dmp_wb.schedules import RESPACED, SAMPLERS, ScheduleConfig, betas, noise_schedule, respace, sampler
+from dmp_wb.schedules import SAMPLERS, ScheduleConfig, betas, noise_schedule, respace, sampler
 
 
 def test_figures_worked_out_by_hand():
@@ -65,18 +65,16 @@ def test_impossible_counts(T, steps, match):
     assert "\n" not in str(e.value) and "expected" in str(e.value)
 
 
-@pytest.mark.parametrize("name", RESPACED)
 @pytest.mark.parametrize("steps", [1, 7, 250, "10,15,20", "ddim25", [3, 2]])
-def test_samplers_walk_on_respaced_timesteps(name, steps):
-    s = sampler(name, "cosine", steps, 600)
-    assert list(dict.fromkeys(s.timesteps.tolist())) == respace(600, steps)[::-1]
-    assert len(s.timesteps) == (2 * len(respace(600, steps)) - 1 if name == "heun" else len(respace(600, steps)))
+def test_ddpm_walks_on_respaced_timesteps(steps): assert sampler("ddpm", "cosine", steps, 600).timesteps.tolist() == respace(600, steps)[::-1]
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in RESPACED])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "ddpm"])
 def test_the_others_take_a_number(name):
-    assert len(sampler(name, num_inference_steps=np.int64(12)).timesteps) == 12
-    with pytest.raises(BadInput, match="expected a number for sampler"): sampler(name, num_inference_steps="10,20")
+    for n in (1, 2, 12, np.int64(30), 333, 600, 999):
+        t = sampler(name, num_inference_steps=n).timesteps
+        assert len(t) == (2 * n - 1 if name == "heun" else n) and t.min() >= 0 and (t[1:] <= t[:-1]).all()
+    with pytest.raises(BadInput, match="only the sampler ddpm takes sections"): sampler(name, num_inference_steps="10,20")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", ScheduleConfig("linear", 400)])
@@ -119,3 +117,23 @@ def test_float32_tables_would_not_do():
 
 def test_clean_table_leaves_the_config_alone():
     assert sampler("ddpm", "cosine", 10).config.beta_schedule == noise_schedule("cosine").config.beta_schedule
+
+
+@pytest.mark.parametrize("schedule", ["linear", ScheduleConfig("cosine", 300)])
+@pytest.mark.parametrize("steps", [1, 7, 30, 50, 61, 122, 200, 299])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_ddim_steps_to_its_next_timestep(kind, steps, schedule):
+    "Song et al.'s equation 12 without noise, in float64, whether or not the number of steps divides T."
+    s, g = sampler("ddim", schedule, steps, prediction_type=kind), torch.Generator().manual_seed(0)
+    bar, times = (1 - betas(schedule)).cumprod(0), s.timesteps.tolist()
+    T, x = len(bar), torch.randn(1, 1, 4, 4, generator=g)
+    assert len(times) == steps and times[0] == T - 1 and all(abs(a - b - T / steps) <= 1 for a, b in zip(times, [*times[1:], -1]))
+    want = x.double()
+    for t, after in zip(times, [*times[1:], -1]):
+        a, b, to = bar[t].sqrt(), (1 - bar[t]).sqrt(), bar[after] if after >= 0 else torch.tensor(1.0).double()
+        output = torch.randn(1, 1, 4, 4, generator=g) * 0.5
+        o = output.double()
+        eps, x0 = {"epsilon": (o, (want - b * o) / a), "sample": ((want - a * o) / b, o), "v_prediction": (a * o + b * want, a * want - b * o)}[kind]
+        want = to.sqrt() * x0 + (1 - to).sqrt() * eps
+        x = s.step(output, torch.tensor(t), x).prev_sample
+    assert torch.allclose(x.double(), want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
