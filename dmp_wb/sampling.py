@@ -36,6 +36,7 @@ from .core import BadInput, MissingFile, assets_folder, progress, read_json, run
 from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, fingerprint, load_data, load_vae, read_image
 from .objectives import PREDICTION_TYPES, ObjectiveConfig
 from .patching import patches_of
+from .routing import get_router
 from .schedules import ScheduleConfig, betas, check_timesteps
 from .schedules import sampler as make_sampler
 
@@ -315,9 +316,9 @@ def sample_run(
     decode, decoder = _decoder(run, walk.shape[0], vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
     folder = Path(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
-    patches = patches_of(model)
+    patches, router = patches_of(model), get_router(model)
     plan = {"format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model), "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
-            "routing": dataclasses.asdict(exp.routing) if exp.routing.sharing_ratio < 1 and (patched or not patches) else None, "num_images": num_images,
+            "routing": dataclasses.asdict(router.config) if router else None, "num_images": num_images,
             "class_labels": None if walk.labels is None else "balanced" if torch.equal(walk.labels, balanced_labels(num_images, anatomy_of(model).num_classes(model))) else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16],
             "sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "guidance_channels": guidance_channels,
             "schedule": dataclasses.asdict(exp.schedule), "prediction_type": exp.objective.prediction_type, "seed": seed, "vae": decoder, "batch_size": batch_size, "device": walk.param.device.type}
@@ -365,11 +366,13 @@ def _decoder(run: Run, channels: int, vae: str | None) -> tuple[Callable | None,
 
 def _same_images(folder: Path, plan: dict):
     "Write the plan of a new folder; raise `BadInput` for one that holds something else."
+    images = folder.is_dir() and any(folder.glob("*.png"))   # before the plan is looked for: another process may just have written that, and then an image
     if (folder / SAMPLES_PLAN).exists():
         old = read_json(folder / SAMPLES_PLAN)
-        differs = [k for k in plan if old.get(k) != plan[k]] if isinstance(old, dict) else ["format"]
-        if differs: raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0]) if isinstance(old, dict) else old!r} there and {plan[differs[0]]!r} here; expected the same, or another folder")
-    elif folder.is_dir() and any(folder.glob("*.png")): raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one of an earlier call")
+        old = old if isinstance(old, dict) else {}
+        differs = [k for k in plan if old.get(k) != plan[k]]
+        if differs: raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there and {plan[differs[0]]!r} here; expected the same, or another folder")
+    elif images: raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one of an earlier call")
     elif folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder")
     else: write_json(folder / SAMPLES_PLAN, plan)
 

@@ -118,8 +118,17 @@ class Killed(BaseException): pass
 JOB = dict(batch_size=3, **FAST)   # of eight images: three batches
 
 
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    root = tmp_path_factory.mktemp("unbroken")
+    return files(sample_run(make_run(root / "run"), 8, root / "whole", **JOB))
+
+
 @pytest.fixture
-def whole(run, tmp_path): return files(sample_run(run, 8, tmp_path / "whole", **JOB))
+def whole(unbroken, tmp_path):
+    (tmp_path / "whole").mkdir()
+    for name, content in unbroken.items(): (tmp_path / "whole" / name).write_bytes(content)
+    return unbroken
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -265,6 +274,13 @@ def test_another_model_is_refused(run, tmp_path):
     make_run(run, randomise(tiny_dit(out_channels=2), seed=7))
     with pytest.raises(BadInput, match="model is '[0-9a-f]{16}' there"): sample_run(run, 2, tmp_path / "out", **FAST)
     assert files(tmp_path / "out") == before
+
+
+def test_routing_is_part_of_the_plan(run, tmp_path):
+    a = sample_run(run, 2, tmp_path / "out", **FAST)
+    make_run(run, tiny_dit(out_channels=2), routing=wb.DTRConfig(sharing_ratio=0.5))
+    with pytest.raises(BadInput, match=r"routing is None there and \{'sharing_ratio': 0.5"): sample_run(run, 2, tmp_path / "out", **FAST)
+    assert not np.array_equal(array(sample_run(run, 2, tmp_path / "routed", **FAST)), array(a))
 
 
 @pytest.mark.parametrize("content,match", [("[]", "images of something else"), ("{}", "format is None there and 1 here"), ("{", "not valid JSON"), (None, "holds images, but no sampling.json")])
