@@ -162,6 +162,7 @@ def test_samplers_share_the_forward_process(name):
         assert s.timesteps[0] == 500 and len(s.timesteps) == 20
         return
     assert torch.allclose(s.alphas_cumprod.float(), noise_schedule("cosine", 500).alphas_cumprod, atol=1e-6)
+    if name == "heun": s.timesteps = s.timesteps[::2]   # two calls a step, the second at the timestep of the next
     assert len(s.timesteps) == 20 and s.timesteps[0] >= 499 - 25 and (s.timesteps[1:] < s.timesteps[:-1]).all()
 
 
