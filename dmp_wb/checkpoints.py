@@ -78,7 +78,7 @@ def save_checkpoint(
         raise BadInput(f"the checkpoint of step {step} cannot be written below {Path(run) / 'checkpoints'}: {getattr(e, 'strerror', None) or e}; the older checkpoints are untouched") from e
     older = [p for p in list_checkpoints(run) if _step(p) < step]
     best = best_checkpoint(run, keep_best) if keep_best else None
-    for old in older[:len(older) - keep_last + 1]:
+    for old in older[:max(0, len(older) - keep_last + 1)]:
         if old != best and not (keep_every and _step(old) % keep_every == 0): shutil.rmtree(old)
     return folder
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['app', 'train', 'latents', 'sample', 'evaluate', 'guidance', 'main']
 
-# %% ../nbs/16_cli.ipynb #39fc8077
+# %% ../nbs/16_cli.ipynb #fa0f4178
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,10 +114,14 @@ def _in_parallel(processes: int):
     threads = str(max(1, (os.cpu_count() or 1) // processes))
     env = [{"OMP_NUM_THREADS": threads, **os.environ, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
     children = [subprocess.Popen([sys.executable, "-m", "dmp_wb", *sys.argv[1:]], env=e) for e in env]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try: statuses = [child.wait() for child in children]
-    except KeyboardInterrupt:
-        for child in children: child.wait()   # the terminal has interrupted them as well
-        raise
+    finally:
+        for child in children:
+            if child.poll() is None: child.terminate()
+        for child in children: child.wait()
+    for i, status in enumerate(statuses):
+        if status: print(f"error: process {i} ended with status {status}", file=sys.stderr)
     if any(statuses): sys.exit(next(s if s > 0 else 1 for s in statuses if s))
 
 # %% ../nbs/16_cli.ipynb #d2613202

@@ -117,6 +117,7 @@ class Experiment:
         need(t.sample_every is None or t.sample_every >= 1, "train.sample_every", t.sample_every, "at least 1, or null")
         need(t.sample_guidance_scale >= 0, "train.sample_guidance_scale", t.sample_guidance_scale, "a number ≥ 0")
         if t.keep_every: need(t.keep_every % t.checkpoint_every == 0, "train.keep_every", t.keep_every, f"a multiple of train.checkpoint_every {t.checkpoint_every}")
+        if t.keep_best: need(t.checkpoint_every % t.log_every == 0, "train.checkpoint_every", t.checkpoint_every, f"a multiple of train.log_every {t.log_every} with train.keep_best, which looks for a line of each checkpoint's step")
         if t.on_nonfinite not in ON_NONFINITE: raise unknown("train.on_nonfinite", t.on_nonfinite, ON_NONFINITE)
         need(t.nonfinite_limit >= 1, "train.nonfinite_limit", t.nonfinite_limit, "at least 1")
         self.data.check()

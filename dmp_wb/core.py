@@ -52,7 +52,8 @@ def one_line_errors():
     "Inside a command line's main: a `BadInput` becomes one line on stderr and exit status 2; Ctrl-C becomes 130."
     try: yield
     except BadInput as e:
-        if os.environ.get("RANK", "0") == "0": print(f"error: {e}", file=sys.stderr)   # once, not once a process
+        first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+        if first or getattr(e, "local", False): print(f"error{'' if first else ' in process ' + os.environ['RANK']}: {e}", file=sys.stderr)   # once, not once a process, unless only this one met it
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

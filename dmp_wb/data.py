@@ -227,7 +227,9 @@ class SkippedImages:
             self.say(f"skipped image {len(self.found)}: {name} {reason}")
         if len(self.found) > self.limit:
             name, reason = next(iter(self.found.items()))
-            raise BadInput(f"{len(self.found)} images cannot be read, more than data.max_bad_images, {self.limit}; the first, {name}, {reason}")
+            error = BadInput(f"{len(self.found)} images cannot be read, more than data.max_bad_images, {self.limit}; the first, {name}, {reason}")
+            error.local = True   # other processes read other images
+            raise error
         return batch
 
 def image_folder(config: DataConfig) -> ImageFiles:

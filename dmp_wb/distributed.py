@@ -44,6 +44,7 @@ def set_up_sharding(accelerator: Accelerator, t: TrainConfig, o: OptimConfig):
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if o.name != "adamw": raise BadInput(f"optim.name is {o.name!r}: expected 'adamw' with DeepSpeed")
         if t.mixed_precision == "fp16": raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' with DeepSpeed, which would keep the weights themselves in float16")
+        if t.on_nonfinite == "rollback": raise BadInput("train.on_nonfinite is 'rollback': expected 'stop' or 'skip' with DeepSpeed, whose state of step 0 cannot be kept")
         config = state.deepspeed_plugin.deepspeed_config
         zero = config["zero_optimization"]
         if zero["stage"] not in (1, 2) or any((zero.get(f"offload_{k}") or {}).get("device") not in ("none", None) for k in ("optimizer", "param")):

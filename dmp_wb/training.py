@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer', 'draw_batch',
-           'Steps', 'batches', 'train', 'make_accelerator', 'start_trackers', 'flat', 'check_folder', 'versions',
-           'write_config', 'append_row', 'note_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite',
-           'gradient_norm', 'Average', 'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export',
-           'summarise', 'start_cpu_processes', 'main']
+           'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'flat', 'check_folder',
+           'versions', 'write_config', 'append_row', 'note_skipped', 'count_skipped', 'resume', 'asked_to_stop',
+           'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average', 'Meter', 'memory_gib', 'averages_itself',
+           'averaged', 'write_samples', 'export', 'summarise', 'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
@@ -165,7 +165,11 @@ def batches(
     device: torch.device,
 ) -> Iterator[dict[str, torch.Tensor]]:
     "The batches of these steps, in order, on the CPU."
-    return iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=num_workers, pin_memory=device.type == "cuda"))
+    return iter(torch.utils.data.DataLoader(steps, batch_size=None, sampler=range(first, last), num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=leave_signals))
+
+def leave_signals(worker: int):
+    "SIGTERM often goes to a whole group of processes; the one that saves needs its workers until it has."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 # %% ../nbs/11_training.ipynb #5a42580c
 def train(
@@ -184,7 +188,7 @@ def train(
 def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     exp = load_experiment(experiment, overrides)
     t = exp.train
-    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder")):   # the run must find them from any folder
+    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):   # the run must find them from any folder
         if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists(): setattr(config, key, str(Path(value).resolve()))
     data = load_data(exp.data)
     run = Run((Path(folder) if folder else runs_root() / exp.name).resolve())
@@ -192,6 +196,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     device = accelerator.device
     share, rest = divmod(t.batch_size, accelerator.num_processes * t.gradient_accumulation_steps)
     if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {accelerator.num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
+    if exp.multitask.method != "none" and share < exp.multitask.k: raise BadInput(f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
     order = EpochOrder(len(data), t.batch_size, exp.seed)
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
@@ -242,12 +247,23 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     places = torch.arange(t.batch_size).view(t.gradient_accumulation_steps, accelerator.num_processes, share)[:, accelerator.process_index].flatten()
     steps, workers = Steps(exp, data, order, null, places, clusters), data.workers if exp.data.num_workers is None else exp.data.num_workers
     skipped_images = SkippedImages(exp.data.max_bad_images, lambda line: note_skipped(run, line))
+
+    def save(step: int):   # every process must call it
+        state = {"model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer_state(accelerator, optimizer, groups), "lr_scheduler": lr_scheduler.state_dict(),
+                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "aggregator": aggregator_state(aggregator) if aggregator else {},
+                 "meter": meter.state(), "rate": {"lr_scale": lr_scale, "nonfinite": nonfinite}}
+        state = whole(state, accelerator.is_main_process)
+        if accelerator.is_main_process: save_checkpoint(run.folder, step, state, t.keep_last, t.keep_every, t.keep_best)
+    if t.on_nonfinite == "rollback" and start == 0: save(0)   # something to go back to from the first steps
+    accelerator.wait_for_everyone()
+
     in_a_row = 0
     bar = held.enter_context(contextlib.closing(progress(total=t.steps, initial=start, desc=exp.name, unit="step", disable=not accelerator.is_main_process)))
     step, ahead = start, batches(steps, start, t.steps, workers, device)
     while step < t.steps:
         mine = skipped_images.take(next(ahead))
         torch.manual_seed(seed_of(exp.seed, "model", step, accelerator.process_index))  # for backbones with dropout
+        measured = []
         for micro in range(t.gradient_accumulation_steps):
             batch = data.encode({k: v[micro * share:(micro + 1) * share].to(device, non_blocking=True) for k, v in mine.items()})
             with accelerator.no_sync(model) if aggregator else accelerator.accumulate(model):   # an aggregator averages over processes itself
@@ -255,7 +271,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                 with accelerator.autocast():
                     output = model(x_t, timestep=tables.model_timestep(batch["timesteps"]), **{k: batch[k] for k in inputs if k in batch}).sample
                 losses = diffusion_losses(output, batch["images"], batch["noise"], batch["timesteps"], tables, exp.objective.weighting, exp.objective.prediction_type)
-                meter.add_by_timestep(losses["mse"], batch["timesteps"])
+                mse = losses["mse"]
                 tasks = interval_losses(losses["loss"], batch["timesteps"], clusters) if clusters else None
                 losses = {k: v.mean() for k, v in losses.items()}
                 if weights is not None: losses["loss"] = weights(tasks)
@@ -271,7 +287,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                 else:
                     torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
                     balanced_backward(tasks + balance / len(clusters), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
-            meter.add(losses, 1 / t.gradient_accumulation_steps)
+            measured.append((losses, mse, batch["timesteps"]))
         grad_norm = gradient_norm(accelerator, params, exp.optim.max_grad_norm)
         lr = lr_scheduler.get_last_lr()[0]
         bad = not torch.isfinite(grad_norm + losses["loss"].detach())   # the gradient is averaged, so every process sees the same; the loss only adds a local cause
@@ -283,6 +299,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             if given_up: stop_at_nonfinite(run, step, mine, losses, grad_norm, accelerator)
             if t.on_nonfinite == "rollback":
                 optimizer.zero_grad(set_to_none=True)
+                if scaling: accelerator.scaler.update()   # it must forget that this step was unscaled
                 back, rate = resume(run, accelerator, params, ema, optimizer, groups, lr_scheduler, aggregator, meter)
                 lr_scale = scale_rate(optimizer, lr_scheduler, 0.5 * lr_scale, rate["lr_scale"])
                 if accelerator.is_main_process: write_json(run.folder / "rollback.json", {"step": back, "lr_scale": lr_scale})   # for a kill before the next checkpoint
@@ -293,6 +310,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             nonfinite += 1
         if not bad or scaling: optimizer.step()
         if not bad:
+            for part in measured: meter.add(*part, 1 / t.gradient_accumulation_steps)
             lr_scheduler.step()
             ema.step(params.values())
         optimizer.zero_grad(set_to_none=True)
@@ -305,16 +323,11 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                    "memory_gib": memory_gib(device), **({"skipped": nonfinite} if t.on_nonfinite == "skip" else {})}
             if accelerator.is_main_process: append_row(run, row)
             for tracker in trackers: tracker.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
-            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+            if row.get("loss") is not None: bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         if t.sample_every and step % t.sample_every == 0 and (accelerator.is_main_process or splits_weights(accelerator)):
-            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers, accelerator.is_main_process)
+            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers, skipped_images, accelerator.is_main_process)
         if step % t.checkpoint_every == 0 or step == t.steps or stop:
-            state = {"model": dict(params), "ema": ema.state_dict(), "optimizer": optimizer_state(accelerator, optimizer, groups), "lr_scheduler": lr_scheduler.state_dict(),
-                     "scaler": accelerator.scaler.state_dict() if accelerator.scaler else {}, "aggregator": aggregator_state(aggregator) if aggregator else {},
-                     "meter": meter.state(), "rate": {"lr_scale": lr_scale, "nonfinite": nonfinite}}
-            state = whole(state, accelerator.is_main_process)
-            if accelerator.is_main_process: save_checkpoint(run.folder, step, state, t.keep_last, t.keep_every, t.keep_best)
-            del state
+            save(step)
         if stop and step < t.steps:
             bar.close()
             accelerator.wait_for_everyone()
@@ -324,7 +337,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     with averaged(params, ema, optimizer): average = whole({name: p.detach().clone() for name, p in params.items()}, accelerator.is_main_process)
     if accelerator.is_main_process:
         export(run, make_model(exp, data) if splits_weights(accelerator) else backbone, average)
-        facts = {"trained_parameters": sum(p.numel() for p in params.values()), "images_skipped": len(skipped_images.found), **({"base_fingerprint": base_fingerprint} if base_fingerprint else {})}
+        facts = {"trained_parameters": sum(p.numel() for p in params.values()), "images_skipped": count_skipped(run), **({"base_fingerprint": base_fingerprint} if base_fingerprint else {})}
         summarise(run, t.steps, facts)
     accelerator.wait_for_everyone()
     say(f"finished: {short(run.folder)}")
@@ -350,6 +363,8 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = t.tf32
     accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
                               project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])   # every process makes the same buffers
+    accelerator.gradient_accumulation_steps = t.gradient_accumulation_steps   # over what a launcher's environment says
+    accelerator.gradient_state._set_sync_gradients(True)                      # an interrupted run in this process may have left it off
     set_up_sharding(accelerator, t, exp.optim)
     return accelerator
 
@@ -399,6 +414,11 @@ def note_skipped(run: Run, line: str):
     "Tell of an image that was skipped, and keep the line in the run folder."
     print(line, file=sys.stderr, flush=True)
     with open(run.folder / "skipped-images.txt", "a", encoding="utf-8") as f: f.write(line + "\n")
+
+def count_skipped(run: Run) -> int:
+    "Images that any process of any session of a run has skipped."
+    file = run.folder / "skipped-images.txt"
+    return len({line.split(": ", 1)[-1] for line in file.read_text(encoding="utf-8").splitlines()}) if file.exists() else 0
 
 def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, groups: list[list[nn.Parameter]], lr_scheduler, aggregator, meter: "Meter") -> tuple[int, dict]:
     "Load the newest whole checkpoint, if there is one, and return the step to go on from and what became of the rate; later lines of metrics.jsonl are cut off."
@@ -472,13 +492,12 @@ class Meter:
 
     def clear(self): self.sums, self.steps, self.by_timestep = {}, 0.0, torch.zeros(2, self.K, device=self.accelerator.device)
 
-    def add(self, losses: dict[str, torch.Tensor], weight: float):
+    def add(self, losses: dict[str, torch.Tensor], mse: torch.Tensor, timesteps: torch.Tensor, weight: float):
+        "The losses of a part of a step, and the mse [B] of its samples at their timesteps [B]."
         for k, v in losses.items(): self.sums[k] = self.sums.get(k, 0) + weight * v.detach()
         self.steps += weight
-
-    def add_by_timestep(self, losses: torch.Tensor, timesteps: torch.Tensor): # both [B]
         where = (timesteps * self.K // self.T).expand(2, -1)
-        self.by_timestep.scatter_add_(1, where, torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)]))
+        self.by_timestep.scatter_add_(1, where, torch.stack([mse.detach().float(), torch.ones_like(mse, dtype=torch.float32)]))
 
     def state(self) -> dict: # of all processes: each has its row
         names = sorted(self.sums)
@@ -494,12 +513,13 @@ class Meter:
     def means(self, batch_size: int, more: dict[str, torch.Tensor]) -> dict[str, float | None]:
         "The means, those of `more` over processes, the mse of each timestep interval (None where there was no sample), and images per second; starts anew."
         names, steps = sorted(self.sums), self.steps
-        values = self.accelerator.reduce(torch.stack([self.sums[k] / steps for k in names] + [v.float() for v in more.values()]), "mean").tolist()
+        means = [self.sums[k] / steps for k in names] + [v.float() for v in more.values()]   # none of the first if all steps were skipped
+        values = self.accelerator.reduce(torch.stack(means), "mean").tolist() if means else []
         total, count = self.accelerator.reduce(self.by_timestep, "sum").tolist()
         first = [-(-i * self.T // self.K) for i in range(self.K + 1)]
         intervals = {f"mse/t{a:03d}-{b - 1:03d}": s / n if n else None for a, b, s, n in zip(first, first[1:], total, count)}
         now = time.perf_counter()
-        row = {**dict(zip([*names, *more], values)), **intervals, "images_per_second": steps * batch_size / (now - self.since)}
+        row = {**({} if names else {"loss": None, "mse": None}), **dict(zip([*names, *more], values)), **intervals, "images_per_second": steps * batch_size / (now - self.since)}
         self.since = now
         self.clear()
         return row
@@ -526,10 +546,10 @@ def averaged(params: dict[str, nn.Parameter], ema: EMAModel, optimizer):
         if averages_itself(optimizer): optimizer.train()
         put(kept)   # to the bit, where an optimiser's way back rounds
 
-def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, write: bool):
+def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, skipped: SkippedImages, write: bool):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
-    given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in data.batch(torch.arange(n) % len(data)).items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")}) if data.null else {}
+    given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in skipped.take(data.batch(torch.arange(n) % len(data))).items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")}) if data.null else {}
     conditions = {k: v for k, v in given.items() if k in model_inputs(backbone)}
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)), t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
                     seed=exp.seed, quiet=True, prediction_type=learned, conditions=conditions, null_conditions={k: data.null[k] for k in conditions}, clamp=not data.random_latents)
@@ -556,9 +576,12 @@ def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
 def summarise(run: Run, steps: int, facts: dict):
     "Write the summary, which makes the run a finished one."
     m = run.metrics()
-    tail = max(1, len(m["loss"]) // 10)
+    def late(column):
+        values = [v for v in m[column] if v is not None]
+        tail = values[-max(1, len(values) // 10):]
+        return sum(tail) / len(tail) if tail else None
     write_json(run.folder / "summary.json", {
-        "status": "finished", "steps": steps, "loss": sum(m["loss"][-tail:]) / tail, "mse": sum(m["mse"][-tail:]) / tail,
+        "status": "finished", "steps": steps, "loss": late("loss"), "mse": late("mse"),
         "images_per_second": sorted(m["images_per_second"])[len(m["loss"]) // 2], **facts, "versions": versions()})
 
 # %% ../nbs/11_training.ipynb #cb5dd2ad

@@ -318,6 +318,13 @@ def test_keep_last(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-0000004", "step-0000005"]
 
 
+@pytest.mark.parametrize("keep_last", [1, 3, 4, 8])
+def test_as_many_stay_as_asked(keep_last, tmp_path):
+    for step in range(1, 13):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}}, keep_last)
+        assert [int(p.name[-7:]) for p in list_checkpoints(tmp_path)] == list(range(max(1, step - keep_last + 1), step + 1))
+
+
 # --- mistakes
 
 def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):

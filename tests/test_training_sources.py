@@ -1,6 +1,11 @@
 "Training on folders, latents and captions; trackers, grids and optimisers."
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -62,6 +67,47 @@ def test_workers_and_interruptions_change_nothing(photos, tmp_path, monkeypatch)
         with pytest.raises(Killed): wb.train(pixels(photos, "data.num_workers=1"), folder=tmp_path / "broken")
     assert equal(weights(wb.train(pixels(photos), folder=tmp_path / "broken")), weights(runs[0]))
     assert not equal(weights(wb.train(pixels(photos, "data.flip=false"), folder=tmp_path / "straight")), weights(runs[0]))
+
+
+def test_sigterm_to_the_whole_group_leaves_a_checkpoint(photos, tmp_path):
+    "As torchrun and Slurm send it: the workers that read ahead get it too."
+    exp = pixels(photos, "train.steps=100000", "train.checkpoint_every=100000", "data.num_workers=1")
+    (tmp_path / "x.yaml").write_text(wb.config.to_yaml(exp))
+    process = subprocess.Popen([sys.executable, "-m", "dmp_wb.training", str(tmp_path / "x.yaml"), "--folder", str(tmp_path / "run")], env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by a signal at step" in said and newest_checkpoint(tmp_path / "run") is not None
+
+
+def poison(monkeypatch, *calls_that_fail):
+    original, calls = training.diffusion_losses, []
+
+    def losses(*a, **k):
+        calls.append(1)
+        return {n: v * (float("nan") if len(calls) in calls_that_fail else 1) for n, v in original(*a, **k).items()}
+    monkeypatch.setattr(training, "diffusion_losses", losses)
+
+
+def test_a_rollback_before_the_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    settings = [*SMALL, "train.checkpoint_every=100", "train.on_nonfinite=rollback", "train.log_with=null"]
+    poison(monkeypatch, 5, 10)                                     # step 4 of the first life, step 4 of the second
+    run = wb.train("digits-quick", settings, folder=tmp_path / "r")
+    monkeypatch.undo()
+    quarter = wb.train("digits-quick", [*settings, "optim.lr=0.0005"], folder=tmp_path / "quarter")
+    assert wb.load_experiment("digits-quick").optim.lr == 0.002    # halved twice
+    assert equal(weights(run), weights(quarter)) and run.metrics()["loss"] == quarter.metrics()["loss"] and run.metrics()["lr"] == pytest.approx(quarter.metrics()["lr"])
+
+
+def test_a_skipped_step_is_not_in_the_means(tmp_path, monkeypatch):
+    settings = [*SMALL, "train.on_nonfinite=skip", "train.log_with=null", "train.log_every=1"]
+    poison(monkeypatch, 5, 8)
+    run = wb.train("digits-quick", settings, folder=tmp_path / "r")
+    m = run.metrics()
+    assert m["loss"][4] is None and m["loss"][7] is None and all(v is not None for i, v in enumerate(m["loss"]) if i not in (4, 7)) and m["skipped"] == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert run.summary["loss"] == m["loss"][6] and "NaN" not in (run.folder / "summary.json").read_text()
 
 
 def test_too_many_bad_images(photos, tmp_path):
