@@ -77,13 +77,15 @@ def _slider(label: str, low: int, high: int, value: int, step: int = 1, width: s
     return widgets.IntSlider(value=value, min=low, max=high, step=step, description=label, layout=widgets.Layout(width=width), style={"description_width": "initial"})
 
 def _picture(width: int, alt: str) -> widgets.Image:
-    picture = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", object_fit="contain"))
+    picture = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", max_width="100%", object_fit="contain"))
     picture.add_class("dmp-wb-pixels")
     picture.tooltip = alt
     return picture
 
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
-    return widgets.VBox([widgets.HTML(f"<span style='font-size:12px; opacity:.8'>{title}</span>"), picture], layout=widgets.Layout(margin="0 18px 6px 0"))
+    return widgets.VBox([widgets.HTML(f"<span style='font-size:12px; opacity:.8'>{title}</span>"), picture], layout=widgets.Layout(margin="0 18px 6px 0", max_width="100%"))
+
+def _row(children: Sequence[widgets.Widget]) -> widgets.HBox: return widgets.HBox(list(children), layout=widgets.Layout(flex_flow="row wrap"))
 
 STYLE = "<style>.dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated; }</style>"
 
@@ -147,7 +149,7 @@ class GateExplorer(Explorer):
         self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000, "gates over timesteps"), _picture(180, "noisy image"), _picture(180, "predicted clean image"), _picture(180, "gates over the image")
         self.top = widgets.HTML()
         body = [widgets.HTML(STYLE), _labelled("prompts (down) over timesteps (0 at the left): red is more than uniform, blue less", self.heatmap),
-                widgets.HBox([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean), _labelled("gates over it", self.spatial), self.top])]
+                _row([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean), _labelled("gates over it", self.spatial), self.top])]
         super().__init__([self.timestep, self.block, self.label], body)
 
     def gates(self, label: int) -> np.ndarray: # [timesteps of the grid, blocks, prompts]
@@ -223,7 +225,7 @@ class RoutingExplorer(Explorer):
         self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels, description="channels", style=style, layout=widgets.Layout(width="160px"))
         self.first, self.second = _slider("t₁", 0, self.T - 1, self.T // 10, width="300px"), _slider("t₂", 0, self.T - 1, self.T // 2, width="300px")
         self.masks, self.overlap, self.text = _picture(560, "masks"), _picture(320, "overlap"), widgets.HTML()
-        body = [widgets.HTML(STYLE), widgets.HBox([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap (IoU) of any two timesteps, 0 to 1", self.overlap)]), self.text]
+        body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap (IoU) of any two timesteps, 0 to 1", self.overlap)]), self.text]
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second], body)
 
     def _config(self) -> DTRConfig: return DTRConfig(sharing_ratio=self.ratio.value, alpha=self.alpha.value, num_train_timesteps=self.T)
@@ -275,8 +277,8 @@ class DenoiseExplorer(Explorer):
         self.step = _slider("step", 0, 25, 25, width="520px")
         self.pictures = {(m, what): _picture(190, f"{m} {what}") for m in self.modes for what in ("x_t", "x_0")}
         self.difference, self.text = _picture(190, "difference"), widgets.HTML()
-        rows = [widgets.HBox([_labelled(f"{m}: x<sub>t</sub>", self.pictures[m, "x_t"]), _labelled(f"{m}: predicted x<sub>0</sub>", self.pictures[m, "x_0"])]) for m in self.modes]
-        body = [widgets.HTML(STYLE), widgets.HBox([widgets.VBox(rows), _labelled("patched − base, predicted x<sub>0</sub>: red is lighter, blue darker", self.difference)] if len(rows) > 1 else rows), self.text]
+        rows = [_row([_labelled(f"{m}: x<sub>t</sub>", self.pictures[m, "x_t"]), _labelled(f"{m}: predicted x<sub>0</sub>", self.pictures[m, "x_0"])]) for m in self.modes]
+        body = [widgets.HTML(STYLE), _row([widgets.VBox(rows), _labelled("patched − base, predicted x<sub>0</sub>: red is lighter, blue darker", self.difference)] if len(rows) > 1 else rows), self.text]
         super().__init__([self.step, self.seed, self.label, self.guidance, self.steps], body)
 
     def trajectories(self) -> dict[str, tuple[list[int], torch.Tensor, torch.Tensor]]:
@@ -334,7 +336,7 @@ class RunExplorer(Explorer):
         self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))), layout=widgets.Layout(width="300px"))
         self.column = widgets.Dropdown(options=self._columns() or ["loss"], description="curve", layout=widgets.Layout(width="240px"))
         self.curves, self.table, self.samples = widgets.Image(format="png", layout=widgets.Layout(width="620px")), widgets.HTML(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([self.chosen, self.column], [widgets.HTML(STYLE), widgets.HBox([self.curves, self.table], layout=widgets.Layout(flex_flow="row wrap")), self.samples])
+        super().__init__([self.chosen, self.column], [widgets.HTML(STYLE), _row([self.curves, self.table]), self.samples])
 
     @staticmethod
     def _name(folder) -> str:
