@@ -76,10 +76,9 @@ class Explorer(widgets.VBox):
 def _slider(label: str, low: int, high: int, value: int, step: int = 1, width: str = "420px") -> widgets.IntSlider:
     return widgets.IntSlider(value=value, min=low, max=high, step=step, description=label, layout=widgets.Layout(width=width), style={"description_width": "initial"})
 
-def _picture(width: int, alt: str) -> widgets.Image:
+def _picture(width: int) -> widgets.Image:
     picture = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", max_width="100%", object_fit="contain"))
     picture.add_class("dmp-wb-pixels")
-    picture.tooltip = alt
     return picture
 
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
@@ -146,7 +145,7 @@ class GateExplorer(Explorer):
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
         self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
         self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="150px"))
-        self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000, "gates over timesteps"), _picture(180, "noisy image"), _picture(180, "predicted clean image"), _picture(180, "gates over the image")
+        self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000), _picture(180), _picture(180), _picture(180)
         self.top = widgets.HTML()
         body = [widgets.HTML(STYLE), _labelled("prompts (down) over timesteps (0 at the left): red is more than uniform, blue less", self.heatmap),
                 _row([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean), _labelled("gates over it", self.spatial), self.top])]
@@ -224,7 +223,7 @@ class RoutingExplorer(Explorer):
         self.alpha = widgets.FloatLogSlider(value=alpha, base=2, min=-2, max=4, step=0.05, description="α", readout_format=".2f", style=style, layout=layout)
         self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels, description="channels", style=style, layout=widgets.Layout(width="160px"))
         self.first, self.second = _slider("t₁", 0, self.T - 1, self.T // 10, width="300px"), _slider("t₂", 0, self.T - 1, self.T // 2, width="300px")
-        self.masks, self.overlap, self.text = _picture(560, "masks"), _picture(320, "overlap"), widgets.HTML()
+        self.masks, self.overlap, self.text = _picture(560), _picture(320), widgets.HTML()
         body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap (IoU) of any two timesteps, 0 to 1", self.overlap)]), self.text]
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second], body)
 
@@ -275,8 +274,8 @@ class DenoiseExplorer(Explorer):
         self.guidance = widgets.FloatSlider(value=1.5, min=0, max=6, step=0.25, description="guidance", continuous_update=False, style=style, layout=widgets.Layout(width="260px"), disabled=not classes)
         self.steps = widgets.Dropdown(options=[10, 25, 50, 100], value=25, description="steps", style=style, layout=widgets.Layout(width="120px"))
         self.step = _slider("step", 0, 25, 25, width="520px")
-        self.pictures = {(m, what): _picture(190, f"{m} {what}") for m in self.modes for what in ("x_t", "x_0")}
-        self.difference, self.text = _picture(190, "difference"), widgets.HTML()
+        self.pictures = {(m, what): _picture(190) for m in self.modes for what in ("x_t", "x_0")}
+        self.difference, self.text = _picture(190), widgets.HTML()
         rows = [_row([_labelled(f"{m}: x<sub>t</sub>", self.pictures[m, "x_t"]), _labelled(f"{m}: predicted x<sub>0</sub>", self.pictures[m, "x_0"])]) for m in self.modes]
         body = [widgets.HTML(STYLE), _row([widgets.VBox(rows), _labelled("patched − base, predicted x<sub>0</sub>: red is lighter, blue darker", self.difference)] if len(rows) > 1 else rows), self.text]
         super().__init__([self.step, self.seed, self.label, self.guidance, self.steps], body)
@@ -313,8 +312,10 @@ class DenoiseExplorer(Explorer):
             self.pictures[mode, "x_t"].value, self.pictures[mode, "x_0"].value = png(pixels_of(x_t[n]), scale), png(pixels_of(x0[n]), scale)
         self.text.value = f"<div style='font-size:13px'>step {n} of {last}" + (f", t = {t}" if (t := next(iter(found.values()))[0][n]) >= 0 else ": finished") + "</div>"
         if len(found) > 1:
-            change = (found["patched"][2][n] - found["base"][2][n]).mean(0).numpy()
-            self.difference.value = png(coloured(change, viz.GATES, -1, 1), max(1, 190 // change.shape[-1]))
+            change = (found["patched"][2] - found["base"][2]).mean(1).numpy()
+            limit = max(0.02, float(np.abs(change).max()))   # one scale for the whole walk
+            self.difference.value = png(coloured(change[n], viz.GATES, -limit, limit), max(1, 190 // change.shape[-1]))
+            self.text.value += f"<div style='font-size:12px; opacity:.8'>largest change of any step ± {limit:.2g}, here ± {float(np.abs(change[n]).max()):.2g}</div>"
 
     def static(self) -> Figure:
         found = self.trajectories()
