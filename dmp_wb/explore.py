@@ -26,6 +26,7 @@ from .anatomy import anatomy_of, input_size, learned_variance
 from .checkpoints import Run, load_model, open_run, read_rows
 from .core import BadInput, runs_root
 from .data import load_data
+from .multitask import mask_overlap
 from .objectives import ObjectiveConfig, Tables, make_tables
 from .patching import get_patch, patch_disabled, patches_of
 from .routing import DTRConfig, routing_mask
@@ -242,9 +243,7 @@ class RoutingExplorer(Explorer):
             at = int((self.grid - t).abs().argmin())
             picture[:, 2 * at:2 * at + 2] = colour
         self.masks.value = png(picture)
-        shared = mask @ mask.T
-        size = mask.sum(1)
-        self.overlap.value = png(coloured(shared / (size[:, None] + size - shared), viz.MAGNITUDE, 0, 1))
+        self.overlap.value = png(coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1))
         a, b = self._mask(torch.tensor([t1, t2])).astype(bool)
         both, either = int((a & b).sum()), int((a | b).sum())
         first = lambda m: f"{int(np.flatnonzero(m)[0])}–{int(np.flatnonzero(m)[-1])}"
