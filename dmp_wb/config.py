@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIG_FORMAT', 'METHODS', 'OPTIMIZERS', 'LR_SCHEDULERS', 'PRECISIONS', 'ON_NONFINITE', 'KEYS', 'OptimConfig',
-           'TrainConfig', 'Experiment', 'experiments_folder', 'find_experiment', 'load_experiment', 'to_yaml']
+           'TrainConfig', 'Experiment', 'find_experiment', 'load_experiment', 'to_yaml']
 
 # %% ../nbs/08_config.ipynb #1a687650
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from .core import BadInput, MissingFile, project_root, unknown
+from .core import BadInput, MissingFile, named_files, unknown
 from .data import DataConfig
 from .dit import ModelConfig
 from .multitask import MultitaskConfig
@@ -138,9 +138,7 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine")
 PRECISIONS = ("no", "fp16", "bf16")
 ON_NONFINITE = ("stop", "skip", "rollback")
 
-# %% ../nbs/08_config.ipynb #6c81e000
-def experiments_folder() -> Path: return project_root() / "nbs" / "experiments"
-
+# %% ../nbs/08_config.ipynb #01727196
 def find_experiment(
     experiment: str | Path,  # a YAML file, or the bare name of one in nbs/experiments/
 ) -> Path:
@@ -149,11 +147,9 @@ def find_experiment(
     if path.is_file(): return path
     if path.suffix in (".yaml", ".yml") and len(path.parts) > 1 and not path.parent.is_dir():
         raise MissingFile(f"no folder {path.parent}: expected an experiment file {path.name} there")
-    named = experiments_folder() / f"{path.name.removesuffix('.yaml')}.yaml"
-    if named.is_file() and len(path.parts) == 1: return named
-    known = [f.stem for f in experiments_folder().glob("*.yaml")]
-    if not known: raise MissingFile(f"no experiment {experiment}: it is no file here, and there are no experiments in {experiments_folder()}")
-    raise unknown("experiment", str(experiment), known, path.name.removesuffix(".yaml"))
+    known, name = named_files("experiments"), path.name.removesuffix(".yaml")
+    if name in known and len(path.parts) == 1: return known[name]
+    raise unknown("experiment", str(experiment), known, name)
 
 def _dotted(cls, prefix="") -> dict[str, type]:
     "Every dotted key of a dataclass tree, with its type."

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'TEXT_INPUTS', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'DataConfig',
            'Source', 'ImageData', 'digits', 'BadImage', 'read_image', 'centre_crop', 'to_tensor', 'ImageFiles',
-           'SkippedImages', 'image_folder', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder', 'draw_latents',
-           'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache', 'LatentCache',
-           'load_data']
+           'SkippedImages', 'image_folder', 'image_files', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder',
+           'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache',
+           'ConsecutiveBatches', 'LatentCache', 'load_data']
 
 # %% ../nbs/07_data.ipynb #2de55570
 import bisect
@@ -235,7 +235,7 @@ class SkippedImages:
 def image_folder(config: DataConfig) -> ImageFiles:
     "A folder of images. Raises `BadInput` if it holds none, if there are images beside class folders, and without `data.size`."
     root, side = Path(config.name), _side(config)
-    files = sorted(p.relative_to(root).as_posix() for p in _walk(root))
+    files = sorted(p.relative_to(root).as_posix() for p in image_files(root))
     if not files: raise BadInput(f"folder {root} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     loose = [f for f in files if "/" not in f]
     classes = sorted({f.split("/")[0] for f in files if "/" in f}) if config.conditional else []
@@ -247,10 +247,13 @@ def image_folder(config: DataConfig) -> ImageFiles:
 def _file(root: Path, files: list[str], i: int) -> Path: return root / files[i]
 def _printed(files: list[str], i: int) -> str: return os.fsencode(files[i]).decode("utf-8", "backslashreplace")
 
-def _walk(root: Path) -> Iterator[Path]:
+def image_files(
+    root: Path,  # links to folders are followed, not in circles; names that begin with a dot are left out
+) -> Iterator[Path]:
+    "The images of a folder and those below it, by their suffixes, in no order."
     for folder, folders, files in os.walk(root, followlinks=True):
         above = {os.path.realpath(p) for p in (folder, *Path(folder).parents)}
-        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]   # links are followed, not in circles
+        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]
         yield from (Path(folder) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
 
 def _side(config: DataConfig) -> int:
@@ -263,7 +266,7 @@ def hub_data(config: DataConfig) -> ImageFiles:
     path, side = Path(config.name), _side(config)
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists(): ds = datasets.load_from_disk(path)
-        else: ds = datasets.load_dataset("imagefolder", data_dir=str(path)) if path.is_dir() and any(_walk(path)) else datasets.load_dataset(str(path.absolute()) if path.is_dir() else config.name)
+        else: ds = datasets.load_dataset("imagefolder", data_dir=str(path)) if path.is_dir() and any(image_files(path)) else datasets.load_dataset(str(path.absolute()) if path.is_dir() else config.name)
     except Exception as e: raise BadInput(f"data.name is {config.name!r}, which datasets cannot load: {' '.join(str(e).split())[:300]}") from None   # it raises its own, fsspec's, the hub's and pyarrow's errors
     if isinstance(ds, dict):
         if config.split not in ds: raise unknown("data.split", config.split, ds)
@@ -537,11 +540,16 @@ def write_cache(
     if not (folder / CACHE_FILE).exists(): write_json(folder / CACHE_FILE, {**plan, "null_sha256": sha256_of(folder / "null.safetensors") if text else None, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
-class _Batches(torch.utils.data.Dataset):
+class ConsecutiveBatches(torch.utils.data.Dataset):
     "Consecutive images, for the workers of a DataLoader; unreadable ones are left out, not replaced: a cache holds each image once."
-    def __init__(self, data, indices: range, batch_size: int): self.data, self.parts = data, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
+    def __init__(
+        self,
+        data: Source,       # its images, whole and not encoded
+        indices: range,     # which of them
+        batch_size: int,    # images an item, as many as are left in the last one
+    ): self.data, self.parts = data, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
     def __len__(self): return len(self.parts)
-    def __getitem__(self, n):
+    def __getitem__(self, n) -> tuple[dict, int]: # `images` [B, C, H, W] if any can be read, `bad_images`: name → why not, labels and captions if there are; and how many were looked at
         if isinstance(self.data, ImageData): return self.data.batch(torch.tensor(self.parts[n])), len(self.parts[n])
         whole, bad = [], {}
         for i in self.parts[n]:
@@ -554,7 +562,7 @@ class _Batches(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def _write_shard(folder, number, data, coder, text, indices, batch_size, num_workers, dtype, device, skipped, bar):
-    loader = torch.utils.data.DataLoader(_Batches(data, indices, batch_size), batch_size=None, num_workers=data.workers if num_workers is None else num_workers)
+    loader = torch.utils.data.DataLoader(ConsecutiveBatches(data, indices, batch_size), batch_size=None, num_workers=data.workers if num_workers is None else num_workers)
     parts, before = [], len(skipped.found)
     for batch, read in loader:
         skipped.take(batch)

@@ -38,7 +38,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, runs_root, seed_of, sha256_of, short, unknown, write_json
-from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, DataConfig, ImageData, SkippedImages, Source, _Batches, _walk, fingerprint, load_data, load_images, read_image, to_tensor
+from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, SkippedImages, Source, fingerprint, image_files, load_data, load_images, read_image, to_tensor
 from .sampling import balanced_labels, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
@@ -629,7 +629,7 @@ class _SampleFiles(torch.utils.data.Dataset):
         return torch.stack(images), None
 
 def _folder_images(folder: Path) -> Images:
-    files = sorted(_walk(folder))
+    files = sorted(image_files(folder))
     if not files: raise BadInput(f"folder {folder} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     try: first = read_image(files[0])
     except BadImage as e: raise BadInput(f"sample {files[0]} {e}") from None
@@ -706,7 +706,7 @@ def data_images(config: DataConfig) -> Images:
         if isinstance(data, ImageData): yield from data.images.split(batch_size); return
         skipped = SkippedImages(config.max_bad_images)
         workers = (data.workers if len(data) >= 1000 else 0) if config.num_workers is None else config.num_workers
-        for batch, _ in torch.utils.data.DataLoader(_Batches(data, range(len(data)), batch_size), batch_size=None, num_workers=workers):
+        for batch, _ in torch.utils.data.DataLoader(ConsecutiveBatches(data, range(len(data)), batch_size), batch_size=None, num_workers=workers):
             if "images" in skipped.take(batch): yield batch["images"]
     return Images(f"the images of {config.name}", len(data), data.shape, batches, functools.partial(_data_fingerprint, data, config))
 

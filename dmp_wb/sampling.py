@@ -34,7 +34,7 @@ from .anatomy import anatomy_of, input_size, learned_variance
 from .checkpoints import Run, load_model, open_run, run_lock
 from .core import BadInput, MissingFile, assets_folder, progress, read_json, runs_root, seed_of, unknown, write_atomic, write_json
 from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, fingerprint, load_data, load_vae, read_image
-from .objectives import PREDICTION_TYPES, ObjectiveConfig
+from .objectives import PREDICTION_TYPES, ObjectiveConfig, predicted_x0
 from .patching import patches_of
 from .routing import get_router
 from .schedules import ScheduleConfig, betas, check_timesteps
@@ -182,11 +182,10 @@ class _Walk:
             with _evaluating(self.model):
                 output = _answer(self.model, seen.to(self.param.dtype), times[i], given, both if inside else {}, self.guidance_scale, self.guidance_channels).float()
             prediction = output[:, :channels] if self.learned else output
-            x0 = self._clean(seen, prediction, t)
+            a, b = self._coefficients(t)
+            x0 = predicted_x0(prediction, seen, a, b, self.prediction_type)
             yield Step(i, float(t), seen, x0)
-            if self.sampler == "heun" and self.prediction_type != "epsilon":
-                a, b = self._coefficients(t)
-                prediction = (seen - a * x0) / b
+            if self.sampler == "heun" and self.prediction_type != "epsilon": prediction = (seen - a * x0) / b
             x = scheduler.step(output if self.sampler == "ddpm" else prediction, t, x, **noise).prev_sample
         yield Step(len(self), -1.0, x, x)
 
@@ -194,12 +193,6 @@ class _Walk:
         "a and b of x_t = a x0 + b ε."
         if self.flow: return 1 - float(t) / (len(self.bar)), float(t) / len(self.bar)
         return float(self.bar[int(t)].sqrt()), float((1 - self.bar[int(t)]).sqrt())
-
-    def _clean(self, x: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        a, b = self._coefficients(t)
-        if self.prediction_type == "sample": return prediction
-        if self.prediction_type == "v_prediction": return a * x - b * prediction
-        return x - b * prediction if self.flow else (x - b * prediction) / a
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module):
