@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, progress, progress_line, project_root, read_json, runs_root, seed_of, unknown, write_atomic, write_json
+from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
 
 
 def test_import_is_light_and_public_names_exist():
@@ -95,6 +95,20 @@ def test_progress_in_a_log_is_whole_lines(capsys):
     for _ in bar: bar.set_postfix_str("loss 0.5", refresh=False)
     out = capsys.readouterr().err
     assert out.startswith("work  50/50 100%") and "step/s" in out and "loss 0.5" in out and out.count("\n") == 1 and "\r" not in out
+
+
+def test_progress_of_a_process_that_is_watched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DMP_WB_PROGRESS", str(tmp_path / "gone" / "progress.json"))
+    for _ in progress(range(3)): pass                                              # nobody is there to read it
+    monkeypatch.setenv("DMP_WB_PROGRESS", str(tmp_path / "progress.json"))
+    bar = progress(total=50, initial=10, desc="work", unit="step")
+    bar.set_postfix_str("loss 0.5", refresh=False)
+    bar.update(5)
+    bar.close()
+    told = read_progress(tmp_path / "progress.json")
+    assert (told["n"], told["total"], told["desc"], told["postfix"]) == (15, 50, "work", "loss 0.5")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("work  15/50")
+    assert read_progress(tmp_path / "none.json") is None and [p.name for p in tmp_path.iterdir()] == ["progress.json"]
 
 
 def test_progress_line_has_rate_and_eta():
