@@ -20,9 +20,10 @@ _PUBLIC = {
     "sample": "sampling", "sample_trajectory": "sampling", "sample_run": "sampling", "posterior": "sampling",
     "evaluate": "metrics", "evaluate_run": "metrics", "guidance_sweep": "metrics", "load_extractor": "metrics", "reference_statistics": "metrics",
     "frechet_distance": "metrics", "kernel_distance": "metrics", "inception_score": "metrics", "precision_recall": "metrics", "density_coverage": "metrics",
+    "sweep": "sweeps",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "runs", "cli")
+_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "runs", "sweeps", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 
