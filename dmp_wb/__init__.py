@@ -15,7 +15,7 @@ _PUBLIC = {
     "load_data": "data",
     "Experiment": "config", "load_experiment": "config",
     "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
-    "train": "training",
+    "train": "training", "launch": "launching",
     "respace": "schedules",
     "sample": "sampling", "sample_trajectory": "sampling", "sample_run": "sampling", "posterior": "sampling",
     "evaluate": "metrics", "evaluate_run": "metrics", "guidance_sweep": "metrics", "load_extractor": "metrics", "reference_statistics": "metrics",
@@ -23,7 +23,7 @@ _PUBLIC = {
     "sweep": "sweeps",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "runs", "sweeps", "cli")
+_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "launching", "runs", "sweeps", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -6,7 +6,7 @@
 __all__ = ['NAMED', 'PROGRESS_MIME', 'PROGRESS_VARIABLE', 'BadInput', 'MissingFile', 'unknown', 'one_line_errors', 'write_atomic',
            'write_json', 'read_json', 'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder', 'shipped_folder',
            'named_files', 'project_root', 'short', 'runs_root', 'in_kernel', 'progress_numbers', 'progress_line',
-           'NotebookBar', 'LogBar', 'FileBar', 'read_progress', 'progress']
+           'NotebookBar', 'LogBar', 'FileBar', 'read_progress', 'progress', 'mirror']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -193,10 +193,10 @@ def in_kernel() -> bool:
     return hasattr(get_ipython(), "kernel")
 
 def progress_numbers(bar: tqdm) -> dict:
-    "What a bar knows, as plain numbers: desc, n, total, elapsed (s), rate (1/s), unit, postfix."
+    "What a bar knows, as plain numbers: desc, n, total, initial, elapsed (s), rate (1/s), unit, postfix."
     d = bar.format_dict
     rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
-    return {"desc": (d["prefix"] or "").removesuffix(": "), "n": d["n"], "total": d["total"], "elapsed": d["elapsed"],
+    return {"desc": (d["prefix"] or "").removesuffix(": "), "n": d["n"], "total": d["total"], "initial": d["initial"], "elapsed": d["elapsed"],
             "rate": rate, "unit": d["unit"], "postfix": d["postfix"] or ""}
 
 def progress_line(d: dict) -> str:
@@ -271,3 +271,19 @@ def progress(
     if os.environ.get(PROGRESS_VARIABLE): return FileBar(**kwargs)
     if sys.stderr.isatty(): return tqdm(dynamic_ncols=True, **kwargs)
     return LogBar(**kwargs)
+
+def mirror(
+    bar: tqdm | None,  # what this gave the last time
+    numbers: dict,     # `progress_numbers` of a bar elsewhere: in a kernel, in another process
+) -> tqdm:
+    "A bar here that shows what one elsewhere does; a new one where that is another one than before."
+    if bar is not None and ((bar.desc or "").removesuffix(": "), bar.total, bar.initial) != tuple(numbers[k] for k in ("desc", "total", "initial")):
+        bar.close()
+        bar = None
+    if bar is None:
+        bar = progress(**{k: numbers[k] for k in ("desc", "total", "initial", "unit")})
+        bar.start_t = bar.last_print_t = bar._time() - numbers["elapsed"]   # for a rate from its first second on
+    bar.set_postfix_str(numbers["postfix"], refresh=False)
+    bar.update(numbers["n"] - bar.n)
+    if bar.total and bar.n >= bar.total: bar.close()
+    return bar

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer', 'draw_batch',
-           'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'flat', 'check_folder',
-           'versions', 'write_config', 'append_row', 'note_skipped', 'count_skipped', 'resume', 'asked_to_stop',
-           'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average', 'Meter', 'memory_gib', 'averages_itself',
-           'averaged', 'write_samples', 'export', 'summarise', 'start_cpu_processes', 'main']
+           'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'flat', 'absolute_paths',
+           'share_of_batch', 'new_run', 'check_folder', 'versions', 'write_config', 'append_row', 'note_skipped',
+           'count_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average',
+           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
+           'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
@@ -48,10 +49,10 @@ from torch.distributed.tensor import DTensor
 
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, read_rows, run_lock, save_checkpoint, trained_objective
-from .config import Experiment, OptimConfig, load_experiment, to_yaml
+from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
 from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
-from .distributed import check_launch, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
+from .distributed import check_launch, launched, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
 from .dit import DiT
 from .hooks import hooks_of
 from .multitask import UncertaintyWeighting, aggregator_state, balanced_backward, balanced_timesteps, interval_losses, make_aggregator, make_clusters, restore_aggregator
@@ -186,16 +187,13 @@ def train(
     with contextlib.ExitStack() as held: return _train(experiment, overrides, folder, held)
 
 def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
-    exp = load_experiment(experiment, overrides)
+    exp = absolute_paths(load_experiment(experiment, overrides))
     t = exp.train
-    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):   # the run must find them from any folder
-        if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists(): setattr(config, key, str(Path(value).resolve()))
     data = load_data(exp.data)
-    run = Run((Path(folder) if folder else runs_root() / exp.name).resolve())
+    run = new_run(exp, folder)
     accelerator = make_accelerator(exp, run)
     device = accelerator.device
-    share, rest = divmod(t.batch_size, accelerator.num_processes * t.gradient_accumulation_steps)
-    if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {accelerator.num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
+    share = share_of_batch(t, accelerator.num_processes)
     if exp.multitask.method != "none" and share < exp.multitask.k: raise BadInput(f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
     order = EpochOrder(len(data), t.batch_size, exp.seed)
     backbone = make_model(exp, data)
@@ -214,7 +212,6 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     if t.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
     tables.to(device), data.to(device)
 
-    if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     say = accelerator.print
     check_folder(run, exp)
     if run.finished:
@@ -382,6 +379,23 @@ def start_trackers(accelerator: Accelerator, run: Run, exp: Experiment, step: in
 def flat(tree: dict, prefix: str = "") -> dict:
     "Nested dictionaries as one, with dotted keys."
     return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f"{prefix}{k}.").items() if isinstance(v, dict) else [(prefix + k, v)])}
+
+def absolute_paths(exp: Experiment) -> Experiment:
+    "The experiment with its files and folders by full path: a run must find them from any folder."
+    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):
+        if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists(): setattr(config, key, str(Path(value).resolve()))
+    return exp
+
+def share_of_batch(t: TrainConfig, num_processes: int) -> int:
+    "The images that a process takes at once; raises `BadInput` if the batch cannot be shared evenly."
+    share, rest = divmod(t.batch_size, num_processes * t.gradient_accumulation_steps)
+    if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
+    return share
+
+def new_run(exp: Experiment, folder: str | Path | None) -> Run:
+    "Where an experiment goes: the folder, or `runs/<name>`. Raises `BadInput` for the name of a run that ships with the package."
+    if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
+    return Run((Path(folder) if folder else runs_root() / exp.name).resolve())
 
 def check_folder(run: Run, exp: Experiment):
     "Raise `BadInput` if the run folder belongs to another experiment, naming the first key that differs."
@@ -605,7 +619,7 @@ def main(argv: list[str] | None = None):
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.lr=2e-4")
     parser.add_argument("--folder", help="the run folder (default: runs/<name>)")
     args = parser.parse_args(argv)
-    with one_line_errors():
+    with one_line_errors(), launched():
         load_experiment(args.experiment, args.overrides)   # a mistake is told before any process is started
         start_cpu_processes(sys.argv[1:] if argv is None else argv)
         train(args.experiment, args.overrides, args.folder)

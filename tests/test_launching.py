@@ -1,0 +1,147 @@
+"Training launched from a notebook's process: two processes by gloo, interrupted, failing, left alone."
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig
+
+import dmp_wb as wb
+import dmp_wb.launching as launching
+from dmp_wb.checkpoints import Run, newest_checkpoint
+from dmp_wb.core import BadInput
+from dmp_wb.distributed import process_alive
+from dmp_wb.launching import launch
+
+SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=1000"]
+LONG = [*SMALL, "train.steps=100000"]
+
+
+@pytest.fixture(autouse=True)
+def two_cores(monkeypatch): monkeypatch.setattr(os, "cpu_count", lambda: 2)
+
+
+def started(run, step=3, limit=300):
+    "Wait until a run has taken some steps."
+    end = time.monotonic() + limit
+    while not any(row >= step for row in run.metrics().get("step", [])):
+        assert time.monotonic() < end, (run.folder / "launch.log").read_text()
+        time.sleep(0.1)
+
+
+def family(process): return [(p.pid, p.create_time()) for p in process.children(recursive=True)]
+
+
+def gone(processes, limit=120):
+    end = time.monotonic() + limit
+    while left := [p for p in processes if process_alive(*p)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+def test_two_processes_give_the_run_of_one(runs_folder, capfd, monkeypatch):
+    for name, value in {"PMI_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}.items(): monkeypatch.setenv(name, value)   # as srun leaves them
+    run = wb.launch("digits-quick", [*SMALL, "name=two", "train.steps=12"], num_processes=2)
+    out, err = capfd.readouterr()
+    assert run.finished and run.folder == runs_folder / "two" and "16 images a step on 2 × cpu" in out and f"finished: {run.folder}" in out
+    assert "two  12/12 100%" in err and "loss" in err                     # the bar of the child, here
+    assert "finished" in (run.folder / "launch.log").read_text() and not list(run.folder.glob("*.tmp"))
+    for name in ("PMI_SIZE", "RANK", "WORLD_SIZE", "MASTER_PORT"): monkeypatch.delenv(name)
+    one = wb.train("digits-quick", [*SMALL, "name=one", "train.steps=12"])
+    assert run.metrics()["loss"] == pytest.approx(one.metrics()["loss"], rel=1e-4)
+    assert launch("digits-quick", [*SMALL, "name=two", "train.steps=12"], num_processes=2).folder == run.folder    # finished: nothing is started
+    assert "nothing to do" in capfd.readouterr().out
+
+
+def test_an_interrupted_cell_leaves_a_checkpoint_and_no_process(runs_folder, capfd):
+    run = Run(runs_folder / "long")
+    seen = []
+
+    def interrupt():
+        started(run)
+        seen.extend(family(psutil.Process()))
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt): launch("digits-quick", [*LONG, "name=long"], num_processes=2)
+    assert len(seen) >= 3 and not any(process_alive(*p) for p in seen)    # accelerate, torchrun or its like, two that train
+    step = json.loads((newest_checkpoint(run.folder) / "state.json").read_text())["step"]
+    assert not run.finished and f"step-{step:07d}: launch again to go on" in capfd.readouterr().out
+
+    def stop():
+        started(run, step + 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+    threading.Thread(target=stop, daemon=True).start()
+    again = launch("digits-quick", [*LONG, "name=long"], num_processes=2)   # as wb.train: SIGTERM ends it, unfinished
+    assert not again.finished and f"resumed at step {step}" in capfd.readouterr().out
+    steps = run.metrics()["step"]
+    assert steps == list(range(1, len(steps) + 1)) and newest_checkpoint(run.folder).name == f"step-{steps[-1]:07d}"
+
+
+@pytest.mark.parametrize("how", ["notebook", "worker"])
+def test_killed(how, tmp_path, runs_folder):
+    "SIGKILL to the notebook's process: the training ends, with a checkpoint. To one that trains: an error that says so."
+    code = f"import os; os.cpu_count = lambda: 2\nimport dmp_wb as wb\nwb.launch('digits-quick', {LONG!r} + ['name=killed'], num_processes=2)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+        run = Run(runs_folder / "killed")
+        started(run)
+        children = family(psutil.Process(parent.pid))
+        if how == "notebook":
+            parent.kill()
+            parent.communicate()
+            assert len(children) >= 3
+            gone(children)
+            assert not run.finished and newest_checkpoint(run.folder) is not None
+        else:
+            next(p for p in psutil.Process(parent.pid).children(recursive=True) if p.environ().get("RANK") == "1").kill()
+            err = parent.communicate(timeout=300)[1]
+            assert parent.returncode == 1
+            last = err.strip().splitlines()[-1]
+            assert last.startswith("RuntimeError: ") and str(run.folder / "launch.log") in last
+            assert "killed by SIGKILL" in last or "process 0 failed" in last          # whichever is noticed first
+            gone(children)
+
+
+def test_the_first_error_of_the_processes_is_told(runs_folder):
+    with pytest.raises(FloatingPointError, match=r"not finite at step \d+.*\(log: .*launch\.log\)"):
+        launch("digits-quick", [*SMALL, "name=bad", "train.steps=50", "optim.lr=1e30"], num_processes=2)
+    assert "Traceback" in (runs_folder / "bad" / "launch.log").read_text()
+    with pytest.raises(BadInput, match=r"the model has 10 classes, but data 'digits' has None: .*launch\.log"):
+        launch("digits-quick", [*SMALL, "name=worse", "data.conditional=false"], num_processes=2)
+
+
+def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
+    def never(*_, **__): raise AssertionError("a process was started")
+    monkeypatch.setattr(launching.subprocess, "Popen", never)
+
+    def refused(message, *arguments, **more):
+        with pytest.raises(BadInput, match=message): launch(*arguments, **more)
+    refused("unknown experiment 'digits-qick': did you mean 'digits-quick'", "digits-qick")
+    refused("did you mean 'optim.lr'", "digits-quick", ["optim.lrr=1"])
+    refused("num_processes is 3: expected at most 2, the CPU cores of this machine", "digits-quick", num_processes=3)
+    refused("num_processes is 0: expected at least 1", "digits-quick", num_processes=0)
+    refused("train.batch_size is 9: expected a multiple of 2 processes", "digits-quick", ["train.batch_size=9"], num_processes=2)
+    refused("no file .*none.yaml", "digits-quick", config_file=tmp_path / "none.yaml")
+    (tmp_path / "other.yaml").write_text("batch: [1")
+    refused("other.yaml is not a config file of accelerate", "digits-quick", config_file=tmp_path / "other.yaml")
+    config = dict(compute_environment="LOCAL_MACHINE", mixed_precision="no", use_cpu=True, debug=False)
+    ClusterConfig(distributed_type="MULTI_CPU", num_processes=2, num_machines=2, **config).to_yaml_file(tmp_path / "two.yaml")
+    refused("two.yaml is for 2 machines: expected num_machines 1", "digits-quick", config_file=tmp_path / "two.yaml")
+    ClusterConfig(distributed_type="MULTI_CPU", num_processes=5, **config).to_yaml_file(tmp_path / "five.yaml")
+    refused("num_processes is 5", "digits-quick", config_file=tmp_path / "five.yaml")                      # the file says how many
+    refused("name is 'digits-dmp', which is a run that ships", "digits-dmp")
+    with wb.checkpoints.run_lock(runs_folder / "taken"): refused("is being written by", "digits-quick", ["name=taken"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("one of 2 processes already", "digits-quick")
+    assert not any(p.name != "taken" for p in runs_folder.iterdir())
+
+
+def test_a_config_file_of_accelerate(tmp_path):
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "DiTBlock", "fsdp_reshard_after_forward": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    ClusterConfig(compute_environment="LOCAL_MACHINE", distributed_type="FSDP", mixed_precision="no", use_cpu=False, debug=False, num_processes=2, fsdp_config=fsdp).to_yaml_file(tmp_path / "fsdp.yaml")
+    run = launch("digits-quick", [*SMALL, "train.steps=4"], folder=tmp_path / "run", config_file=tmp_path / "fsdp.yaml")
+    assert run.finished and run.folder == tmp_path / "run"
