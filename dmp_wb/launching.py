@@ -62,7 +62,7 @@ def launch_error(
         kind = {"BadInput": BadInput, "FloatingPointError": FloatingPointError}.get(first["type"])
         return kind(f"{first['message']} (log: {short(log)})") if kind else RuntimeError(f"process {first['rank']} failed: {first['type']}: {first['message']} (log: {short(log)})")
     text = log.read_bytes()[start:].decode(errors="replace")
-    killed = re.search(r"Signal \d+ \((SIG\w+)\)|<Signals\.(SIG\w+)", text)
+    killed = re.search(r"Signal \d+ \((SIG\w+)\)|<Signals\.(SIG\w+)", text.split("Root Cause")[-1])   # torchrun names those that it ended itself before that
     if killed:
         name = killed[1] or killed[2]
         return RuntimeError(f"a process was killed by {name}{', as happens where memory runs out' if name == 'SIGKILL' else ''} (log: {short(log)})")

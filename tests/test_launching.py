@@ -16,7 +16,7 @@ import dmp_wb.launching as launching
 from dmp_wb.checkpoints import Run, newest_checkpoint
 from dmp_wb.core import BadInput
 from dmp_wb.distributed import process_alive
-from dmp_wb.launching import launch
+from dmp_wb.launching import launch, launch_error
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=1000"]
 LONG = [*SMALL, "train.steps=100000"]
@@ -44,9 +44,11 @@ def gone(processes, limit=120):
         time.sleep(0.1)
 
 
-def test_two_processes_give_the_run_of_one(runs_folder, capfd, monkeypatch):
+def test_two_processes_give_the_run_of_one(tmp_path, runs_folder, capfd, monkeypatch):
+    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "DiTBlock", "fsdp_reshard_after_forward": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
+    ClusterConfig(compute_environment="LOCAL_MACHINE", distributed_type="FSDP", mixed_precision="no", use_cpu=False, debug=False, num_processes=2, fsdp_config=fsdp).to_yaml_file(tmp_path / "fsdp.yaml")
     for name, value in {"PMI_SIZE": "1", "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}.items(): monkeypatch.setenv(name, value)   # as srun leaves them
-    run = wb.launch("digits-quick", [*SMALL, "name=two", "train.steps=12"], num_processes=2)
+    run = wb.launch("digits-quick", [*SMALL, "name=two", "train.steps=12"], config_file=tmp_path / "fsdp.yaml")   # which says how many
     out, err = capfd.readouterr()
     assert run.finished and run.folder == runs_folder / "two" and "16 images a step on 2 × cpu" in out and f"finished: {run.folder}" in out
     assert "two  12/12 100%" in err and "loss" in err                     # the bar of the child, here
@@ -102,16 +104,33 @@ def test_killed(how, tmp_path, runs_folder):
             assert parent.returncode == 1
             last = err.strip().splitlines()[-1]
             assert last.startswith("RuntimeError: ") and str(run.folder / "launch.log") in last
-            assert "killed by SIGKILL" in last or "process 0 failed" in last          # whichever is noticed first
+            assert "killed by SIGKILL, as happens where memory runs out" in last or "process 0 failed" in last          # whichever is noticed first
             gone(children)
 
 
 def test_the_first_error_of_the_processes_is_told(runs_folder):
     with pytest.raises(FloatingPointError, match=r"not finite at step \d+.*\(log: .*launch\.log\)"):
-        launch("digits-quick", [*SMALL, "name=bad", "train.steps=50", "optim.lr=1e30"], num_processes=2)
+        launch("digits-quick", [*SMALL, "name=bad", "train.steps=50", "optim.lr=1e30"], num_processes=1)
     assert "Traceback" in (runs_folder / "bad" / "launch.log").read_text()
-    with pytest.raises(BadInput, match=r"the model has 10 classes, but data 'digits' has None: .*launch\.log"):
-        launch("digits-quick", [*SMALL, "name=worse", "data.conditional=false"], num_processes=2)
+
+
+def test_what_an_error_says(tmp_path):
+    log = tmp_path / "launch.log"
+    log.write_text("before\n")
+    start = log.stat().st_size
+
+    def told(text="", *errors):
+        log.write_text("before\n" + text)
+        for old in tmp_path.glob("error-*"): old.unlink()
+        for i, (when, kind, message) in enumerate(errors): (tmp_path / f"error-{i}.json").write_text(json.dumps({"time": when, "rank": i, "type": kind, "message": message, "traceback": ""}))
+        e = launch_error(tmp_path, log, start, 1)
+        return type(e), str(e).replace(f" (log: {log})", "")
+    assert told("", (2, "RuntimeError", "connection closed by peer"), (1, "BadInput", "no data")) == (BadInput, "no data")    # the first, not the lowest
+    assert told("", (1, "OutOfMemoryError", "CUDA out of memory")) == (RuntimeError, "process 0 failed: OutOfMemoryError: CUDA out of memory")
+    assert told("Signal 15 (SIGTERM) received\nRoot Cause\nSignal 9 (SIGKILL) received by PID 7\n") == (RuntimeError, "a process was killed by SIGKILL, as happens where memory runs out")
+    assert told("subprocess.CalledProcessError: Command … died with <Signals.SIGSEGV: 11>.") == (RuntimeError, "a process was killed by SIGSEGV")
+    assert told("ValueError: You need to use at least 2 processes\n=====\n") == (RuntimeError, "accelerate launch ended with status 1: ValueError: You need to use at least 2 processes")
+    assert told() == (RuntimeError, "accelerate launch ended with status 1: nothing in the log")
 
 
 def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
@@ -138,10 +157,3 @@ def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("one of 2 processes already", "digits-quick")
     assert not any(p.name != "taken" for p in runs_folder.iterdir())
-
-
-def test_a_config_file_of_accelerate(tmp_path):
-    fsdp = {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_transformer_layer_cls_to_wrap": "DiTBlock", "fsdp_reshard_after_forward": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"}
-    ClusterConfig(compute_environment="LOCAL_MACHINE", distributed_type="FSDP", mixed_precision="no", use_cpu=False, debug=False, num_processes=2, fsdp_config=fsdp).to_yaml_file(tmp_path / "fsdp.yaml")
-    run = launch("digits-quick", [*SMALL, "train.steps=4"], folder=tmp_path / "run", config_file=tmp_path / "fsdp.yaml")
-    assert run.finished and run.folder == tmp_path / "run"
