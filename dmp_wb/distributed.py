@@ -6,9 +6,8 @@
 __all__ = ['LAUNCH_VARIABLE', 'LAUNCHER_FILE', 'GRACE', 'check_launch', 'set_up_sharding', 'splits_weights', 'whole', 'like',
            'optimizer_state', 'load_optimizer_state', 'process_alive', 'launched']
 
-# %% ../nbs/10_distributed.ipynb #9faaf77f
+# %% ../nbs/10_distributed.ipynb #c540beb9
 import contextlib
-import json
 import os
 import signal
 import threading
