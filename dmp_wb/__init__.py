@@ -13,6 +13,7 @@ _PUBLIC = {
     "diffusion_losses": "objectives",
     "timestep_clusters": "multitask", "task_affinity": "multitask",
     "load_data": "data",
+    "list_runs": "folders",
     "Experiment": "config", "load_experiment": "config",
     "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
     "train": "training", "launch": "launching",
@@ -23,7 +24,7 @@ _PUBLIC = {
     "sweep": "sweeps",
     "BadInput": "core",
 }
-_MODULES = ("core", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "launching", "runs", "sweeps", "cli")
+_MODULES = ("core", "folders", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "launching", "runs", "sweeps", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint', 'run_lock', 'list_checkpoints',
-           'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint', 'read_rows', 'Run',
-           'run_folder', 'open_run', 'load_model', 'trained_objective']
+           'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint', 'Run', 'run_folder',
+           'open_run', 'load_model', 'trained_objective']
 
 # %% ../nbs/09_checkpoints.ipynb #d5c36a54
 import contextlib
@@ -27,6 +27,7 @@ from .config import Experiment, load_experiment
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, sha256_of, unknown, write_json
 from .data import fingerprint
 from .dit import DiT
+from .folders import find_runs, read_rows, run_name
 from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
 from .routing import route
@@ -144,14 +145,7 @@ def load_checkpoint(folder: str | Path) -> dict[str, object]:
     return {name: tree if name == "step" else join_tensors(tree, load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {})
             for name, tree in state.items()}
 
-# %% ../nbs/09_checkpoints.ipynb #d1c310a3
-def read_rows(file: Path) -> list[dict]:
-    "The lines of a metrics.jsonl; a line torn by a kill is left out."
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(ValueError): rows.append(json.loads(line))
-    return rows
-
+# %% ../nbs/09_checkpoints.ipynb #dddc237c
 @dataclass(frozen=True)
 class Run:
     "A run folder, read from disk each time."
@@ -184,7 +178,7 @@ def run_folder(
     "Where a run is; the names of shipped runs come before those below `runs/`. Raises `BadInput` that suggests the nearest known name."
     for folder in (Path(run), assets_folder() / run, runs_root() / run):
         if (folder / "config.yaml").is_file(): return folder
-    known = [p.parent.relative_to(root).as_posix() for root in (runs_root(), assets_folder()) for p in root.glob("**/config.yaml")]
+    known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
     raise unknown("run", run, known, Path(run).name)
 
 def open_run(run: str | Path) -> Run:

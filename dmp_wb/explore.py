@@ -23,9 +23,10 @@ from torch import nn
 
 from . import viz
 from .anatomy import anatomy_of, input_size, learned_variance
-from .checkpoints import Run, load_model, open_run, read_rows
+from .checkpoints import Run, load_model, open_run
 from .core import BadInput, runs_root
 from .data import load_data
+from .folders import list_runs, read_rows, run_name
 from .multitask import mask_overlap
 from .objectives import ObjectiveConfig, Tables, make_tables
 from .patching import get_patch, patch_disabled, patches_of
@@ -326,19 +327,14 @@ class RunExplorer(Explorer):
         self,
         runs: Sequence[str | Path] | None = None,  # run folders or names; all below `runs/` if None
     ):
-        if runs is None: runs = sorted((p.parent for p in runs_root().glob("**/config.yaml")), key=lambda p: p.stat().st_mtime, reverse=True)
-        self.runs = {self._name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs) else {open_run(r).name: open_run(r).folder for r in runs}
+        if runs is None: runs = [r.folder for r in list_runs()[0] if r.config]
+        self.runs = {run_name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs) else {open_run(r).name: open_run(r).folder for r in runs}
         if not self.runs: raise BadInput(f"there are no runs in {runs_root()}: expected at least one; train one with wb.train")
         names = list(self.runs)
         self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))), layout=widgets.Layout(width="300px"))
         self.column = widgets.Dropdown(options=self._columns() or ["loss"], description="curve", layout=widgets.Layout(width="240px"))
         self.curves, self.table, self.samples = widgets.Image(format="png", layout=widgets.Layout(width="620px")), widgets.HTML(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
         super().__init__([self.chosen, self.column], [widgets.HTML(STYLE), _row([self.curves, self.table]), self.samples])
-
-    @staticmethod
-    def _name(folder) -> str:
-        folder = Path(folder).resolve()
-        return folder.relative_to(runs_root().resolve()).as_posix() if folder.is_relative_to(runs_root().resolve()) else folder.name
 
     def _columns(self) -> list[str]:
         found = {k for folder in self.runs.values() for row in read_rows(folder / "metrics.jsonl")[-1:] for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}

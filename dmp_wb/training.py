@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer', 'draw_batch',
-           'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'flat', 'absolute_paths',
+           'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'absolute_paths',
            'share_of_batch', 'new_run', 'check_folder', 'versions', 'write_config', 'append_row', 'note_skipped',
            'count_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average',
            'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
@@ -48,12 +48,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from .anatomy import anatomy_of, input_size
-from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, read_rows, run_lock, save_checkpoint, trained_objective
+from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
 from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
 from .distributed import check_launch, launched, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
 from .dit import DiT
+from .folders import flat, read_rows
 from .hooks import hooks_of
 from .multitask import UncertaintyWeighting, aggregator_state, balanced_backward, balanced_timesteps, interval_losses, make_aggregator, make_clusters, restore_aggregator
 from .objectives import diffusion_losses, make_tables
@@ -375,10 +376,6 @@ def start_trackers(accelerator: Accelerator, run: Run, exp: Experiment, step: in
         if tracker.name == "tensorboard": tracker.writer.add_text("config", f"```yaml\n{to_yaml(exp)}```", step)   # its own way makes a new folder at each start
         else: tracker.store_init_configuration(flat(dataclasses.asdict(exp)))
     return accelerator.trackers
-
-def flat(tree: dict, prefix: str = "") -> dict:
-    "Nested dictionaries as one, with dotted keys."
-    return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f"{prefix}{k}.").items() if isinstance(v, dict) else [(prefix + k, v)])}
 
 def absolute_paths(exp: Experiment) -> Experiment:
     "The experiment with its files and folders by full path: a run must find them from any folder."
