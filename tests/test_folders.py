@@ -1,0 +1,114 @@
+"What run folders tell about themselves: states, torn and foreign files, conditions."
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dmp_wb.core import BadInput, write_json
+from dmp_wb.folders import list_runs, read_run, runs_table, writer_of
+
+
+@pytest.fixture
+def made(runs_folder):
+    "make(name, …): a run folder with these files."
+    def make(name, rows=(), summary=None, nb_error=None, plan=None, **config):
+        folder = runs_folder / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump({"method": "dmp", "data": {"name": "digits"}, "train": {"steps": 100, "compile": False}, "optim": {"lr": 1e-4}} | config))
+        if rows: (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        if summary: write_json(folder / "summary.json", summary)
+        if plan: write_json(folder / "run.json", {"notebook": "nbs/runs/patch.ipynb", **plan})
+        if nb_error:
+            cells = [{"cell_type": "code", "outputs": [{"output_type": "error", "ename": "RuntimeError", "evalue": nb_error, "traceback": []}]}]
+            write_json(folder / "patch.ipynb", {"cells": cells, "metadata": {"dmp_wb": {"page": True}, "papermill": {"input_path": "nbs/runs/patch.ipynb", "end_time": "x"}}})
+        return folder
+    return make
+
+
+def states(): return {r.name: r.state for r in list_runs(sort="name")[0]}
+
+
+def test_states(made):
+    done = {"status": "finished", "steps": 100, "loss": 0.5}
+    made("a/done", [{"step": 100, "loss": 0.4}], done)
+    made("a/killed", [{"step": 60, "loss": 0.7}])
+    made("a/raised", [{"step": 60, "loss": 0.7}], nb_error="out of memory")
+    made("b/raised-after", [{"step": 100, "loss": 0.4}], done, nb_error="no disk")
+    made("b/not-finite", [{"step": 60, "loss": 0.7}]).joinpath("nonfinite-step-0000061-process-0.safetensors").write_bytes(b"")
+    made("b/planned", plan={"status": "waiting"})
+    made("b/stopped", [{"step": 60, "loss": 0.7}], plan={"status": "stopped"})
+    made("b/left-running", [{"step": 60, "loss": 0.7}], plan={"status": "running"})   # the sweep was killed
+    made("b/failed", plan={"status": "failed", "error": "BadInput: no such file"})
+    assert states() == {"a/done": "finished", "a/killed": "cut off", "a/raised": "failed", "b/raised-after": "failed", "b/not-finite": "failed",
+                        "b/planned": "waiting", "b/stopped": "cut off", "b/left-running": "cut off", "b/failed": "failed"}
+    runs = {r.name: r for r in list_runs()[0]}
+    assert runs["a/done"].loss == 0.5 and runs["a/killed"].progress == "60/100" and runs["b/failed"].error == "BadInput: no such file"
+    assert "out of memory" in runs["a/raised"].error and "step 61" in runs["b/not-finite"].error and "no disk" in runs_table(list(runs.values()))
+
+
+def test_a_run_is_running_while_its_process_lives(made):
+    folder = made("x", [{"step": 60}])
+    code = f"import time, sys; from dmp_wb.checkpoints import run_lock\nwith run_lock({str(folder)!r}): print('held', flush=True); sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    assert states() == {"x": "running"} and str(child.pid) in writer_of(folder)
+    child.kill(), child.wait()
+    assert states() == {"x": "cut off"}
+    (folder / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}")
+    os.utime(folder / ".lock", (1, 1))   # this process is younger than the lock: it has the number of a dead one
+    assert states() == {"x": "cut off"}
+    (folder / ".lock").write_text("process 7 on another-machine")
+    assert states() == {"x": "running"}
+    for file in folder.iterdir(): os.utime(file, (1, 1))
+    assert states() == {"x": "cut off"}
+
+
+def test_torn_and_foreign_files(made, runs_folder):
+    made("good", [{"step": 60, "loss": 0.7}])
+    with open(runs_folder / "good" / "metrics.jsonl", "a") as f: f.write('{"step": 80, "lo')
+    made("torn-summary").joinpath("summary.json").write_text('{"status": "fin')
+    made("list-summary").joinpath("summary.json").write_text("[1]")
+    made("torn-config").joinpath("config.yaml").write_text("method: [dmp\n")
+    made("hydra").joinpath("config.yaml").write_text("hydra: {}\n")
+    made("binary").joinpath("config.yaml").write_bytes(b"\xff\xfe\x00\x01")
+    made("odd").joinpath("config.yaml").write_text("{method: 3, train: [1], data: x, routing: {sharing_ratio: many}}")
+    (runs_folder / "empty").mkdir()
+    (runs_folder / "a file").write_text("x")
+    write_json(runs_folder / "theirs" / "notebook.ipynb", {"cells": [], "metadata": {}})
+    runs, faults = list_runs()
+    assert [r.name for r in runs] == ["good"] and runs[0].step == 60
+    assert set(faults) == {"torn-summary", "list-summary", "torn-config", "hydra", "binary", "odd"} and all(faults.values())
+    with pytest.raises(BadInput, match="is no run"): read_run(runs_folder / "theirs")
+
+
+@pytest.mark.parametrize("where,names", [
+    (["optim.lr=1e-4"], "a b"), (["optim.lr!=0.0001"], "c"), (["optim.lr>1e-4"], "c"), (["train.steps>=100", "name!=a"], "b c"), (["train.compile=false"], "a b c"),
+    (["name=[ab]"], "a b"), (["state=finished"], "a"), (["fid<2"], "a"), (["method=pretrain*"], "c"), (["loss<=0.5"], "a"), (["base=null"], "a b c")])
+def test_conditions(made, where, names):
+    made("a", [{"step": 100, "loss": 0.5}], {"status": "finished", "steps": 100, "loss": 0.5, "evaluations": [{"fid": 9}, {"fid": 1.5}]}, base=None)
+    made("b", base=None)
+    made("c", optim={"lr": 2e-4}, method="pretrain", routing={"sharing_ratio": 0.8}, base=None)
+    assert [r.name for r in list_runs(where=where, sort="name")[0]] == names.split()
+
+
+def test_conditions_that_cannot_be_read(made, tmp_path):
+    made("a")
+    for where, message in ((["optim.lr"], "expected key=value"), (["optim.lr>x"], "expected a number"), (["optim.rl=1"], "did you mean 'optim.lr'")):
+        with pytest.raises(BadInput, match=message): list_runs(where=where)
+    with pytest.raises(BadInput, match="did you mean"): list_runs(sort="loos")
+    with pytest.raises(BadInput, match="no folder"): list_runs(tmp_path / "none")
+    assert [r.name for r in list_runs(sort="-optim.lr")[0]] == ["a"]
+
+
+def test_list_on_the_command_line(made):
+    made("a", [{"step": 100, "loss": float("nan")}])
+    made("b").joinpath("config.yaml").write_text("x: 1\n")
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "dmp_wb", "list", "--json", "method=dmp"], capture_output=True, text=True)
+    assert json.loads(done.stdout)[0] | {"when": 0, "folder": 0} == {"name": "a", "folder": 0, "method": "dmp", "state": "cut off", "step": 100, "steps": 100, "loss": None, "metrics": {}, "when": 0, "error": None,
+        "config": {"method": "dmp", "data.name": "digits", "train.steps": 100, "train.compile": False, "optim.lr": 1e-4}}
+    assert "left out b: config.yaml is of something else" in done.stderr and not any(line.split("|")[-1].strip() in ("torch", "diffusers") for line in done.stderr.splitlines())
+    done = subprocess.run([sys.executable, "-m", "dmp_wb", "list", "optim.rl=1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'optim.lr'" in done.stderr and "Traceback" not in done.stderr
