@@ -9,7 +9,6 @@ __all__ = ['split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint'
 
 # %% ../nbs/09_checkpoints.ipynb #d5c36a54
 import contextlib
-import json
 import os
 import platform
 import shutil

@@ -17,7 +17,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -102,7 +102,7 @@ class RunFacts:
     def plain(self) -> dict:
         "For JSON."
         return {"name": self.name, "folder": str(self.folder), "method": self.method, "state": self.state, "step": self.step, "steps": self.steps, "loss": self.loss, "metrics": self.metrics,
-                "when": datetime.fromtimestamp(self.when, timezone.utc).isoformat(timespec="seconds"), "error": self.error, "config": self.config}
+                "when": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(self.when)), "error": self.error, "config": self.config}
 
 COLUMNS = ("name", "method", "state", "step", "steps", "loss", "when", "error")
 
