@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+import diffusers   # its attributes are imported on first use
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -350,7 +350,7 @@ class EpochOrder:
 # %% ../nbs/07_data.ipynb #3ea037c0
 class LatentCoder(nn.Module):
     "A frozen VAE between images and the latents that a model trains on."
-    def __init__(self, vae: AutoencoderKL, name: str = ""):
+    def __init__(self, vae: "diffusers.AutoencoderKL", name: str = ""):
         super().__init__()
         self.vae, self.name = vae.eval().requires_grad_(False), name
         self.scale, self.shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
@@ -386,12 +386,12 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
     places = [{}] if (Path(name) / "config.json").exists() else [{"subfolder": "vae"}] if Path(name).is_dir() else [{"subfolder": "vae"}, {}]
     try:
         for place in places:
-            try: kind = AutoencoderKL.load_config(name, **place).get("_class_name")
+            try: kind = diffusers.AutoencoderKL.load_config(name, **place).get("_class_name")
             except OSError:
                 if place is places[-1]: raise
                 continue
             if kind != "AutoencoderKL": raise ValueError(f"found a {kind}")
-            vae, info = AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
+            vae, info = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
             if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
             if vae.config.get("latents_mean") is not None: raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
             return LatentCoder(vae, name)

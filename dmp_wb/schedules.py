@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler
+import diffusers   # its attributes are imported on first use, and some schedulers bring scipy.stats
 
 from .core import BadInput, unknown
 
@@ -29,7 +29,7 @@ def noise_schedule(
     schedule: str | ScheduleConfig = "linear",  # a name, or the config that an experiment holds
     num_train_timesteps: int = 1000,            # T, where `schedule` is a name
     **kwargs,                                   # further arguments of diffusers' `DDPMScheduler`
-) -> DDPMScheduler:
+) -> "diffusers.DDPMScheduler":
     "diffusers' `DDPMScheduler` for a schedule of the papers; raises `BadInput` for an unknown name or T < 1."
     if isinstance(schedule, ScheduleConfig): schedule, num_train_timesteps = schedule.name, schedule.num_train_timesteps
     if schedule not in SCHEDULES: raise unknown("schedule", schedule, SCHEDULES)
@@ -37,7 +37,7 @@ def noise_schedule(
     betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
     scale = 1000 / num_train_timesteps if schedule == "linear" else 1.0
     if scale * betas[1] > 1: raise BadInput(f"schedule.num_train_timesteps is {num_train_timesteps}: the linear schedule needs more than {int(1000 * betas[1])} steps")
-    return DDPMScheduler(num_train_timesteps, beta_start=scale * betas[0], beta_end=scale * betas[1],
+    return diffusers.DDPMScheduler(num_train_timesteps, beta_start=scale * betas[0], beta_end=scale * betas[1],
                          beta_schedule=SCHEDULES[schedule], clip_sample=False, **kwargs)
 
 # %% ../nbs/00_schedules.ipynb #3bdca3a9
@@ -113,14 +113,14 @@ def _count(n: int | str, steps) -> int:
     if not isinstance(n, Integral) or isinstance(n, bool) or n < 1: raise BadInput(f"steps is {steps!r}: expected numbers of at least 1, as 250, '10,15,20' or 'ddim50'")
     return int(n)
 
-# %% ../nbs/00_schedules.ipynb #c97f7532
+# %% ../nbs/00_schedules.ipynb #4d7672a4
 SAMPLERS = {
-    "ddpm": (DDPMScheduler, dict(clip_sample=False, variance_type="fixed_large")),   # fixed_large is the papers' variance where it is not learned
-    "ddim": (DDIMScheduler, dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)),
-    "dpmsolver++": (DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
-    "unipc": (UniPCMultistepScheduler, dict(solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
-    "heun": (HeunDiscreteScheduler, dict(timestep_spacing="trailing")),   # the others end with a second look at t = 0, where the noise is hardest to tell
-    "flow-euler": (FlowMatchEulerDiscreteScheduler, {}),
+    "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),   # fixed_large is the papers' variance where it is not learned
+    "ddim": ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
+    "unipc": ("UniPCMultistepScheduler", dict(solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
+    "heun": ("HeunDiscreteScheduler", dict(timestep_spacing="trailing")),   # the others end with a second look at t = 0, where the noise is hardest to tell
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 
 def sampler(
@@ -139,9 +139,9 @@ def sampler(
     elif name != "ddpm": raise BadInput(f"num_inference_steps is {steps!r}: expected a number; only the sampler ddpm takes sections, {name} does not")
     cls, defaults = SAMPLERS[name]
     uneven = name == "ddim" and T % steps != 0
-    if uneven: cls, defaults = DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero")
+    if uneven: cls, defaults = "DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero")
     kept = ("num_train_timesteps",) if name == "flow-euler" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")   # the straight path has no betas
-    scheduler = cls(**{k: base.config[k] for k in kept}, **{**defaults, **kwargs})
+    scheduler = getattr(diffusers, cls)(**{k: base.config[k] for k in kept}, **{**defaults, **kwargs})
     if uneven: scheduler.set_timesteps(timesteps=[round(T * i / steps) - 1 for i in range(steps, 0, -1)])
     elif name != "ddpm": scheduler.set_timesteps(steps)
     else:
