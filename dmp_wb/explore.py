@@ -6,9 +6,11 @@
 __all__ = ['STYLE', 'png', 'coloured', 'pixels_of', 'live', 'Explorer', 'seen_x0', 'GateExplorer', 'RoutingExplorer',
            'DenoiseExplorer', 'RunExplorer']
 
-# %% ../nbs/14_explore.ipynb #6645b102
+# %% ../nbs/14_explore.ipynb #ba4d0830
 import base64
 import contextlib
+import glob
+import html
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from .checkpoints import Run, load_model, open_run
 from .core import BadInput, runs_root
 from .data import load_data
 from .folders import list_runs, read_rows, run_name
+from .metrics import METRICS
 from .multitask import mask_overlap
 from .objectives import ObjectiveConfig, Tables, make_tables
 from .patching import get_patch, patch_disabled, patches_of
@@ -84,7 +87,7 @@ def _picture(width: int) -> widgets.Image:
     return picture
 
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
-    return widgets.VBox([widgets.HTML(f"<span style='font-size:12px; opacity:.8'>{title}</span>"), picture], layout=widgets.Layout(margin="0 18px 6px 0", max_width="100%"))
+    return widgets.VBox([widgets.HTML(f"<div style='font-size:12px; line-height:20px; height:20px; opacity:.8'>{title}</div>"), picture], layout=widgets.Layout(margin="0 16px 6px 0", max_width="100%"))
 
 def _row(children: Sequence[widgets.Widget]) -> widgets.HBox: return widgets.HBox(list(children), layout=widgets.Layout(flex_flow="row wrap"))
 
@@ -145,7 +148,7 @@ class GateExplorer(Explorer):
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
         self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
         self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="150px"))
-        self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000), _picture(180), _picture(180), _picture(180)
+        self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000), _picture(160), _picture(160), _picture(160)
         self.top = widgets.HTML()
         body = [widgets.HTML(STYLE), _labelled("prompts (down) over timesteps (0 at the left): red is more than uniform, blue less", self.heatmap),
                 _row([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean), _labelled("gates over it", self.spatial), self.top])]
@@ -195,13 +198,13 @@ class GateExplorer(Explorer):
         seen = self.look(t, label)
         if seen is not None:
             x_t, x0 = seen
-            self.noisy.value, self.clean.value = png(pixels_of(x_t), max(1, 180 // x_t.shape[-1])), png(pixels_of(x0), max(1, 180 // x0.shape[-1]))
+            self.noisy.value, self.clean.value = png(pixels_of(x_t), max(1, 160 // x_t.shape[-1])), png(pixels_of(x0), max(1, 160 // x0.shape[-1]))
             height, width = self.patch.grids[block]
             if height * width == n:
                 tint = coloured(rel[at, 0].reshape(height, width), viz.GATES, norm.vmin, norm.vmax)
                 light = pixels_of(x0).mean(-1) / 255
                 tint = tint[np.arange(light.shape[0]) * height // light.shape[0]][:, np.arange(light.shape[1]) * width // light.shape[1]]
-                self.spatial.value = png((tint * (0.55 + 0.45 * light[..., None])).round().astype(np.uint8), max(1, 180 // light.shape[-1]))
+                self.spatial.value = png((tint * (0.55 + 0.45 * light[..., None])).round().astype(np.uint8), max(1, 160 // light.shape[-1]))
 
     def static(self) -> Figure:
         return viz.gate_heatmaps(self.gates(self.label.value), self.grid, counts=self.patch.counts if len(set(self.patch.counts)) > 1 else None, blocks=self.patch.blocks)
@@ -223,8 +226,8 @@ class RoutingExplorer(Explorer):
         self.alpha = widgets.FloatLogSlider(value=alpha, base=2, min=-2, max=4, step=0.05, description="α", readout_format=".2f", style=style, layout=layout)
         self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels, description="channels", style=style, layout=widgets.Layout(width="160px"))
         self.first, self.second = _slider("t₁", 0, self.T - 1, self.T // 10, width="300px"), _slider("t₂", 0, self.T - 1, self.T // 2, width="300px")
-        self.masks, self.overlap, self.text = _picture(560), _picture(320), widgets.HTML()
-        body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap (IoU) of any two timesteps, 0 to 1", self.overlap)]), self.text]
+        self.masks, self.overlap, self.text = _picture(500), _picture(280), widgets.HTML()
+        body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap of two timesteps, pale 1; ○ at t₁, t₂", self.overlap)]), self.text]
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second], body)
 
     def _config(self) -> DTRConfig: return DTRConfig(sharing_ratio=self.ratio.value, alpha=self.alpha.value, num_train_timesteps=self.T)
@@ -242,11 +245,14 @@ class RoutingExplorer(Explorer):
             at = int((self.grid - t).abs().argmin())
             picture[:, 2 * at:2 * at + 2] = colour
         self.masks.value = png(picture)
-        self.overlap.value = png(coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1))
+        overlap = coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1)
+        down, right = (np.arange(len(self.grid)) - int((self.grid - t).abs().argmin()) for t in (t1, t2))
+        overlap[np.abs(np.hypot(down[:, None], right) - 5) < 1] = (213, 94, 0)
+        self.overlap.value = png(overlap)
         a, b = self._mask(torch.tensor([t1, t2])).astype(bool)
         both, either = int((a & b).sum()), int((a | b).sum())
         first = lambda m: f"{int(np.flatnonzero(m)[0])}–{int(np.flatnonzero(m)[-1])}"
-        self.text.value = (f"<div style='font-size:13px'><span style='color:#d55e00'>■</span> t₁ = {t1}: channels {first(a)} &nbsp; ■ t₂ = {t2}: channels {first(b)} &nbsp; "
+        self.text.value = (f"<div style='font-size:13px'><span style='color:#d55e00'>■</span> t₁ = {t1}: channels {first(a)} &nbsp; <span style='color:#000; text-shadow:0 0 2px #fff'>■</span> t₂ = {t2}: channels {first(b)} &nbsp; "
                            f"shared: <b>{both}</b> of {int(a.sum())}, overlap {both / either:.2f}</div>")
 
     def static(self) -> Figure:
@@ -333,12 +339,26 @@ class RunExplorer(Explorer):
         names = list(self.runs)
         self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))), layout=widgets.Layout(width="300px"))
         self.column = widgets.Dropdown(options=self._columns() or ["loss"], description="curve", layout=widgets.Layout(width="240px"))
-        self.curves, self.table, self.samples = widgets.Image(format="png", layout=widgets.Layout(width="620px")), widgets.HTML(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([self.chosen, self.column], [widgets.HTML(STYLE), _row([self.curves, self.table]), self.samples])
+        self.picture = widgets.Dropdown(options=["newest samples", *self._figures()], description="pictures", layout=widgets.Layout(width="240px"))
+        self.curves, self.table, self.pictures = widgets.Image(format="png", layout=widgets.Layout(width="560px", max_width="100%")), widgets.HTML(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
+        super().__init__([self.chosen, self.column, self.picture], [widgets.HTML(STYLE), _row([self.curves, self.table]), self.pictures])
 
     def _columns(self) -> list[str]:
         found = {k for folder in self.runs.values() for row in read_rows(folder / "metrics.jsonl")[-1:] for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         return sorted(found, key=lambda k: (k not in ("loss", "mse"), k))
+
+    def _figures(self) -> list[str]: return sorted({p.stem for folder in self.runs.values() for p in folder.glob("figures/*.png")})
+
+    def _picture(self, name: str) -> Path | None:
+        "The file of a run that the choice of pictures means."
+        found = self.runs[name].glob("samples/step-*.png") if self.picture.value == "newest samples" else self.runs[name].glob(f"figures/{glob.escape(self.picture.value)}.png")
+        return max(found, default=None)
+
+    def _measured(self, name: str) -> str:
+        "The figures of the newest evaluation, for the table."
+        try: rows = Run(self.runs[name]).summary.get("evaluations", [])
+        except (BadInput, OSError): return ""
+        return ", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k in METRICS and isinstance(v, (int, float))) if rows else ""
 
     def _metrics(self, name: str) -> dict | None:
         folder, column = self.runs[name], self.column.value
@@ -353,15 +373,17 @@ class RunExplorer(Explorer):
         rows = []
         for name, m in found.items():
             state = "files are gone" if m is None else "no such column yet" if not m else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}"
-            rows.append(f"<tr><td style='padding-right:12px'>{name}</td><td>{state}</td></tr>")
-        self.table.value = f"<table style='font-size:12px'>{''.join(rows)}</table>"
+            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{state}</td><td>{self._measured(name) if m is not None else ''}</td></tr>")
+        self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)
         self.curves.value = buffer.getvalue()
         self.curves.layout.visibility = "visible" if drawn else "hidden"
-        self.samples.children = [_labelled(f"{name}, {newest[-1].stem}", widgets.Image(value=newest[-1].read_bytes(), format="png", layout=widgets.Layout(width="220px")))
-                                 for name in found if found[name] is not None and (newest := sorted(self.runs[name].glob("samples/step-*.png")))]
-        for tile in self.samples.children: tile.children[1].add_class("dmp-wb-pixels")
+        width = "220px" if self.picture.value == "newest samples" else "400px"
+        self.pictures.children = [_labelled(f"{html.escape(name)}, {file.stem}", widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+                                  for name in found if found[name] is not None and (file := self._picture(name))]
+        if self.picture.value == "newest samples":
+            for tile in self.pictures.children: tile.children[1].add_class("dmp-wb-pixels")
 
     def static(self) -> Figure:
         return viz.training_curves({n: m for n in self.chosen.value if (m := self._metrics(n))}, self.column.value)

@@ -335,13 +335,15 @@ def training_curves(
     ax, tails = axes[0, 0], []
     for i, (name, m) in enumerate(metrics.items()):
         colour, values = method_colour(name, i), np.asarray(m[key], dtype=float)
-        span = np.ones(min(len(values), window or max(1, len(values) // 20)))
-        average = np.convolve(values, span, "same") / np.convolve(np.ones(len(values)), span, "same")
+        at, sums = np.arange(len(values)), np.concatenate([[0], np.cumsum(np.where(np.isfinite(values), values, 0))])
+        known = np.concatenate([[0], np.cumsum(np.isfinite(values))])
+        half = np.minimum(np.minimum(at, at[::-1]), (window or max(1, len(values) // 20)) // 2)   # as wide to the left as to the right, also near the ends
+        average = (sums[at + half + 1] - sums[at - half]) / np.where(n := known[at + half + 1] - known[at - half], n, np.nan)
         ax.plot(m["step"], values, color=colour, lw=0.6, alpha=0.3)
         ax.plot(m["step"], average, color=colour, lw=1.8, label=method_label(name))
         tails.append(values)
     everything = np.concatenate(tails)
-    ax.set(xlabel="optimiser step", ylabel=key, yscale="log" if everything.max() > 4 * everything.min() > 0 else "linear")
+    ax.set(xlabel="optimiser step", ylabel=key, yscale="log" if np.nanmax(everything) > 4 * np.nanmin(everything) > 0 else "linear")
     if ax.get_yscale() == "log":
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter("")

@@ -79,12 +79,19 @@ def test_runs_and_runs_that_are_gone(looked_at, tmp_path):
         (tmp_path / name / "config.yaml").write_text("name: x\n")
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": loss / s, "mse/t000-499": None if s == 2 else loss}) + "\n" for s in (1, 2, 3)))
         Image.new("L", (8, 8), 100).save(tmp_path / name / "samples" / "step-0000003.png")
+    (tmp_path / "b" / "figures").mkdir()
+    Image.new("RGB", (30, 20), (9, 8, 7)).save(tmp_path / "b" / "figures" / "gates.png")
+    (tmp_path / "b" / "summary.json").write_text(json.dumps({"evaluations": [{"fid": 9.0}, {"fid": 1.25, "interval": {"fid": [1, 2]}}]}))
     e = RunExplorer([tmp_path / "a", tmp_path / "b"])
-    assert len(e.samples.children) == 2 and picture(e.curves).shape[1] > 300
+    assert len(e.pictures.children) == 2 and picture(e.curves).shape[1] > 300
     assert changed(lambda: setattr(e.column, "value", "mse/t000-499"), e.curves) == [True] and "step 3, mse/t000-499 1" in e.table.value
+    assert "fid 1.25" in e.table.value
+    e.picture.value = "gates"
+    assert [picture(tile.children[1]).shape for tile in e.pictures.children] == [(20, 30, 3)]
+    e.picture.value = "newest samples"
     (tmp_path / "a" / "config.yaml").unlink()
     e.chosen.value = ("a",)
-    assert "files are gone" in e.table.value and e.curves.layout.visibility == "hidden" and not e.samples.children
+    assert "files are gone" in e.table.value and e.curves.layout.visibility == "hidden" and not e.pictures.children
 
 
 @pytest.mark.parametrize("make", [lambda: GateExplorer("digits-dmp"), lambda: RoutingExplorer(64), lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base"])])
