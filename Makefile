@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DEMO ?= runs/demo
 export PYTHONUNBUFFERED = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-notebooks test-python check lab notebooks readme clean
+.PHONY: help setup demo test test-notebooks test-python check docs serve-docs lab notebooks readme clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 18
@@ -55,6 +55,14 @@ test-python: $(READY)  ## pytest
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff is content
 	@$(BIN)/python tests/check_sources.py
 
+docs: $(READY)  ## the site, from the notebooks, in _docs/
+	@echo "== building the site"
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/build.py
+
+serve-docs: $(READY)  ## look at the site in a browser
+	@test -d _docs || $(MAKE) --no-print-directory docs
+	@$(BIN)/python docs/build.py --serve
+
 lab: $(READY)  ## open JupyterLab on the notebooks
 	@$(BIN)/jupyter lab --notebook-dir=nbs
 
@@ -68,7 +76,7 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python tests/check_sources.py --write-readme
 
 clean:  ## remove caches and built files; keeps .venv, runs/ and data/
-	@rm -rf build dist *.egg-info _proc _docs .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info _proc _docs jupyter_execute .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 	@find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
 	@echo "clean"

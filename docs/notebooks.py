@@ -1,0 +1,105 @@
+"nbdev processors that make a notebook a page to read: they stand in for those that write for Quarto."
+import ast
+import re
+from pathlib import Path, PurePosixPath
+
+from nbdev.process import Processor
+from nbdev.processors import FilterDefaults, filter_stream_, hide_, hide_line, rm_header_dash, strip_ansi
+from execnb.nbio import mk_cell
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS = ROOT / "nbs"
+PAGES = {"CHANGELOG.md": "changelog.md", "data/README.md": "data.md", "README.md": "index.md", "nbs/index.ipynb": "index.md"}   # files of the repository that are pages under another name
+LONG = 30   # lines of exported code above which a cell starts folded
+_LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+
+
+def on_site(target: str, page: Path) -> str:
+    "A link of a notebook or Markdown file as it is between pages. `page`: the file, from the root of the repository."
+    if re.match(r"[a-z]+:|#", target): return target
+    path, _, anchor = target.partition("#")
+    there = Path(*_normal(page.parent / path))
+    name = PAGES.get(there.as_posix())
+    if name is None and there.parts[:1] == ("nbs",): name = there.relative_to("nbs").as_posix()
+    if name is None: raise ValueError(f"{page} links {target}: no page of the site; give it one in docs/notebooks.py, or name it without a link")
+    here = PAGES.get(page.as_posix()) or page.relative_to("nbs").as_posix()
+    return "../" * (len(PurePosixPath(here).parts) - 1) + name + ("#" + anchor if anchor else "")
+
+
+def _normal(path: Path) -> list[str]:
+    parts: list[str] = []
+    for part in path.parts: parts = parts[:-1] if part == ".." else [*parts, part]
+    return parts
+
+
+def relinked(text: str, page: Path) -> str:
+    "Markdown with its links as they are between pages; code is left as it is."
+    pieces = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
+    return "".join(p if i % 2 else _LINK.sub(lambda m: m[1] + on_site(m[2], page) + m[3], p) for i, p in enumerate(pieces))
+
+
+class for_reading(Processor):
+    "Hidden cells go; exported ones stay, with an anchor for each name and a line that leads to its reference."
+    module: str | None = None
+
+    def cell(self, cell):
+        directives = cell.directives_
+        if cell.cell_type == "markdown": cell.source = relinked(cell.source, self.nb.path_)
+        if cell.cell_type == "raw" or directives.keys() & {"hide", "default_exp"}:
+            if "default_exp" in directives: self.module = directives["default_exp"][0]
+            del cell["source"]
+            return
+        if cell.cell_type != "code": return
+        source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip("\n")
+        if re.search(r"\b(nbdev_export|show_doc)\(", source) or not source: del cell["source"]; return
+        cell.source = source
+        cell.metadata = {"tags": list(cell.metadata.get("tags", []))}
+        tags = cell.metadata["tags"]
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            for mime in ("application/vnd.jupyter.widget-view+json", "application/vnd.papermill.record+json", "application/vnd.dmp-wb.progress+json"): data.pop(mime, None)
+            if data.keys() & {"image/png", "image/svg+xml"}: data.pop("text/plain", None); data.pop("text/html", None)
+        if directives.keys() & {"export", "exports", "exporti"}:
+            tags.append("exported")
+            if source.count("\n") >= LONG: tags.append("hide-input")
+            cell.exports_ = [n for n in defined(source) if not n.startswith("_")]
+
+    def end(self):
+        self.nb.metadata.pop("widgets", None)
+        self.nb.metadata.pop("dmp_wb", None)
+        cells = []
+        for cell in self.nb.cells:
+            names = getattr(cell, "exports_", None)
+            if names and self.module:
+                anchors = "\n".join(f"({anchor(self.module, n)})=" for n in names)
+                links = " ".join(f"{{py:obj}}`{n} <dmp_wb.{self.module}.{n}>`" for n in names)
+                cells.append(mk_cell(f"{anchors}\n:::{{div}} reference-line\n{links}\n:::", "markdown"))
+            cells.append(cell)
+        self.nb.cells = cells
+
+
+def defined(source: str) -> list[str]:
+    "The names that a cell gives its module."
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef): names.append(node.name)
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+            names += [n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return names
+
+
+def anchor(module: str, name: str) -> str:
+    "Of the cell that defines a name, in its notebook's page."
+    return f"source-{module}-{name}".lower().replace("_", "-")
+
+
+class ForSite(FilterDefaults):
+    "nbdev's filter with these processors, for the notebook at a path."
+    def __init__(self, path: Path): self.path = path
+
+    def __call__(self, nb):
+        nb.path_ = self.path
+        super().__call__(nb)
+        nb.pop("path_", None)
+
+    def base_procs(self): return [strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, for_reading]

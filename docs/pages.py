@@ -1,0 +1,77 @@
+"What pages there are, in which order, and the pages that list others."
+import re
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote
+
+import nbformat
+from notebooks import NBS, PAGES, ROOT, relinked
+
+# folder of nbs/ → title, summary, and the pages that come first; others follow by name
+SECTIONS = {
+    "tutorials": ("Tutorials", "Do it once, from the first line to a result", ["start", "digits", "digits_end_to_end", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster", "reading_pictures", "explore", "digits_base"]),
+    "concepts": ("Concepts", "What the methods do, with the equations and our own drawings", ["dmp", "dtr"]),
+    "howto": ("How-to", "One task a page, for when you know what you want", []),
+    "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster", ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
+}
+SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own
+START = ["start", "five_minutes", "tutorials/start", "tutorials/five_minutes"]
+
+
+def notebooks() -> list[Path]:
+    found = [p for p in NBS.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(NBS).parts)]
+    return sorted(p for p in found if p != NBS / "index.ipynb")
+
+
+def head(path: Path) -> tuple[str, str]:
+    "Title and summary of a processed notebook: its H1, and the quotation or first sentence after it."
+    text = next(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "markdown")
+    title = re.search(r"^# (.+)$", text, re.M)
+    if not title: raise SystemExit(f"error: {path} does not begin with a title, # …")
+    quoted = re.search(r"^> (.+)$", text, re.M)
+    rest = text[title.end():].strip()
+    return title[1].strip(), quoted[1].strip() if quoted else re.split(r"(?<=[.:])\s", rest, maxsplit=1)[0].rstrip(":") if rest else ""
+
+
+def listing(proc: Path, docs: list[str], below: str) -> list[str]:
+    "A table of pages with what each is about, and the toctree of them."
+    out = [":::{div} pages", ""]
+    for doc in docs:
+        title, summary = head(proc / below / f"{doc}.ipynb")
+        out += [f"[{title}]({doc}.ipynb)", f": {summary}", ""]
+    return [*out, ":::", "", "```{toctree}", ":hidden:", "", *docs, "```", ""]
+
+
+def write(proc: Path):
+    "Index pages, the changelog, the page of data sets, and the landing page."
+    top = []
+    start = next((s for s in START if (proc / f"{s}.ipynb").exists()), None)
+    for folder, (title, summary, first) in SECTIONS.items():
+        there = sorted(p.stem for p in (proc / folder).glob("*.ipynb") if f"{folder}/{p.stem}" != start)
+        if not there: continue
+        ordered = [d for d in first if d in there] + [d for d in there if d not in first]
+        (proc / folder / "index.md").write_text("\n".join([f"# {title}", "", f"> {summary}", "", *listing(proc, ordered, folder)]), encoding="utf-8")
+        if folder != "runs": top.append(f"{folder}/index")
+    modules = sorted(p.stem for p in proc.glob("[0-9][0-9]_*.ipynb"))
+    (proc / "source.md").write_text("\n".join(["# Source notebooks", "", "> The package is written as notebooks, in this order: each explains, exports and shows one module", "", *listing(proc, modules, ".")]), encoding="utf-8")
+    (proc / "reference").mkdir(exist_ok=True)
+    (proc / "reference" / "index.md").write_text("\n".join(["# Reference", "", "> Every name, command and key", "", ":::{div} pages", "",
+        "[Python](python.md)", ": What `import dmp_wb as wb` gives: signatures, parameters, returns, errors", "",
+        "[Command line](commands.md)", ": The commands of `dmp-wb` with their options", "",
+        "[Experiment keys](keys.md)", ": Every key of an experiment file and its default", "",
+        "[Run notebooks](../runs/index.md)", ": What papermill executes: parameters, and what each run leaves", "",
+        "[Data sets](../data.md)", ": How to get each, size, licence, the line that uses it", "",
+        "[Source notebooks](../source.md)", ": The package itself, to read", "", ":::", "",
+        "```{toctree}", ":hidden:", "", "python", "commands", "keys", "../runs/index", "../data", "../source", "```", ""]), encoding="utf-8")
+    for name in ("CHANGELOG.md", "data/README.md"):
+        (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)), encoding="utf-8")
+    single = [s for s in SINGLE if (proc / f"{s}.ipynb").exists()]
+    tree = [*([f"Start in five minutes <{start}>"] if start else []), *top, "reference/index", *single, "changelog"]
+    landing = (Path(__file__).parent / "index.md").read_text(encoding="utf-8")
+    (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]), encoding="utf-8")
+
+
+def pictures(page: Path) -> list[str]:
+    "The picture files that a built page shows."
+    html = page.read_text(encoding="utf-8")
+    return sorted({unquote(unescape(src)).split("?")[0] for src in re.findall(r'<img[^>]+src="([^"]+)"', html) if not re.match(r"[a-z]+:", src)})
