@@ -167,6 +167,11 @@ class Run:
         rows = read_rows(file)
         return {k: [row.get(k) for row in rows] for k in (rows[-1] if rows else {})}
 
+    def curve(self, column: str) -> dict[str, list[float]]:
+        "`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none."
+        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if row.get(column) is not None and "step" in row]
+        return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
+
     def note(self, **figures):
         "Add figures to the summary, atomically."
         write_json(self.folder / "summary.json", {**self.summary, **figures})

@@ -363,9 +363,7 @@ class RunExplorer(Explorer):
     def _metrics(self, name: str) -> dict | None:
         folder, column = self.runs[name], self.column.value
         if not (folder / "config.yaml").is_file(): return None
-        m = Run(folder).metrics()
-        lines = [(s, v) for s, v in zip(m["step"], m.get(column, [])) if v is not None]
-        return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
+        return Run(folder).curve(column)
 
     def frame(self):
         found = {name: self._metrics(name) for name in self.chosen.value}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLES_FORMAT', 'SAMPLES_PLAN', 'SAMPLES_FILE', 'DECODE_BATCH', 'posterior', 'guided', 'balanced_labels',
-           'usual_sampler', 'Step', 'sample_trajectory', 'Trajectory', 'sample', 'sample_run']
+           'usual_sampler', 'Step', 'sample_trajectory', 'Trajectory', 'sample', 'sample_run', 'sample_decoder']
 
 # %% ../nbs/10_sampling.ipynb #96b510fa
 import contextlib
@@ -33,7 +33,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size, learned_variance
 from .checkpoints import Run, load_model, open_run, run_lock
 from .core import BadInput, MissingFile, assets_folder, progress, read_json, runs_root, seed_of, unknown, write_atomic, write_json
-from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, fingerprint, load_data, load_vae, read_image
+from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, fingerprint, load_data, load_vae, read_image
 from .objectives import PREDICTION_TYPES, ObjectiveConfig, predicted_x0
 from .patching import patches_of
 from .routing import get_router
@@ -306,7 +306,7 @@ def sample_run(
     model = load_model(run.folder, patched=patched, device=device)
     if any(k in inspect.signature(model.forward).parameters for k in TEXT_INPUTS): raise BadInput(f"run {run.folder} holds a {type(model).__name__}, which is conditioned on text: expected a model of class labels or of none; sample takes text embeddings as conditions")
     walk = _Walk(model, num_images, labels, guidance_scale, sampler, num_inference_steps, exp.schedule, seed, 0, exp.objective.prediction_type, None, None, guidance_interval, guidance_channels)
-    decode, decoder = _decoder(run, walk.shape[0], vae)
+    decode, decoder = sample_decoder(run, walk.shape[0], vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
     folder = Path(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
     patches, router = patches_of(model), get_router(model)
@@ -345,16 +345,20 @@ def _read_labels(given) -> list[int] | torch.Tensor | None:
     if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0]!r}: expected a class number for each image")
     return [int(w) for w in words]
 
-def _decoder(run: Run, channels: int, vae: str | None) -> tuple[Callable | None, str | None]:
-    "What makes images of what the model draws, and the fingerprint of its VAE; None and None where that is images already."
-    data = run.experiment.data
+def sample_decoder(
+    run: Run | None,     # None: a model that is no run
+    channels: int,       # of what it draws
+    vae: str | None,     # in place of what the run was trained with
+) -> tuple[Callable | None, str | None]:
+    "What makes images of what a model draws, and the fingerprint of its VAE; None and None where that is images already. Raises `BadInput` for latents that nothing decodes."
+    data = run.experiment.data if run else DataConfig()
     if vae is None and any((Path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
     if vae or data.vae:
         coder = load_vae(vae or data.vae)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
-    if channels not in (1, 3): raise BadInput(f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here: expected vae, what decodes its latents")
+    if channels not in (1, 3): raise BadInput((f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here" if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
     return None, None
 
 def _same_images(folder: Path, plan: dict):

@@ -7,8 +7,8 @@ __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'para
            'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'absolute_paths',
            'share_of_batch', 'new_run', 'check_folder', 'versions', 'write_config', 'append_row', 'note_skipped',
            'count_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average',
-           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
-           'start_cpu_processes', 'main']
+           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'text_conditions', 'write_samples', 'export',
+           'summarise', 'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
@@ -557,13 +557,25 @@ def averaged(params: dict[str, nn.Parameter], ema: EMAModel, optimizer):
         if averages_itself(optimizer): optimizer.train()
         put(kept)   # to the bit, where an optimiser's way back rounds
 
+def text_conditions(
+    backbone: nn.Module,
+    data: Source,          # on the model's device
+    num_images: int,
+    take=lambda batch: batch,   # what looks at a batch of images before it is used
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: # conditions [num_images, …] and null_conditions […], as `sample` takes them
+    "The captions of the first images, as the model sees them; empty without captions."
+    if not data.null: return {}, {}
+    batch = take(data.batch(torch.arange(num_images) % len(data)))
+    given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in batch.items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")})
+    conditions = {k: v for k, v in given.items() if k in model_inputs(backbone)}
+    return conditions, {k: data.null[k] for k in conditions}
+
 def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, skipped: SkippedImages, write: bool):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
-    given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in skipped.take(data.batch(torch.arange(n) % len(data))).items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")}) if data.null else {}
-    conditions = {k: v for k, v in given.items() if k in model_inputs(backbone)}
+    conditions, nulls = text_conditions(backbone, data, n, skipped.take)
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)), t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
-                    seed=exp.seed, quiet=True, prediction_type=learned, conditions=conditions, null_conditions={k: data.null[k] for k in conditions}, clamp=not data.random_latents)
+                    seed=exp.seed, quiet=True, prediction_type=learned, conditions=conditions, null_conditions=nulls, clamp=not data.random_latents)
     if not write: return   # this process was needed for the forward passes
     with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
     rows = int(n**0.5)
