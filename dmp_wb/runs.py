@@ -8,7 +8,8 @@ __all__ = ['RUN_VARIABLE', 'PROGRESS_FILE', 'LOG_FILE', 'PAGE_STYLE', 'STATE_FIL
            'here', 'listed', 'save_figure', 'die_with_parent', 'Standby', 'RunState', 'read_state', 'write_state',
            'read_progress', 'locked', 'checksum', 'execute_run', 'one_line', 'figures_table']
 
-# %% ../nbs/15_runs.ipynb #0f27fcbd
+# %% ../nbs/15_runs.ipynb #2bbc3bed
+import copy
 import ctypes
 import dataclasses
 import errno
@@ -18,6 +19,7 @@ import io
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -193,11 +195,11 @@ a.anchor-link { display: none; } a { color: inherit; }
 code, pre { font: .86em/1.45 ui-monospace, monospace; } code { background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
 pre { overflow-x: auto; background: var(--code); padding: .6rem .8rem; border-radius: 6px; } pre code { padding: 0; background: none; }
 .output_png, .output_jpeg, .output_svg, .table, .output_html, .text_cell_render { overflow-x: auto; }
-.output_png img, .output_jpeg img { display: block; max-width: max(100%, 620px); margin: .4rem 0; background: #fff; border-radius: 6px; }
+.output_png img, .output_jpeg img { display: block; max-width: max(100%, 540px); margin: .4rem 0; background: #fff; border-radius: 6px; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; } .table tbody th { font-weight: normal; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
-small { color: var(--faint); white-space: nowrap; } .given { color: var(--faint); font-size: .9rem; }
+td:first-child code { white-space: nowrap; } details { color: var(--faint); font-size: .9rem; } summary { cursor: pointer; } small { color: var(--faint); white-space: nowrap; }
 .output_stderr, .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); } .ansi-bold { font-weight: bold; } .ansi-green-fg, .ansi-green-intense-fg { color: #2e8b57; } .ansi-cyan-fg, .ansi-blue-fg { color: #4682b4; } .ansi-yellow-fg { color: #b8860b; }
 @media print { h2 { break-after: avoid; } .output_png { break-inside: avoid; } }
 """
@@ -209,13 +211,15 @@ def write_page(
 ) -> Path:
     "Write a notebook as one HTML file that needs nothing else."
     from nbconvert import HTMLExporter
+    notebook = copy.deepcopy(notebook)
+    done = lambda o: (bar := o.get("data", {}).get(PROGRESS_MIME)) and bar["total"] and bar["n"] >= bar["total"]
+    for cell in notebook.cells:
+        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if not done(o)]
     exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
     heading = next((line[2:] for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")), Path(path).stem)
     body, _ = exporter.from_notebook_node(notebook)
-    if given := notebook.metadata.get("papermill", {}).get("parameters"):
-        said = "".join(f"<li><code>{escape(k)}</code>: {escape(str(v)) or '(empty)'}</li>" for k, v in given.items())
-        first = body.find('<div class="cell', 1)
-        body = body[:first] + f'<details class="given"><summary>the parameters that were given</summary><ul>{said}</ul></details>' + body[first:]
+    given = ", ".join(f"{escape(k)} = {escape(str(v))}" for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items())
+    body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>", lambda table: f'<details><summary>Parameters: {given or "all as in the notebook"}</summary>{table[0]}</details>', body, count=1, flags=re.DOTALL)
     style = PAGE_STYLE
     if code:
         from pygments.formatters import HtmlFormatter
