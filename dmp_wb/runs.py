@@ -6,7 +6,7 @@
 __all__ = ['RUN_VARIABLE', 'PROGRESS_FILE', 'LOG_FILE', 'PAGE_STYLE', 'STATE_FILE', 'NOTEBOOK_FILE', 'WAITING', 'RUNNING',
            'FINISHED', 'FAILED', 'STOPPED', 'bar_in', 'TerminalBars', 'ProgressFile', 'Stopped', 'death', 'write_page',
            'here', 'listed', 'save_figure', 'die_with_parent', 'Standby', 'RunState', 'read_state', 'write_state',
-           'read_progress', 'locked', 'checksum', 'execute_run', 'one_line', 'figures_table']
+           'locked', 'checksum', 'execute_run', 'one_line', 'figures_table']
 
 # %% ../nbs/15_runs.ipynb #2bbc3bed
 import copy
@@ -384,11 +384,6 @@ def read_state(folder: str | Path) -> RunState | None:
     return RunState(**{k: v for k, v in given.items() if k in known})
 
 def write_state(folder: str | Path, state: RunState) -> Path: return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))
-
-def read_progress(folder: str | Path) -> dict:
-    "What `ProgressFile` wrote last; empty if nothing."
-    try: return json.loads((Path(folder) / PROGRESS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
 
 @contextmanager
 def locked(path: str | Path, what: str, patience: float = 0.0): # seconds

@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['FILE_KEYS', 'GRACE', 'find_notebook', 'parameters_of', 'Planned', 'word', 'safe', 'check_name', 'with_overrides',
            'plan', 'read_sweep', 'process_identity', 'alive', 'warm', 'Worker', 'job_id', 'Sweep', 'sweep',
-           'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'worker_environment', 'submit', 'cluster_job',
-           'bury', 'end_jobs', 'Stopper', 'line_of', 'View']
+           'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share', 'count_gpus', 'submit', 'cluster_job',
+           'bury', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
 
-# %% ../nbs/15_sweeps.ipynb #c4526d16
+# %% ../nbs/15_sweeps.ipynb #1d86cc46
+import ast
 import contextlib
 import dataclasses
+import errno
 import importlib
 import itertools
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import uuid
@@ -24,31 +27,40 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, runs_root, short, unknown, write_atomic
-from .runs import (FAILED, FINISHED, LOG_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, locked, one_line,
-                         read_progress, read_state, write_state)
+from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_progress, runs_root, short, unknown, write_atomic, write_json
+from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, locked, one_line,
+                         read_state, write_state)
 
 # %% ../nbs/15_sweeps.ipynb #0172658a
 def find_notebook(
-    notebook: str | Path,   # a path, or the bare name of one in nbs/runs/
+    notebook: str | Path,   # a path, or the bare name of a run notebook
 ) -> Path:
-    "The file of a run notebook; raises `BadInput` that suggests the nearest known name."
+    "The file of a notebook; raises `BadInput` that suggests the nearest known name."
     path = Path(notebook)
     if path.is_file(): return path
+    if len(path.parts) > 1: raise MissingFile(f"no notebook {notebook}: expected a file, or the bare name of a run notebook")
     known, name = named_files("runs"), path.name.removesuffix(".ipynb")
-    if len(path.parts) == 1 and name in known: return known[name]
-    if len(path.parts) > 1: raise MissingFile(f"no notebook {notebook}: expected a file, or the name of one in nbs/runs")
-    raise unknown("notebook", str(notebook), known, name)
+    if name not in known: raise unknown("notebook", str(notebook), known, name)
+    return known[name]
 
-def parameters_of(notebook: Path) -> dict[str, str]: # name → default, as Python source
+def parameters_of(notebook: Path) -> dict: # name → default; None where that is no plain value
     "The parameters of a notebook. Raises `BadInput` if it is no notebook, or has no cell for them."
     import nbformat
-    from papermill import inspect_notebook
-    try: nb = nbformat.read(notebook, 4)
+    try: cells = nbformat.read(notebook, 4).cells
     except Exception as e: raise BadInput(f"{notebook} is not a notebook: {one_line(e)}") from None
-    if not any("parameters" in c.metadata.get("tags", []) for c in nb.cells):
-        raise BadInput(f"notebook {notebook} has no cell tagged 'parameters': expected one, with a line `name = default` for each; in JupyterLab, tags are in the property inspector")
-    return {name: p["default"] for name, p in inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}")).items()}
+    cell = next((c for c in cells if "parameters" in c.metadata.get("tags", [])), None)
+    if cell is None: raise BadInput(f"notebook {notebook} has no cell tagged 'parameters': expected one, with a line `name = default` for each; in JupyterLab, tags are in the property inspector")
+    try: lines = ast.parse(cell.source).body
+    except SyntaxError:   # another language; papermill reads a few
+        from papermill import inspect_notebook
+        return dict.fromkeys(inspect_notebook(str(notebook)))
+    found = {}
+    for line in lines:
+        for target in line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) and line.value else []:
+            if isinstance(target, ast.Name):
+                try: found[target.id] = ast.literal_eval(line.value)
+                except ValueError: found[target.id] = None
+    return found
 
 @dataclass
 class Planned:
@@ -74,8 +86,10 @@ def check_name(name: str, what: str) -> str:
         raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot")
     return PurePosixPath(name).as_posix()
 
-def with_overrides(notebook: Path, given: dict, known: dict[str, str]) -> dict:
-    "Parameters of a notebook; keys of an experiment among them become words of its parameter `overrides`."
+def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
+    "Parameters of a notebook; keys of an experiment among them become further words of its parameter `overrides`."
+    if "run" in given and re.search(r"\bhere\(\s*run\b", notebook.read_text(encoding="utf-8")):
+        raise BadInput(f"parameter run is {given['run']!r}: expected none, each run of a batch has a folder of its own; --name or --folder says where they are")
     strange = [k for k in given if k not in known]
     if not strange: return dict(given)
     from dmp_wb.config import KEYS, load_experiment
@@ -84,10 +98,10 @@ def with_overrides(notebook: Path, given: dict, known: dict[str, str]) -> dict:
     for key in strange:
         if key not in leaves or not takes: raise unknown(f"parameter of notebook {notebook.stem}", key, [*known, *(leaves if takes and "." in key else [])])
     parameters = {k: v for k, v in given.items() if k in known}
-    before = parameters.get("overrides", [])
+    before = parameters.get("overrides", known["overrides"])
     words = before.split() if isinstance(before, str) else list(before or [])
     parameters["overrides"] = [*words, *(f"{k}={word(given[k])}" for k in strange)]
-    if isinstance(experiment := parameters.get("experiment", known.get("experiment", "").strip("'\"")), str) and experiment: load_experiment(experiment, parameters["overrides"])   # tells now what every run would stumble over
+    if isinstance(experiment := parameters.get("experiment", known.get("experiment")), str) and experiment: load_experiment(experiment, parameters["overrides"])   # tells now what every run would stumble over
     return parameters
 
 def plan(
@@ -181,14 +195,14 @@ class Worker:
     runs: list[tuple[str, str]]          # the names of the runs it may take, and the notebook of each
     ticket: str                          # of the call of `sweep` it works for
     sweeper: tuple[int, float] | None    # the process of that call: when it dies, this job ends; None: it goes on
-    environment: dict[str, str | None]   # variables to set; None: unset
+    gpus: str | None = None              # CUDA_VISIBLE_DEVICES; None: all. submitit's local executor would hide them
     child: int | None = None
 
     def __call__(self) -> dict[str, str]: # name → the status that a run ended with
-        for k, v in self.environment.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
-        if self.sweeper: die_with_parent()
+        if self.sweeper is not None:   # on this machine
+            die_with_parent()
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+            if self.gpus is not None: os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         self.stopping, done = False, {}
         signal.signal(signal.SIGTERM, self._stop)
         for name, notebook in self.runs:
@@ -254,6 +268,7 @@ class Worker:
             end = {"status": STOPPED} if deadline is not None else {"status": FAILED, "error": f"the process of the run ended {how}; look at {LOG_FILE}"}
             with locked(folder / ".run.lock", f"run {folder}", 10): write_state(folder, dataclasses.replace(state, **end))
             return end["status"]
+        if state.status == WAITING and status: raise RuntimeError(f"run {folder} could not be started: look at its {LOG_FILE}, and whether the disk is full")
         return state.status
 
 def _raise_stopped(number, frame): raise Stopped("asked to stop")
@@ -324,27 +339,31 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
             before = read_state(run)
             if before and before.status == FINISHED and before.inputs == wanted[name].inputs: continue   # it finished while we waited
             write_state(run, dataclasses.replace(wanted[name], attempts=before.attempts if before else 0))
-    local, work = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo]
-    sweeper = process_identity(os.getpid()) if local else None
-    make = lambda runs: Worker(str(folder), runs, ticket, sweeper, worker_environment(jobs, cluster))
+    write_json(folder / ".sweep" / "sweep.json", {"runs": {p.name: str(p.notebook) for p in planned}})
+    local, work, gpus = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo], count_gpus()
+    sweeper, threads = process_identity(os.getpid()) if local else None, max(1, len(os.sched_getaffinity(0)) // jobs)
+    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None)
     with Stopper() as stopper, View(result) as view:
-        active = submit(executor, [make(work)] * min(jobs, len(work)) if local else [make([run]) for run in work]) + under_way
+        workers = [worker(i, work) for i in range(min(jobs, len(work)))] if local else [worker(0, [run]) for run in work]
+        active = dict(enumerate([*(submit(executor, workers, threads) if workers else []), *under_way]))
         try:
             while not stopper.asked:
                 states = result.states()
                 view.show(states)
-                over = [job for job in active if job.done()]
-                active = [job for job in active if job not in over]
-                for job in over: bury(folder, job)
-                waiting = sum(s.status == WAITING for s in result.states().values()) if over else 0
-                if local and waiting > len(active): active += submit(executor, [make(work)])   # for a worker that died
+                over = {i: job for i, job in active.items() if job.done()}
+                for i, job in over.items():
+                    took = bury(result, active.pop(i))
+                    if local and any(s.status == WAITING for s in result.states().values()):   # its process died
+                        if not took: raise BadInput(why_not_started(folder, job))
+                        active[i], = submit(executor, [worker(i, work)], threads)
                 if not active or all(s.status in (FINISHED, FAILED) for s in states.values()): break
                 time.sleep(0.2 if local else 1.0)
         finally:
-            if local: end_jobs(active)
+            if local: end_jobs(list(active.values()))
             view.show(result.states(), last=True)
     if stopper.asked:
-        if not local: print(f"the jobs go on; run the same again to watch them, or end them: scancel {' '.join(sorted({j.job_id.split('_')[0] for j in active}))}", file=sys.stderr)
+        if not local: print(f"the jobs go on; run the same again to watch them, or end them: scancel {' '.join(sorted({j.job_id.split('_')[0] for j in active.values()}))}", file=sys.stderr)
+        else: print("stopped; run the same again to go on", file=sys.stderr)
         raise KeyboardInterrupt
     return result
 
@@ -352,12 +371,11 @@ def fingerprint(p: Planned) -> tuple[str, str]:
     "Checksums of a run's code and of its parameters, the content of the experiment's file included."
     import nbformat
     code = [c.source for c in nbformat.read(p.notebook, 4).cells if c.cell_type == "code"]
-    experiment = p.parameters.get("experiment") or next((v.strip("'\"") for k, v in parameters_of(p.notebook).items() if k == "experiment"), "")
+    experiment = p.parameters.get("experiment") or parameters_of(p.notebook).get("experiment")
     text = ""
     if isinstance(experiment, str) and experiment:
-        with contextlib.suppress(BadInput):   # not an experiment of ours
-            from dmp_wb.config import find_experiment
-            text = find_experiment(experiment).read_text(encoding="utf-8")
+        file = Path(experiment) if Path(experiment).is_file() else named_files("experiments").get(Path(experiment).name.removesuffix(".yaml"))
+        if file is not None: text = file.read_text(encoding="utf-8")
     return checksum(code), checksum(p.parameters, text)
 
 def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> tuple[list[str], list]: # runs to do; jobs on a cluster that still work on others
@@ -399,28 +417,35 @@ def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
     if cluster != "slurm": raise unknown("cluster", cluster, ("local", "slurm"))
     if missing := [c for c in ("sbatch", "srun") if shutil.which(c) is None]: raise BadInput(f"cluster is slurm, but there is no {missing[0]} here: expected to be on a machine that can submit jobs")
     executor = submitit.SlurmExecutor(folder)
-    try: executor.update_parameters(**{"job_name": folder.parent.parent.name, "array_parallelism": jobs, "time": 60, **options})
+    try: executor.update_parameters(**{"job_name": folder.parent.parent.name, "array_parallelism": jobs, "time": 60, "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"], **options})
     except ValueError as e:
         known = re.findall(r"- (\w+) \(", str(e))
         raise unknown("option of slurm", next((o for o in options if o not in known), ""), known) if known else BadInput(f"slurm: {one_line(e)}") from None
     return executor
 
-def worker_environment(jobs: int, cluster: str) -> dict[str, str | None]:
-    "Variables for the processes of a sweep: the cores are shared out, and submitit's local executor must not hide the GPUs."
-    if cluster != "local": return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": None}
-    return {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES"), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // jobs)))}
+def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
+    "The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough. None: as they are."
+    gpus = visible.split(",") if visible else [str(i) for i in range(count)]
+    if visible == "" or len(gpus) < 2 or jobs < 2: return visible
+    return ",".join(gpus[index::jobs]) or gpus[index % len(gpus)]
 
-def submit(executor, workers: list[Worker]) -> list:
+def count_gpus() -> int:
+    if shutil.which("nvidia-smi") is None: return 0
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+def submit(executor, workers: list[Worker], threads: int) -> list:
     "Submit jobs. Ctrl-C and a closed terminal must not reach them: they stop when the sweep tells them to, with a checkpoint."
     import submitit
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP])
+    before, unset = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP]), "OMP_NUM_THREADS" not in os.environ
     try:
-        if not workers: return []
-        if isinstance(executor, submitit.LocalExecutor): return [executor.submit(w) for w in workers]
-        try:
+        if not isinstance(executor, submitit.LocalExecutor):
             with executor.batch(): return [executor.submit(w) for w in workers]
-        except submitit.core.utils.FailedJobError as e: raise BadInput(f"slurm took no job: {one_line(e)}") from None
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if unset: os.environ["OMP_NUM_THREADS"] = str(threads)
+        return [executor.submit(w) for w in workers]
+    except submitit.core.utils.FailedSubmissionError as e: raise BadInput(f"the cluster took no job: {one_line(e)}") from None
+    finally:
+        if unset: os.environ.pop("OMP_NUM_THREADS", None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def cluster_job(folder: Path, state: RunState):
     "The job on a cluster that works on a run or will, if it is still there."
@@ -429,11 +454,17 @@ def cluster_job(folder: Path, state: RunState):
     job = submitit.SlurmJob(folder / ".sweep" / "jobs", state.job)
     return None if job.done() else job
 
-def bury(folder: Path, job):
+def bury(result: Sweep, job) -> bool: # whether the job took any run
     "Record the end of a run whose job is over without having said so."
-    for file in folder.glob("**/run.json"):
-        state = read_state(file.parent)
-        if state.job == job.job_id and state.status == RUNNING: write_state(file.parent, dataclasses.replace(state, status=FAILED, error=f"its job {job.job_id} ended without a word ({job.state}); look at {short(job.paths.stderr)}"))
+    mine = {n: s for n, s in result.states().items() if s.job == job.job_id}
+    for n, s in mine.items():
+        if s.status == RUNNING: write_state(result.folder / n, dataclasses.replace(s, status=FAILED, error=f"its job {job.job_id} ended without a word ({job.state.lower()}); look at {short(job.paths.stderr)}"))
+    return bool(mine)
+
+def why_not_started(folder: Path, job) -> str:
+    if shutil.disk_usage(folder).free < 2**20: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+    lines = job.paths.stderr.read_text(encoding="utf-8").splitlines() if job.paths.stderr.exists() else []
+    return f"the process for the runs ended before it took one: {lines[-1] if lines else 'it said nothing'}; look at {short(job.paths.stderr)}"
 
 def end_jobs(jobs: list):
     "Tell local jobs to stop, and wait until they have; Ctrl-C once more kills them."
@@ -468,7 +499,7 @@ def line_of(folder: Path, state: RunState) -> str:
     if state.status == FINISHED: return f"finished in {state.seconds:.0f} s" if state.seconds is not None else "finished"
     if state.status == STOPPED: return "stopped; run again to go on"
     if state.status == WAITING: return "waiting"
-    at = read_progress(folder)
+    at = read_progress(folder / PROGRESS_FILE) or {}
     cell = f"cell {at['cell']}/{at['cells']}" if "cell" in at else "starting"
     return "  ".join(x for x in (cell, progress_line(at["bar"]) if "bar" in at else "") if x)
 

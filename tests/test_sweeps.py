@@ -1,0 +1,327 @@
+"Batches of runs: what is planned, what is refused, and what happens when runs fail, are stopped or are killed."
+import dataclasses
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import nbformat
+import psutil
+import pytest
+from drills.kill_a_sweep import SMALL, drill, figures, left_behind
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from typer.testing import CliRunner
+
+from dmp_wb import runs, sweeps
+from dmp_wb.core import BadInput, read_json
+from dmp_wb.runs import FAILED, FINISHED, STOPPED, WAITING, read_state
+from dmp_wb.sweeps import Sweep, View, gpu_share, plan, read_sweep, sweep
+
+PARAMETERS = """x = 1       # where the numbers start
+fail = ""
+steps = 3
+pause = 0.0"""
+WORK = """import json, os, signal, time
+from dmp_wb.core import progress, write_atomic, write_json
+from dmp_wb.runs import here
+folder = here("", "tiny")
+file = folder / "metrics.jsonl"
+rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+bar = progress(total=steps, initial=len(rows), desc="tiny", unit="step")
+for step in range(len(rows), steps):
+    time.sleep(pause)
+    assert not file.exists() or len(file.read_text().splitlines()) == step, "another process writes here"
+    rows.append({"step": step, "value": (rows[-1]["value"] if rows else x) * 3 % 1009})
+    write_atomic(file, "".join(json.dumps(row) + "\\n" for row in rows))
+    bar.set_postfix_str(f"value {rows[-1]['value']}")
+    bar.update()
+bar.close()"""
+FAIL = """if fail == "error": raise ValueError("asked to fail\\nin two lines")
+if fail == "die": os.kill(os.getpid(), signal.SIGKILL)
+if fail == "disk": raise OSError(28, "No space left on device", "a-file")"""
+SUMMARY = 'write_json(folder / "summary.json", {"x": x, "value": rows[-1]["value"], "threads": os.environ.get("OMP_NUM_THREADS")})'
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "A run notebook that imports no torch, and goes on where it was cut off."
+    cells = [new_markdown_cell("# Tiny"), new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), *map(new_code_cell, (WORK, FAIL, SUMMARY))]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), tmp_path / "tiny.ipynb")
+    return tmp_path / "tiny.ipynb"
+
+
+def command(*words): return [sys.executable, "-m", "dmp_wb", "run", *map(str, words)]
+
+
+def dmp_wb_run(*words, **changes):
+    return subprocess.run(command(*words), capture_output=True, text=True, env={**os.environ, **changes})
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.05)
+
+
+# ---- what is to be run
+
+def test_a_grid(tiny):
+    planned = plan(tiny, {"steps": 7}, {"x": [1, 2.5], "fail": ["", "a b/c"]})
+    assert [p.name for p in planned] == ["x=1,fail=", "x=1,fail=a_b_c", "x=2.5,fail=", "x=2.5,fail=a_b_c"]
+    assert planned[-1].parameters == {"steps": 7, "x": 2.5, "fail": "a b/c"}
+    assert [p.name for p in plan(tiny, {"x": 3})] == ["."]                       # a single run is the folder itself
+    assert [p.name for p in plan(tiny, None, {"x": [3], "steps": [1, 2]})] == ["steps=1", "steps=2"]   # what does not vary is not in the name
+
+
+def test_keys_of_an_experiment_become_overrides():
+    first, second = plan("patch", {"train.steps": 5, "overrides": "seed=1"}, {"optim.lr": [1e-4, 2e-4]})
+    assert (first.name, second.name) == ("lr=0.0001", "lr=0.0002")
+    assert first.parameters == {"overrides": ["seed=1", "train.steps=5", "optim.lr=0.0001"]}
+    assert plan("patch", {"seed": 3})[0].parameters == {"overrides": ["train.steps=200", "name=digits-dmp-quick", "seed=3"]}   # the notebook's own stay
+    clash = plan("pretrain", None, {"train.steps": [1, 2], "train.sample_steps": [1, 2]})
+    assert clash[0].name == "steps=1,sample_steps=1"
+    assert plan("patch", None, {"patch.num_prompts": [8, 16], "train.compile": [True, False]})[0].parameters["overrides"] == ["patch.num_prompts=8", "train.compile=true"]
+
+
+def test_a_file_of_runs(tiny, tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text(f"notebook: {tiny}\nparameters: {{steps: 2}}\ngrid: {{x: [1, 2e-3]}}\nruns:\n- name: good\n- name: group/bad\n  parameters: {{fail: error, steps: 4}}\n")
+    given = read_sweep(file)
+    planned = plan(given["notebook"], given["parameters"], given["grid"], given["runs"])
+    assert [p.name for p in planned] == ["good,x=1", "good,x=0.002", "group/bad,x=1", "group/bad,x=0.002"]
+    assert planned[3].parameters == {"steps": 4, "fail": "error", "x": 0.002}
+    unnamed = plan(tiny, None, None, [{"parameters": {"x": 1}}, {"parameters": {"x": 2}}])
+    assert [p.name for p in unnamed] == ["001", "002"]
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (("patsh",), "unknown notebook 'patsh': did you mean 'patch'"),
+    (("nbs/runs/none.ipynb",), "no notebook nbs/runs/none.ipynb"),
+    (("gates", {"timestep": 3}), "unknown parameter of notebook gates 'timestep': did you mean 'timesteps'"),
+    (("patch", {"optim.lrr": 3}), "unknown parameter of notebook patch 'optim.lrr': did you mean 'optim.lr'"),
+    (("patch", {"optim.lr": "fast"}), "optim.lr is 'fast'"),
+    (("patch", {"run": "here"}), "each run of a batch has a folder of its own"),
+    (("tiny", None, {"x": []}), "the grid of x is []: expected at least one value"),
+    (("tiny", None, {"x": [1, 2, 1]}), "the grid of x has 1 more than once"),
+    (("tiny", {"x": 1}, {"x": [1, 2]}), "parameter x is given for every run, and in the grid"),
+    (("tiny", None, None, []), "the list of runs is empty"),
+    (("tiny", None, None, [{"name": "../x"}]), "the name of run 1 of the list is '../x': expected a folder name that stays inside"),
+    (("tiny", None, None, [{"name": "/x"}]), "expected a folder name that stays inside"),
+    (("tiny", None, None, [{"name": "a"}, {"name": "a", "parameters": {"x": 2}}]), "two runs are called 'a'"),
+    (("tiny", None, None, [{"name": "a"}, {"name": "b"}]), "runs 'a' and 'b' are the same notebook with the same parameters"),
+    (("tiny", None, None, [{"nam": "a"}]), "unknown key 'nam': did you mean 'name'"),
+    (("tiny", None, None, ["a"]), "run 1 of the list is 'a'"),
+])
+def test_bad_plans(tiny, arguments, message):
+    with pytest.raises(BadInput) as e: plan(*(tiny if a == "tiny" else a for a in arguments))
+    assert message in str(e.value) and "\n" not in str(e.value)
+
+
+def test_notebooks_that_cannot_be_run(tmp_path):
+    nbformat.write(new_notebook(cells=[new_code_cell("x = 1")], metadata={"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}), tmp_path / "plain.ipynb")
+    with pytest.raises(BadInput, match="plain.ipynb has no cell tagged 'parameters'"): plan(tmp_path / "plain.ipynb")
+    (tmp_path / "broken.ipynb").write_text("{")
+    with pytest.raises(BadInput, match="broken.ipynb is not a notebook"): plan(tmp_path / "broken.ipynb")
+
+
+@pytest.mark.parametrize("text,message", [
+    ("notebok: tiny", "unknown key 'notebok': did you mean 'notebook'"), ("grid: {}", "grid is empty"), ("runs: []", "runs is empty"),
+    ("grid: [1]", "grid is [1]: expected keys with lists"), ("- 1", "not a mapping"), ("a: [", "not valid YAML"),
+])
+def test_bad_files(tmp_path, text, message):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(BadInput) as e: read_sweep(tmp_path / "s.yaml")
+    assert message in str(e.value) and str(tmp_path / "s.yaml") in str(e.value)
+
+
+def test_the_command_line(monkeypatch, tiny):
+    from dmp_wb import cli
+    got = []
+    monkeypatch.setattr(sweeps, "sweep", lambda *a, **k: got.append((a, k)) or Sweep(tiny.parent, []))
+    invoke = lambda *words: CliRunner().invoke(cli.app, ["run", *words])
+    assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--time", "5").exit_code == 0
+    arguments, options = got[0]
+    assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "time": 5}
+    for words, message in ((("tiny", "-p", "x"), "-p x has no value"), ((), "no notebook is named"), (("tiny", "-p", "x", "1", "-p", "x", "2"), "parameter x is given more than once"), (("tiny", "-p"), "-p has no key")):
+        assert message in str(invoke(*words).exception)
+
+
+def test_gpus_are_shared_out():
+    assert [gpu_share(None, 4, i, 2) for i in (0, 1)] == ["0,2", "1,3"] and [gpu_share("5,7", 8, i, 3) for i in (0, 1, 2)] == ["5", "7", "5"]
+    assert gpu_share(None, 1, 1, 2) is None and gpu_share("", 8, 1, 2) == "" and gpu_share(None, 8, 0, 1) is None and gpu_share("3", 8, 1, 2) == "3"
+
+
+def test_places_that_are_not_there(tiny, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(BadInput, match="cluster is slurm, but there is no sbatch here"): sweep(tiny, cluster="slurm")
+    with pytest.raises(BadInput, match="unknown cluster 'slrum': did you mean 'slurm'"): sweep(tiny, cluster="slrum")
+    with pytest.raises(BadInput, match="partition is an option of a cluster"): sweep(tiny, partition="gpu")
+    with pytest.raises(BadInput, match="the name of the sweep is '../up'"): sweep(tiny, name="../up")
+    with pytest.raises(BadInput, match="jobs is 0"): sweep(tiny, jobs=0)
+
+
+def test_a_disk_without_space_is_told(tiny, monkeypatch):
+    def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(sweeps, "write_state", full)
+    with pytest.raises(BadInput, match="no space left on the disk.*nothing that is finished is lost"): sweep(tiny)
+
+
+def test_what_a_run_says():
+    state = runs.RunState("x.ipynb")
+    say = lambda **k: sweeps.line_of(runs.Path("/nowhere"), dataclasses.replace(state, **k))
+    assert (say(), say(status=FINISHED, seconds=3.4), say(status=STOPPED)) == ("waiting", "finished in 3 s", "stopped; run again to go on")
+    assert say(status=FAILED, cell=3, error="ValueError: no") == "failed in cell 3: ValueError: no"
+    assert runs.death(-9, "log.txt").startswith("the kernel died: by signal SIGKILL, most often because memory ran out; what it wrote last is in log.txt")
+
+
+# ---- runs that are executed
+
+def test_failing_runs_do_not_stop_the_others(tiny, runs_folder):
+    "The whole story once: a grid, two at a time; a failing cell and a dying kernel; then once more."
+    words = (tiny, "-p", "x", 1, 2, "-p", "fail", "", "error", "die", "--name", "t", "--jobs", 2)
+    done = dmp_wb_run(*words, OMP_NUM_THREADS="")
+    folder = runs_folder / "t"
+    states = {f.parent.name: read_state(f.parent) for f in folder.glob("*/run.json")}
+    assert done.returncode == 1 and {n: s.status for n, s in states.items()} == {f"x={x},{f}": s for x in (1, 2) for f, s in (("fail=", FINISHED), ("fail=error", FAILED), ("fail=die", FAILED))}
+    assert "error: x=1,fail=error failed in cell 4: ValueError: asked to fail in two lines" in done.stderr
+    assert "error: x=2,fail=die failed in cell 4: the kernel died: by signal SIGKILL, most often because memory ran out; what it wrote last is in log.txt" in done.stderr
+    assert re.search(r"t: 2 finished, 4 failed", done.stderr) and "Traceback" not in done.stderr
+    for name in states:
+        page = (folder / name / "run.html").read_text()
+        assert {"run.ipynb", "run.json", "metrics.jsonl", "log.txt"} <= {p.name for p in (folder / name).iterdir()}
+        if "error" in name: assert "asked to fail" in page and "Traceback" in page
+        if "die" in name: assert "the kernel died" in page
+    assert read_json(folder / "x=2,fail=" / "summary.json") == {"x": 2, "value": 54, "threads": ""}
+    injected = next(c for c in nbformat.read(folder / "x=2,fail=die" / "run.ipynb", 4).cells if "injected-parameters" in c.metadata.get("tags", []))
+    assert injected.source.strip() == '# Parameters\nx = 2\nfail = "die"'
+    assert not left_behind(folder)
+
+    before = {n: (folder / n / "run.ipynb").stat().st_mtime_ns for n in states}
+    again = dmp_wb_run(*words)
+    assert again.returncode == 1 and "2 finished, 4 failed" in again.stderr
+    for n, s in states.items():
+        assert read_state(folder / n).attempts == (1 if s.status == FINISHED else 2)
+        assert ((folder / n / "run.ipynb").stat().st_mtime_ns == before[n]) == (s.status == FINISHED)
+
+    refused = dmp_wb_run(*words[:-4], "--name", "t", "-p", "steps", 9)
+    assert refused.returncode == 2 and "was made with other parameters (steps was 'not given', is 9)" in refused.stderr and refused.stderr.count("\n") == 1
+    nb = nbformat.read(tiny, 4)
+    nb.cells[3].source = "pass"   # mended
+    nbformat.write(nb, tiny)
+    refused = dmp_wb_run(*words)
+    assert refused.returncode == 2 and "2 finished runs were made with another version of the notebook" in refused.stderr
+    mended = dmp_wb_run(*words, "--keep-finished")
+    assert mended.returncode == 0 and "t: 6 finished" in mended.stderr
+
+
+def test_cores_are_shared_out(tiny, monkeypatch, runs_folder):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    done = sweep(tiny, {"x": 5}, jobs=2, name="five")
+    assert done.finished and read_json(runs_folder / "five" / "summary.json") == {"x": 5, "value": 135, "threads": "3"} and "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed(tiny, runs_folder, number):
+    words, folder = (tiny, "-p", "x", 1, 2, 3, "-p", "steps", 40, "-p", "pause", 0.05, "--jobs", 2, "--name", "t"), runs_folder / "t"
+    process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: (folder / "x=2" / "metrics.jsonl").exists() and sweeps.line_of(folder / "x=2", read_state(folder / "x=2")).count("step/s"))   # rate, step and ETA while the cell runs
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)   # Ctrl-C reaches every process of the terminal
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and re.search(r"t: .*2 stopped, 1 waiting\nstopped; run the same again to go on", error)
+    assert {read_state(folder / f"x={i}").status for i in (1, 2)} == {STOPPED} and read_state(folder / "x=3").status == WAITING
+    wait_for(lambda: not left_behind(folder), 10)
+    cut = len((folder / "x=1" / "metrics.jsonl").read_text().splitlines())
+    assert 0 < cut < 40
+    again = dmp_wb_run(*words)
+    assert again.returncode == 0 and "t: 3 finished" in again.stderr
+    value = 1
+    for _ in range(40): value = value * 3 % 1009
+    assert read_json(folder / "x=1" / "summary.json")["value"] == value
+
+
+def test_two_sweeps_in_one_folder(tiny, runs_folder):
+    words, folder = (tiny, "-p", "steps", 400, "-p", "pause", 0.05, "--name", "t"), runs_folder / "t"
+    first = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    second = dmp_wb_run(*words)
+    assert second.returncode == 2 and re.fullmatch(r"error: sweep .* is being written by process \d+ on .*: expected to be the only one\n", second.stderr)
+
+    worker = next(p for p in left_behind(folder) if "submitit.core._submit" in p.cmdline() and p.parent().pid != p.pid and "_local" in " ".join(p.parent().cmdline()))
+    worker.kill()   # the process that executes the run: the sweep names it, and nothing is left
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 1 and re.search(r"error: t failed: its job \d+ ended without a word", error)
+    wait_for(lambda: not left_behind(folder), 10)
+
+
+def test_killed_sweeps(tiny, tmp_path):
+    "A short drill; tests/drills/kill_a_sweep.py is the long one, with real trainings."
+    hits, wrong = drill([str(tiny), "-p", "x", "1", "2", "3", "4", "-p", "steps", "25", "-p", "pause", "0.05"], 4, tmp_path / "drill", seed=1)
+    assert not wrong and len(hits) == 4
+
+
+def test_a_kernel_of_another_environment(tiny, tmp_path, monkeypatch, runs_folder):
+    "A kernel that is not this Python's own cannot be forked: it is started, and dies with the sweep."
+    spec = tmp_path / "jupyter" / "kernels" / "other"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": [sys.executable, "-X", "utf8", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "other", "language": "python"}))
+    nb = nbformat.read(tiny, 4)
+    nb.metadata.kernelspec.name = "other"
+    nbformat.write(nb, tiny)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    process = subprocess.Popen(command(tiny, "-p", "steps", 400, "-p", "pause", 0.05, "--name", "t"), stderr=subprocess.DEVNULL)
+    wait_for(lambda: (runs_folder / "t" / "metrics.jsonl").exists())
+    kernel, = (p for p in psutil.Process(process.pid).children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE and "utf8" in p.cmdline())
+    process.kill()
+    wait_for(lambda: not kernel.is_running() or kernel.status() == psutil.STATUS_ZOMBIE, 20)
+    done = dmp_wb_run(tiny, "-p", "steps", 400, "-p", "pause", 0.0, "--name", "t")
+    assert done.returncode == 2 and "pause was 0.05, is 0.0" in done.stderr
+    nb.metadata.kernelspec.name = "none"
+    nbformat.write(nb, tiny)
+    done = dmp_wb_run(tiny, "--name", "u")
+    assert done.returncode == 1 and "error: u failed: NoSuchKernel: No such kernel named none" in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", tmp_path / "disk"], capture_output=True).returncode: pytest.skip("cannot mount a tmpfs here")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
+
+
+def test_a_disk_that_fills_up(tiny, small_disk):
+    done = dmp_wb_run(tiny, "-p", "x", *range(1, 9), "--folder", small_disk / "t")
+    assert done.returncode == 2 and "no space left on the disk" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
+    again = dmp_wb_run(tiny, "-p", "x", *range(1, 9), "--folder", small_disk / "t")
+    assert again.returncode == 0 and "8 finished" in again.stderr
+
+
+def test_training_is_resumed_exactly(runs_folder):
+    "A real training run, stopped in the middle by Ctrl-C."
+    words = ("pretrain", *(w for k, v in SMALL.items() for w in ("-p", k, v)))
+    whole = dmp_wb_run(*words, "--name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(command(*words, "--name", "broken"), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((runs_folder / "broken").glob("checkpoints/step-*")))
+    process.send_signal(signal.SIGINT)
+    assert "1 stopped" in process.communicate(timeout=60)[1]
+    assert not (runs_folder / "broken" / "summary.json").exists()
+    assert dmp_wb_run(*words, "--name", "broken").returncode == 0
+    assert figures(runs_folder / "broken") == figures(runs_folder / "whole")
+    assert {"config.yaml", "run.ipynb", "run.html", "run.json", "metrics.jsonl", "summary.json", "checkpoints", "figures", "model"} <= {p.name for p in (runs_folder / "broken").iterdir()}
+
+
+def test_a_long_list_fits_the_terminal(tmp_path):
+    names = [f"x={i}" for i in range(30)]
+    states = {n: runs.RunState("x.ipynb", status=FINISHED if i < 20 else WAITING, seconds=1.0) for i, n in enumerate(names)}
+    states["x=21"] = dataclasses.replace(states["x=21"], status=runs.RUNNING)
+    for n, s in states.items(): runs.write_state(tmp_path / n, s)
+    lines = View(Sweep(tmp_path, names)).lines(states, 10)
+    assert len(lines) == 11 and [t for _, t in lines if t.startswith("x=21 ")] and lines[-2][1] == "… and 21 more" and "20 finished, 1 running, 9 waiting" in lines[-1][1]
