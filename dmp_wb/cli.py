@@ -52,7 +52,7 @@ def new(
     from dmp_wb.projects import new_project
     written, kept = new_project(folder, add)
     print(f"{folder}: {len(written)} files written" + "".join(f"\n  kept as it is: {path}, which is not the one that ships" for path in kept))
-    print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "") + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/patch.html"
+    print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "") + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
 
 @app.command()

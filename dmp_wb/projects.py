@@ -29,7 +29,7 @@ _README = """# {name}
 A project of dmp_wb. Commands that are given here, or in a folder below, look up bare names in `nbs/` first and write to `runs/`.
 
 ```
-dmp-wb run patch                # patches the digits model that ships with dmp_wb; the page is runs/patch/patch.html
+dmp-wb run patch                # patches the digits model that ships with dmp_wb; the page is runs/patch/run.html
 jupyter lab nbs                 # look into the notebooks and change them
 dmp-wb run patch -p optim.lr 1e-3 3e-3 --jobs 2    # one run for each value
 dmp-wb train digits-dmp name=mine optim.lr=2e-3    # training alone, without a notebook

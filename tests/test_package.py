@@ -46,7 +46,7 @@ def installed(built, tmp_path_factory):
 @pytest.fixture
 def shell(installed, tmp_path):
     "Runs a command of the new environment in an empty folder."
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DMP_WB_RUNS", "VIRTUAL_ENV")} | {"PATH": f"{installed}{os.pathsep}{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DMP_WB_RUNS", "VIRTUAL_ENV")} | {"PATH": f"{installed}{os.pathsep}{os.environ['PATH']}", "JUPYTER_PATH": f"{sys.prefix}/share/jupyter"}   # nbconvert's templates lie beside the packages
     (tmp_path / "empty").mkdir()
 
     def run(*words, cwd=tmp_path / "empty", status=0, **variables):
@@ -74,12 +74,10 @@ def test_commands_in_an_empty_folder(shell):
     listing = shell("dmp-wb", "--help")
     from dmp_wb.cli import app
     assert all((c.name or c.callback.__name__) in listing for c in app.registered_commands)
-    code = ("import sys, dmp_wb, dmp_wb.core as c; assert 'site-packages' in dmp_wb.__file__ and 'torch' not in sys.modules; print(sorted(c.named_files('runs')), sorted(c.named_files('experiments')));"
-            "import dmp_wb as wb; print(wb.get_patch(wb.load_model('digits-dmp')).num_blocks); from dmp_wb.metrics import digit_classifier; digit_classifier()")
-    assert shell("python", "-c", code).splitlines() == [f"{sorted(named_files('runs'))} {sorted(named_files('experiments'))}", "4"]
-    assert "did you mean 'digits-quick'" in shell("dmp-wb", "train", "digits-quik", status=2)
-    shell("dmp-wb", "train", "digits-quick", "train.steps=2", "train.batch_size=8", "train.log_with=null", "model.hidden_size=16", "model.num_layers=1", "model.num_attention_heads=2")
-    assert (shell.folder / "runs/digits-quick/summary.json").is_file() and os.listdir(shell.folder) == ["runs"]
+    code = "import sys, dmp_wb, dmp_wb.core as c; assert 'site-packages' in dmp_wb.__file__; print(sorted(c.named_files('runs')), sorted(c.named_files('experiments')), 'torch' in sys.modules)"
+    assert shell("python", "-c", code).strip() == f"{sorted(named_files('runs'))} {sorted(named_files('experiments'))} False"
+    shell("dmp-wb", "train", "digits-dmp", "name=mine", "train.steps=1", "train.batch_size=8", "train.log_with=null")   # an experiment and a model that ship
+    assert (shell.folder / "runs/mine/summary.json").is_file() and os.listdir(shell.folder) == ["runs"]
 
 
 def test_a_project_is_looked_up_first(shell):
@@ -87,16 +85,18 @@ def test_a_project_is_looked_up_first(shell):
     study = shell.folder / "study"
     assert "cd study" in said and "dmp-wb run patch" in said and {p.relative_to(study).as_posix() for p in study.rglob("*") if p.is_file()} == set(project_files("study"))
     assert "study is not empty" in shell("dmp-wb", "new", "study", status=2)
-    (study / "nbs/experiments/digits-dmp.yaml").write_text("# Mine.\nmethod: dmp\nbase: digits-base\ndata: {name: digits}\ntrain: {steps: 1, batch_size: 8, log_with: null}\n")
+    (study / "nbs/experiments/digits-dmp.yaml").write_text("# Mine.\nmethod: dmp\n")
     nb = json.loads((study / "nbs/runs/patch.ipynb").read_text())
-    nb["cells"][-1]["source"] = ["print('mine:', run.summary['steps'])"]
-    nb["cells"][-1] |= {"cell_type": "code", "outputs": [], "execution_count": None}
+    opening, parameters, code = nb["cells"][:3]
+    code["source"] = ["from dmp_wb.core import named_files, short\n", "from dmp_wb.runs import here\n", "print(overrides, short(here(run, '')), named_files('experiments')[experiment].read_text().splitlines()[0])"]
+    nb["cells"] = [opening, parameters, code]
     (study / "nbs/runs/patch.ipynb").write_text(json.dumps(nb))
     (study / "deep/er").mkdir(parents=True)
-    shell("dmp-wb", "run", "patch", "-p", "overrides", "", "-p", "num_columns", 2, "-p", "num_inference_steps", 2, cwd=study / "deep/er")
-    executed = json.loads((study / "runs/patch/patch.ipynb").read_text())
-    assert "mine: 1" in json.dumps(executed["cells"][-1]["outputs"])
-    assert "steps: 1" in (study / "runs/patch/config.yaml").read_text()
+    shell("dmp-wb", "run", "patch", "-p", "overrides", "a=1", cwd=study / "deep/er")
+    shell("python", "-m", "papermill", "nbs/runs/patch.ipynb", "runs/second/patch.ipynb", "-p", "overrides", "a=1", cwd=study)
+    for file, name in ((study / "runs/patch/run.ipynb", "runs/patch"), (study / "runs/second/patch.ipynb", "runs/second")):
+        said = [o["text"] for cell in json.loads(file.read_text())["cells"] for o in cell.get("outputs", []) if o["output_type"] == "stream"]
+        assert "".join(said[0]) == f"a=1 {name} # Mine.\n" and file.with_suffix(".html").is_file()
 
 
 @pytest.mark.parametrize("sh", ["bash", "zsh", "fish"])
@@ -106,7 +106,7 @@ def test_completion(shell, sh):
     def offered(line):
         words = line.split(" ")
         given = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)} if sh == "bash" else {"_TYPER_COMPLETE_ARGS": line, **({"_TYPER_COMPLETE_FISH_ACTION": "get-args"} if sh == "fish" else {})}
-        return shell("dmp-wb", _DMP_WB_COMPLETE=f"complete_{sh}", PYTHONPROFILEIMPORTTIME="", **given)
+        return shell("dmp-wb", _DMP_WB_COMPLETE=f"complete_{sh}", **given)
     assert all(name in offered("dmp-wb ") for name in ("train", "sample", "new", "run"))
     if sh != "bash": return
     assert offered("dmp-wb train digits-p").split() == ["digits-pretrain", "digits-prompt-tuning"]
