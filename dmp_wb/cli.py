@@ -282,7 +282,7 @@ def list_runs(
 # %% ../nbs/16_cli.ipynb #8b454893
 @app.command()
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Training runs, by folder or name; the first is what the others are compared with. label:run names one.")],
+    runs: Annotated[list[str], typer.Argument(help="Training runs, by folder or name; the first is what the others are compared with. label:run names one.", autocompletion=_complete_runs)],
     output: Annotated[Path, typer.Option(help="The page: one HTML file that needs nothing else.")] = Path("compare.html"),
     num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
     guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
