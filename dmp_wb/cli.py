@@ -108,6 +108,7 @@ def sample(
     num_images: Annotated[int, typer.Argument(help="How many images.")],
     folder: Annotated[Path | None, typer.Option(help="Where they go; one that was cut off is completed. samples/<sampler>-<steps>-g<guidance scale>-<images> in the run's folder if not given.")] = None,
     labels: Annotated[str, typer.Option(help="balanced, or a text file with a class number for each image.")] = "balanced",
+    captions: Annotated[Path | None, typer.Option(help="Of a text-conditioned run: a text file with a caption on each line; those of its data if not given.")] = None,
     sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmsolver++, unipc, heun or flow-euler; ddpm if not given, and flow-euler for flow matching.")] = None,
     steps: Annotated[str, typer.Option(help="Of the sampler; ddpm also takes sections, as 10,15,20, and ddim50.")] = "250",
     guidance_scale: Annotated[float, typer.Option(help="At least 0; 1 is no guidance.")] = 1.5,
@@ -125,7 +126,7 @@ def sample(
     from dmp_wb.sampling import sample_run
     (rank, world), device = _share(num_processes, cpu)
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
-    done = sample_run(run, num_images, folder, labels, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, device, npz)
+    done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, device, npz)
     if done is not None: print(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else ""))
 
 def _share(num_processes: int, cpu: bool) -> tuple[tuple[int, int], str]:

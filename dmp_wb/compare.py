@@ -31,9 +31,9 @@ from .metrics import classifier_accuracy, frechet_bootstrap, inception_weights, 
 from .objectives import ObjectiveConfig, diffusion_losses, make_tables
 from .patching import get_patch, patches_of
 from .routing import get_router, routing_mask
-from .sampling import balanced_labels, sample, sample_decoder, usual_sampler
+from .sampling import balanced_labels, captions_of, sample, sample_decoder, usual_sampler
 from .schedules import timestep_intervals
-from .training import model_inputs, text_conditions
+from .training import model_inputs
 
 # %% ../nbs/15_compare.ipynb #2b2f8189
 @dataclass
@@ -214,14 +214,10 @@ def draw(
     exp, backbone = _experiment(model), load_model(model) if backbone is None else backbone
     objective, device = exp.objective if exp else ObjectiveConfig(), next(backbone.parameters()).device
     decode, _ = sample_decoder(open_run(model) if exp else None, input_size(backbone)[0], vae)
-    inputs = {}
-    if set(model_inputs(backbone)) - {"class_labels"}:
-        if exp is None: raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
-        conditions, nulls = text_conditions(backbone, load_data(exp.data).to(device), num_images)
-        inputs = {"conditions": conditions, "null_conditions": nulls}
+    if exp is None and set(model_inputs(backbone)) - {"class_labels"}: raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
     labels = balanced_labels(num_images, anatomy_of(backbone).num_classes(backbone))
     images = sample(backbone, num_images, labels, guidance_scale, usual_sampler(objective, sampler), num_inference_steps, schedule or (exp.schedule if exp else "linear"), seed, batch_size,
-                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None, **inputs)
+                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None, texts=captions_of(backbone, exp.data) if exp else None)
     if decode is not None:
         with torch.no_grad(): images = torch.cat([decode(z.to(device)).cpu() for z in images.split(16)]).clamp(-1, 1)
     return Drawn(images, labels)

@@ -9,7 +9,7 @@ __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'TEXT_INPUTS', 'CACHE_FORMAT', 'CACHE_F
            'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache',
            'ConsecutiveBatches', 'LatentCache', 'load_data']
 
-# %% ../nbs/07_data.ipynb #2de55570
+# %% ../nbs/07_data.ipynb #2426e789
 import bisect
 import contextlib
 import functools
@@ -18,7 +18,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,14 @@ class Source:
     def decode(self, images: torch.Tensor) -> torch.Tensor: # [B, C, H, W] in [−1, 1]
         "Images of what the model sees."
         return images
+
+    def texts(
+        self,
+        captions: Sequence[str] | None,         # sentences
+        indices: torch.Tensor | None = None,   # [B]: with captions None, those of these examples
+    ) -> dict[str, torch.Tensor]: # as `null`, [B, …] each; empty for data without captions
+        "Text embeddings, without their images."
+        return {}
 
     def to(self, device: str | torch.device) -> "Source":
         "With what encodes on the device there."
@@ -476,6 +484,11 @@ class EncodedImages(Source):
 
     def decode(self, images): return self.coder.decode(images) if self.coder is not None else images
 
+    def texts(self, captions, indices=None):
+        if self.text is None: return {}
+        device = next(self.text.parameters()).device
+        return self.text.embed(**{k: v.to(device) for k, v in self.text.tokens([self.data.captions(i) for i in indices.tolist()] if captions is None else captions).items()})
+
     def to(self, device):
         for coder in (self.coder, self.text):
             if coder is not None: coder.to(device)
@@ -614,7 +627,7 @@ class LatentCache(Source):
         self._starts = [0]
         for entry in facts["shards"]: self._starts.append(self._starts[-1] + entry["images"])
         self._verify()
-        self._open, self._coder = {}, None
+        self._open, self._coder, self._text = {}, None, None
         self.labels = None
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
         self.null = {}
@@ -659,6 +672,15 @@ class LatentCache(Source):
         if drop is not None: batch = {k: torch.where(drop.view(-1, *[1] * (v.dim() - 1)), self.null[k].to(v.dtype), v) for k, v in batch.items()}
         images = draw_latents(moments, torch.zeros(len(rows), *self.shape) if noise is None else noise, self.facts["scale"], self.facts["shift"])
         return {"images": images, **batch, **({} if self.labels is None else {"class_labels": self.labels[indices]})}
+
+    def texts(self, captions, indices=None):
+        "New captions need the text encoder where it was when the cache was written; raises `BadInput` if it is gone or another."
+        if not self.null: return {}
+        if captions is None: return {k: v for k, v in self.batch(indices).items() if k in self.null}
+        if self._text is None:
+            self._text = load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
+            if fingerprint(self._text.encoder) != self.facts["text_fingerprint"]: raise BadInput(f"text encoder {self.facts['text_encoder']} is not the one that latent cache {self.folder} was made with: expected fingerprint {self.facts['text_fingerprint']}")
+        return self._text.embed(**self._text.tokens(captions))
 
     def decode(self, images):
         "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."

@@ -39,7 +39,7 @@ from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, runs_root, seed_of, sha256_of, short, unknown, write_json
 from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, SkippedImages, Source, fingerprint, image_files, load_data, load_images, read_image, to_tensor
-from .sampling import balanced_labels, sample, usual_sampler
+from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
 class Moments:
@@ -956,7 +956,7 @@ def guidance_sweep(
     sampling: dict | None = None,         # further arguments of `sample`, as schedule and prediction_type; a run has its own
     **settings,                           # of `evaluate`
 ) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference", "settings" that are not the default ones, and what `evaluate` gives
-    "Samples from the same seeds at each guidance scale, and their metrics. Raises `BadInput` for a run that is conditioned on text, or without scales."
+    "Samples from the same seeds at each guidance scale, and their metrics. A text-conditioned run draws the captions of its data. Raises `BadInput` without scales."
     scales = [float(s) for s in scales]
     if not scales: raise BadInput("scales are empty: expected guidance scales, as 1 1.5 2")
     if wrong := [s for s in scales if not s >= 0]: raise BadInput(f"guidance scale {wrong[0]:g}: expected a number ≥ 0")
@@ -968,11 +968,10 @@ def guidance_sweep(
         run = open_run(model)
         backbone, exp = load_model(run.folder), run.experiment
         source = load_data(exp.data)
-        if source.null: raise BadInput(f"run {run.name} is conditioned on text, which evaluate_run does not draw: expected an unconditional or class-conditional one; sample it yourself and give `evaluate` the images")
         if source.random_latents:
             source.to(next(backbone.parameters()).device)
             decode = torch.no_grad()(lambda x: source.decode(x.to(next(backbone.parameters()).device)).cpu())
-        given = {"schedule": exp.schedule, "prediction_type": exp.objective.prediction_type, "clamp": not source.random_latents, **(sampling or {})}
+        given = {"schedule": exp.schedule, "prediction_type": exp.objective.prediction_type, "clamp": not source.random_latents, "texts": captions_of(backbone, source), **(sampling or {})}
         sampler = usual_sampler(exp.objective, sampler)
         if reference is None: reference = exp.data
     if reference is None and metrics is None: raise BadInput("reference is None: expected the real images that the model's samples are compared with")

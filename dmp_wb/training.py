@@ -7,8 +7,8 @@ __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'para
            'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator', 'start_trackers', 'absolute_paths',
            'share_of_batch', 'new_run', 'check_folder', 'versions', 'write_config', 'append_row', 'note_skipped',
            'count_skipped', 'resume', 'asked_to_stop', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average',
-           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'text_conditions', 'write_samples', 'export',
-           'summarise', 'start_cpu_processes', 'main']
+           'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
+           'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
@@ -60,7 +60,7 @@ from .multitask import UncertaintyWeighting, aggregator_state, balanced_backward
 from .objectives import diffusion_losses, make_tables
 from .patching import get_patch, patch, patches_of, save_patch
 from .routing import get_router, route
-from .sampling import balanced_labels, sample, usual_sampler
+from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/11_training.ipynb #7a4471df
 def make_model(
@@ -323,7 +323,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
             for tracker in trackers: tracker.log({k: v for k, v in row.items() if k != "step" and v is not None}, step=step)
             if row.get("loss") is not None: bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         if t.sample_every and step % t.sample_every == 0 and (accelerator.is_main_process or splits_weights(accelerator)):
-            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers, skipped_images, accelerator.is_main_process)
+            with averaged(params, ema, optimizer): write_samples(run, step, backbone, data, exp, trackers, accelerator.is_main_process)
         if step % t.checkpoint_every == 0 or step == t.steps or stop:
             save(step)
         if stop and step < t.steps:
@@ -557,25 +557,11 @@ def averaged(params: dict[str, nn.Parameter], ema: EMAModel, optimizer):
         if averages_itself(optimizer): optimizer.train()
         put(kept)   # to the bit, where an optimiser's way back rounds
 
-def text_conditions(
-    backbone: nn.Module,
-    data: Source,          # on the model's device
-    num_images: int,
-    take=lambda batch: batch,   # what looks at a batch of images before it is used
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]: # conditions [num_images, …] and null_conditions […], as `sample` takes them
-    "The captions of the first images, as the model sees them; empty without captions."
-    if not data.null: return {}, {}
-    batch = take(data.batch(torch.arange(num_images) % len(data)))
-    given = data.encode({k: v.to(next(backbone.parameters()).device) for k, v in batch.items() if k in TEXT_INPUTS or k in ("input_ids", "attention_mask")})
-    conditions = {k: v for k, v in given.items() if k in model_inputs(backbone)}
-    return conditions, {k: data.null[k] for k in conditions}
-
-def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, skipped: SkippedImages, write: bool):
+def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, write: bool):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
-    conditions, nulls = text_conditions(backbone, data, n, skipped.take)
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)), t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
-                    seed=exp.seed, quiet=True, prediction_type=learned, conditions=conditions, null_conditions=nulls, clamp=not data.random_latents)
+                    seed=exp.seed, quiet=True, prediction_type=learned, texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)
     if not write: return   # this process was needed for the forward passes
     with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
     rows = int(n**0.5)

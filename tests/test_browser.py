@@ -192,7 +192,8 @@ def drags(page, code, label, picture, way, times):
     page.evaluate("window.found = []")
     for n in range(times):
         page.mouse.move(x := x - stride, y) if way == "mouse" else page.keyboard.press(way)
-        page.wait_for_function(f"window.found.length > {n}", timeout=20_000)
+        try: page.wait_for_function(f"window.found.length > {n}", timeout=30_000)
+        except Exception as e: raise AssertionError(f"{code[:-1]}: movement {n} of {label} by {way}, to {handle.get_attribute('aria-valuenow')}, drew nothing") from e
         page.wait_for_timeout(50)
     if way == "mouse": page.mouse.up()
     return page.evaluate("window.found")
@@ -206,7 +207,7 @@ def test_every_movement_becomes_new_pixels(browser, server, tmp_path):
         cell_of(page, "DenoiseExplorer(").locator("select").last.select_option("50")
         cell_of(page, "DenoiseExplorer(").locator("[role=slider][aria-valuemax='50.0']").first.wait_for(timeout=60_000)   # enough of them to move through
         for code, label, picture, way, times in (("GateExplorer(", "timestep", 3, "PageDown", 40), ("GateExplorer(", "timestep", 3, "mouse", 40), ("RoutingExplorer(", "α", 1, "ArrowLeft", 40),
-                                                 ("RoutingExplorer(", "t₂", 1, "mouse", 40), ("DenoiseExplorer(", "step", 2, "ArrowLeft", 40), ("DenoiseExplorer(", "step", 2, "mouse", 30)):
+                                                 ("RoutingExplorer(", "t₂", 1, "mouse", 40), ("DenoiseExplorer(", "step", 2, "ArrowLeft", 20), ("DenoiseExplorer(", "step", 2, "mouse", 30)):
             found = drags(page, code, label, picture, way, times)
             assert len(found) == times
             report[f"{code[:-1]} {label} {way}"] = {"movements": times, "median_ms": round(statistics.median(found), 1), "slowest_ms": round(max(found), 1)}

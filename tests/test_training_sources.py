@@ -165,6 +165,30 @@ def test_captions_condition_a_u_net(captioned, tmp_path, monkeypatch):
         assert wb.train(captions(captioned, "data.num_workers=0"), folder=tmp_path / "deaf").metrics()["loss"] != run.metrics()["loss"]   # captions reach the model
 
 
+def test_captions_make_images(captioned, tmp_path):
+    "Image i is of caption i whatever the batches; new captions and the data's own; measured as well."
+    from dmp_wb.metrics import evaluate_run
+    from dmp_wb.sampling import captions_of, sample, sample_run
+    run = wb.train(captions(captioned, "train.steps=2"), folder=tmp_path / "run")
+    model, data = wb.load_model(run.folder, device="cpu"), load_data(run.experiment.data)
+    fast, words = dict(sampler="ddim", num_inference_steps=2, seed=3, quiet=True), ["a red thing", "a green thing"]
+    images = sample(model, 4, texts=captions_of(model, data, words), batch_size=3, **fast)
+    assert torch.allclose(images, sample(model, 4, texts=captions_of(model, data, words * 2), batch_size=1, **fast), atol=2e-3)
+    embedded = data.texts(words * 2)
+    known = [k for k in embedded if k in training.model_inputs(model)]
+    assert torch.allclose(images, sample(model, 4, conditions={k: embedded[k] for k in known}, null_conditions={k: data.null[k] for k in known}, **fast), atol=2e-3)
+    assert not torch.allclose(images[:2], sample(model, 2, texts=captions_of(model, data, words[::-1]), **fast), atol=2e-2)
+    assert torch.allclose(sample(model, 2, texts=captions_of(model, data), first=12, **fast), sample(model, 2, texts=captions_of(model, data, words), first=12, **fast), atol=2e-3)   # of twelve examples the first two come again
+    (tmp_path / "captions.txt").write_text("a red thing\na green thing\n")
+    kept = dict(num_images=3, sampler="ddim", num_inference_steps=2, seed=3, device="cpu", quiet=True)
+    folder = sample_run(run.folder, captions=tmp_path / "captions.txt", **kept)
+    drawn = torch.from_numpy(np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(3)])).permute(0, 3, 1, 2) / 127.5 - 1
+    assert (drawn - images[:3]).abs().max() < 0.02
+    with pytest.raises(BadInput, match="captions is "): sample_run(run.folder, **kept)   # the data's own are other images
+    row = evaluate_run(run.folder, 12, metrics="fid", extractor=torch.nn.Flatten(), num_inference_steps=2, quiet=True)
+    assert row["num_images"] == 12 and np.isfinite(row["fid"])
+
+
 def test_captions_dropped_are_the_empty_one(captioned):
     data = load_data(captions(captioned).data)
     batch = data.encode(data.batch(torch.arange(4), drop=torch.tensor([True, False, True, False])))
