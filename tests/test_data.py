@@ -858,7 +858,7 @@ def test_captions_are_cached(encoder, dtype, models, tmp_path):
         assert found[k].dtype == (torch.int64 if k.endswith("mask") else torch.float32) and torch.allclose(found[k], v, **close), k
         assert torch.equal(cache.null[k].to(found[k].dtype), found[k][1]) or torch.allclose(cache.null[k].float(), found[k][1].float(), **close), k   # the empty caption's
         assert cache.null[k].shape == v.shape[1:] and cache.null[k].dtype == found[k].dtype, k          # a model takes either
-        assert torch.equal(cache.texts(None, torch.tensor([2, 0]))[k], found[k][[2, 0]]) and torch.allclose(cache.texts(texts)[k].float(), v.float(), **close), k   # without images; of new captions
+        assert torch.equal(cache.texts(None, torch.tensor([2, 4]))[k], found[k][[2, 0]]) and torch.allclose(cache.texts([texts[i] for i in indices])[k].float(), v.float(), **close), k   # without images; of new captions
     dropped = cache.batch(torch.tensor([4, 1, 2]), drop=torch.tensor([True, False, False]))
     assert all(torch.equal(dropped[k][1:], found[k][1:]) and torch.equal(dropped[k][0], cache.null[k].to(found[k].dtype)) for k in direct) and torch.equal(dropped["images"], found["images"])
     assert not torch.allclose(found["encoder_hidden_states"][0], found["encoder_hidden_states"][2], atol=1e-2)
