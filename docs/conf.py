@@ -6,6 +6,8 @@ from pathlib import Path
 
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent)]
+from make_inventories import inventories  # noqa: E402
+
 ini = ConfigParser(delimiters=["="])
 ini.read(here.parent / "settings.ini", encoding="utf-8")
 
@@ -15,7 +17,7 @@ project, author, version = "dmp_wb", ini["DEFAULT"]["author"], ini["DEFAULT"]["v
 copyright, release, language = ini["DEFAULT"]["copyright"], version, "en"
 extensions = ["myst_nb", "sphinx.ext.intersphinx", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design", "sphinx_codeautolink", "reference"]
 exclude_patterns = [".doctrees", "**.ipynb_checkpoints"]
-suppress_warnings = ["myst.header", "misc.highlighting_failure", "codeautolink.parse_block"]
+suppress_warnings = ["myst.header", "misc.highlighting_failure", "codeautolink.parse_block", "codeautolink.match_name"]
 nitpick_ignore_regex = [("py:.*", r"(?!dmp_wb).*")]   # names of libraries that have no inventory here
 
 nb_execution_mode = "off"
@@ -27,7 +29,7 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 mathjax_path = "mathjax/tex-svg.js"
 
-intersphinx_mapping = {p.stem: (url.strip(), str(p)) for p in sorted((here / "inventories").glob("*.inv")) for url in [(p.with_suffix(".url")).read_text()]}
+intersphinx_mapping = {library: (address, str(here / "inventories" / f"{library}.inv")) for library, (address, _) in inventories().items()}
 intersphinx_disabled_reftypes = ["std:*"]
 codeautolink_concat_default = True
 codeautolink_warn_on_missing_inventory = False
@@ -42,6 +44,7 @@ html_theme = "furo"
 html_title = "dmp_wb"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
+html_favicon = "_static/favicon.svg"
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False

@@ -89,8 +89,9 @@ def defined(source: str) -> list[str]:
 
 
 def anchor(module: str, name: str) -> str:
-    "Of the cell that defines a name, in its notebook's page."
-    return f"source-{module}-{name}".lower().replace("_", "-")
+    "Of the cell that defines a name, in its notebook's page. Anchors know no case, and Sweep is not sweep."
+    kind = "" if name.islower() else "-value" if name.isupper() else "-class"
+    return f"source-{module}-{name}{kind}".lower().replace("_", "-")
 
 
 class ForSite(FilterDefaults):

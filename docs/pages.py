@@ -38,8 +38,8 @@ def listing(proc: Path, docs: list[str], below: str) -> list[str]:
     out = [":::{div} pages", ""]
     for doc in docs:
         title, summary = head(proc / below / f"{doc}.ipynb")
-        out += [f"[{title}]({doc}.ipynb)", f": {summary}", ""]
-    return [*out, ":::", "", "```{toctree}", ":hidden:", "", *docs, "```", ""]
+        out += [f"[{doc if below == '.' else title}]({doc}.ipynb)", f": {summary}", ""]
+    return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs), "```", ""]
 
 
 def write(proc: Path):
