@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOWER', 'SAME_DATA', 'SAME_LOSS', 'Compared', 'labelled', 'open_compared', 'config_in_use', 'differences', 'written',
-           'Cell', 'html_table', 'glance_table', 'differences_table', 'evaluations', 'metrics_table', 'Drawn', 'draw',
-           'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep', 'gates_of', 'masks_of',
-           'Looked', 'comparable', 'look_at', 'sample_columns']
+           'Cell', 'html_table', 'glance_table', 'differences_table', 'evaluations', 'metrics_table', 'Drawn',
+           'image_shape', 'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep',
+           'gates_of', 'masks_of', 'Looked', 'comparable', 'look_at', 'sample_columns']
 
 # %% ../nbs/15_compare.ipynb #aa46348a
 import contextlib
@@ -24,9 +24,9 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run, run_folder
 from .config import Experiment
-from .core import BadInput, progress, seed_of, short
+from .core import BadInput, progress, seed_of
 from .data import DataConfig, Source, load_data
-from .folders import METRICS, RunFacts, ago, flat, read_run
+from .folders import METRICS, RunFacts, ago, find_runs, flat, read_run
 from .metrics import classifier_accuracy, frechet_bootstrap, inception_weights, load_extractor, reference_statistics
 from .objectives import ObjectiveConfig, diffusion_losses, make_tables
 from .patching import get_patch, patches_of
@@ -62,16 +62,22 @@ def labelled(models: Sequence[str | Path]) -> dict[str, str]: # label → model
         if out.setdefault(label, model) != model: raise BadInput(f"label {label!r} is given to {out[label]} and to {model}: expected a label of its own for each")
     return out
 
+def _inside(run: str | Path) -> list[str]:
+    "A folder of runs, as that of a sweep, stands for the runs in it."
+    folder = Path(str(run))
+    if not folder.is_dir() or (folder / "config.yaml").is_file(): return [str(run)]
+    return [str(p) for p in find_runs(folder) if (p / "config.yaml").is_file()] or [str(run)]
+
 def open_compared(
     runs: Sequence[str | Path],   # run folders or names, or “label:run”; the first is what the others are compared with
 ) -> Compared:
     "The runs to compare. Raises `BadInput` for a name that leads nowhere, and if no run is left."
     out, seen = Compared({}), {}
-    for label, model in labelled(runs).items():
+    for label, model in labelled([inner for r in runs for inner in _inside(r)]).items():
         try: folder = run_folder(model)
         except BadInput:
             if not Path(model).exists(): raise
-            out.note(f"{label} is left out: {short(model)} is no training run, which has a config.yaml")
+            out.note(f"{label} is left out: it is no training run, which has a config.yaml")
             continue
         if (same := seen.get(folder.resolve())) is not None:
             out.note(f"{label} is left out: it is the same run as {same}")
@@ -196,6 +202,12 @@ def _experiment(model: str | Path) -> Experiment | None:
     try: return open_run(model).experiment
     except BadInput: return None
 
+def image_shape(model: str | Path) -> tuple[int, int, int]:
+    "[C, H, W] of the images that a model's samples are decoded to."
+    shape = input_size(load_model(model, device="cpu"))
+    decode, _ = sample_decoder(open_run(model) if _experiment(model) else None, shape[0], None)
+    with torch.no_grad(): return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
+
 def draw(
     model: str | Path,            # a run, or what `load_model` takes
     num_images: int,              # balanced over the classes
@@ -261,7 +273,7 @@ def distances_table(figures: Mapping[str, Mapping], colours: Mapping[str, str] |
     first, span = next(iter(figures)), lambda pair, sign="": f"{pair[0]:{sign}.3g} – {pair[1]:{sign}.3g}"
     best = min(f["frechet"] for f in figures.values())
     rows = {"Fréchet distance ↓": {n: Cell(f"{f['frechet']:.4g}", span(f["interval"]), f["frechet"] == best and len(figures) > 1) for n, f in figures.items()}}
-    if len(figures) > 1: rows[f"difference to {first}"] = {n: Cell(f"{f['difference']:+.3g}", span(f["difference_interval"], "+") + ("" if f["difference_interval"][0] <= 0 <= f["difference_interval"][1] else ", not 0")) for n, f in figures.items() if "difference" in f}
+    if len(figures) > 1: rows[f"difference to {first}"] = {n: Cell(f"{f['difference']:+.3g}", span(f["difference_interval"], "+") + ("" if f["difference_interval"][0] <= 0 <= f["difference_interval"][1] else ", excludes 0")) for n, f in figures.items() if "difference" in f}
     if any("accuracy" in f for f in figures.values()): rows["accuracy ↑"] = {n: f"{100 * f['accuracy']:.1f} %" for n, f in figures.items() if "accuracy" in f}
     return html_table({**rows, **(extra or {})}, list(figures), colours)
 

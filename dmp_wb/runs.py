@@ -451,23 +451,20 @@ def one_line(e: BaseException) -> str:
     if name in ("BadInput", "MissingFile", "DeadKernelError"): return text[:500]
     return f"{name}: {text}"[:500] if text else name
 
-# %% ../nbs/15_runs.ipynb #0d791fcb
+# %% ../nbs/15_runs.ipynb #0d2156c5
 def figures_table(
     evaluation: dict,        # the content of evaluation.json
-    markdown: bool = False,  # a table for a notebook; otherwise lines for a terminal
-    extra: dict[str, dict[str, str]] | None = None,  # more columns: heading → model → text
 ) -> str:
-    "The distances of an evaluation as a table."
+    "The distances of an evaluation as lines for a terminal; `compare.distances_table` is the one for a page."
+    if not evaluation.get("figures"): return "not measured"
     span = lambda pair, sign="": f"{pair[0]:{sign}.3f} … {pair[1]:{sign}.3f}"
     first, rows = next(iter(evaluation["figures"])), []
     for name, f in evaluation["figures"].items():
         compared = "difference" in f
-        rows.append({"model": name, **{heading: column.get(name, "–") for heading, column in (extra or {}).items()},
-                     "Fréchet distance": f"{f['frechet']:.3f}", "95 % interval": span(f["interval"]),
+        rows.append({"model": name, "Fréchet distance": f"{f['frechet']:.3f}", "95 % interval": span(f["interval"]),
                      f"difference to {first}": f"{f['difference']:+.3f}" if compared else "–",
-                     "95 % interval of it": span(f["difference_interval"], "+") if compared else "–", "accuracy": f"{100 * f['accuracy']:.1f} %"})
+                     "95 % interval of it": span(f["difference_interval"], "+") if compared else "–", **({"accuracy": f"{100 * f['accuracy']:.1f} %"} if "accuracy" in f else {})})
     table = [list(rows[0]), *(list(row.values()) for row in rows)]
-    if markdown: return "\n".join("| " + " | ".join(row) + " |" for row in (table[0], ["---"] * len(table[0]), *table[1:]))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
     return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {evaluation['sampler']} with {evaluation['num_inference_steps']} steps)"])
