@@ -240,9 +240,7 @@ def run(
     slurm: Annotated[list[str] | None, typer.Option(metavar="OPTION=VALUE", help="Any other option of submitit's SlurmExecutor, as mem=8GB or account=lab.")] = None,
 ):
     "Execute a run notebook, or a batch of them: each run has its folder with the notebook, its page and its results. Run it again to go on after a failure or an interruption."
-    from papermill.cli import _resolve_type
-
-    from dmp_wb.sweeps import sweep
+    from dmp_wb.sweeps import sweep, typed
     if notebook is None and file is None: raise BadInput("no notebook is named: expected dmp-wb run NOTEBOOK, or --file")
     fixed, grid = {}, {}
     for words in parameter or []:
@@ -250,13 +248,13 @@ def run(
         if not key: raise BadInput("-p has no key: expected -p KEY VALUE")
         if key in fixed or key in grid: raise BadInput(f"parameter {key} is given more than once: expected -p {key} VALUE VALUE for several values")
         if not values: raise BadInput(f"-p {key} has no value: expected -p {key} VALUE")
-        if len(values) == 1: fixed[key] = _resolve_type(values[0])
-        else: grid[key] = [_resolve_type(v) for v in values]
+        if len(values) == 1: fixed[key] = typed(values[0])
+        else: grid[key] = [typed(v) for v in values]
     options = {k: v for k, v in {"partition": partition, "time": time, "cpus_per_task": cpus_per_task, "gpus_per_node": gpus_per_node}.items() if v is not None}
     for item in slurm or []:
         key, given, value = item.partition("=")
         if not given: raise BadInput(f"--slurm {item} has no '=': expected OPTION=VALUE")
-        options[key] = _resolve_type(value)
+        options[key] = typed(value)
     done = sweep(notebook, fixed, grid, None, file, name, folder, jobs, cluster, keep_finished, **options)
     failed = done.failed
     for run, state in failed.items(): print(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}", file=sys.stderr)

@@ -85,7 +85,7 @@ def test_keys_of_an_experiment_become_overrides():
     assert plan("patch", {"seed": 3})[0].parameters == {"overrides": ["train.steps=200", "name=digits-dmp-quick", "seed=3"]}   # the notebook's own stay
     clash = plan("pretrain", None, {"train.steps": [1, 2], "train.sample_steps": [1, 2]})
     assert clash[0].name == "steps=1,sample_steps=1"
-    assert plan("patch", None, {"patch.num_prompts": [8, 16], "train.compile": [True, False]})[0].parameters["overrides"] == ["patch.num_prompts=8", "train.compile=true"]
+    assert plan("patch", None, {"patch.num_prompts": [8, 16], "train.compile": [True, False]})[0].parameters["overrides"][-2:] == ["patch.num_prompts=8", "train.compile=true"]
 
 
 def test_a_file_of_runs(tiny, tmp_path):
@@ -226,23 +226,24 @@ def test_cores_are_shared_out(tiny, monkeypatch, runs_folder):
     assert done.finished and read_json(runs_folder / "five" / "summary.json") == {"x": 5, "value": 135, "threads": "3"} and "OMP_NUM_THREADS" not in os.environ
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_resumed(tiny, runs_folder, number):
-    words, folder = (tiny, "-p", "x", 1, 2, 3, "-p", "steps", 40, "-p", "pause", 0.05, "--jobs", 2, "--name", "t"), runs_folder / "t"
-    process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True)
-    wait_for(lambda: (folder / "x=2" / "metrics.jsonl").exists() and sweeps.line_of(folder / "x=2", read_state(folder / "x=2")).count("step/s"))   # rate, step and ETA while the cell runs
-    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)   # Ctrl-C reaches every process of the terminal
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and re.search(r"t: .*2 stopped, 1 waiting\nstopped; run the same again to go on", error)
-    assert {read_state(folder / f"x={i}").status for i in (1, 2)} == {STOPPED} and read_state(folder / "x=3").status == WAITING
-    wait_for(lambda: not left_behind(folder), 10)
-    cut = len((folder / "x=1" / "metrics.jsonl").read_text().splitlines())
-    assert 0 < cut < 40
+def test_stopped_and_resumed(tiny, runs_folder):
+    "By Ctrl-C, which reaches every process of a terminal, and by SIGTERM, which reaches the sweep; then to the end."
+    words, folder = (tiny, "-p", "x", 1, 2, 3, "-p", "steps", 60, "-p", "pause", 0.05, "--jobs", 2, "--name", "t"), runs_folder / "t"
+    lines = lambda: len((folder / "x=2" / "metrics.jsonl").read_text().splitlines()) if (folder / "x=2" / "metrics.jsonl").exists() else 0
+    before = 0
+    for stop in (lambda p: os.killpg(p.pid, signal.SIGINT), lambda p: p.send_signal(signal.SIGTERM)):
+        process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True)
+        wait_for(lambda before=before: lines() > before and "step/s" in sweeps.line_of(folder / "x=2", read_state(folder / "x=2")))   # step, rate and ETA while the cell runs
+        stop(process)
+        error = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and re.search(r"t: .*2 stopped, 1 waiting\nstopped; run the same again to go on", error)
+        assert {read_state(folder / f"x={i}").status for i in (1, 2)} == {STOPPED} and read_state(folder / "x=3").status == WAITING
+        wait_for(lambda: not left_behind(folder), 10)
+        before = lines()
+        assert 0 < before < 60
     again = dmp_wb_run(*words)
     assert again.returncode == 0 and "t: 3 finished" in again.stderr
-    value = 1
-    for _ in range(40): value = value * 3 % 1009
-    assert read_json(folder / "x=1" / "summary.json")["value"] == value
+    assert read_json(folder / "x=1" / "summary.json")["value"] == pow(3, 60, 1009) and read_state(folder / "x=1").attempts == 3
 
 
 def test_two_sweeps_in_one_folder(tiny, runs_folder):
@@ -261,8 +262,8 @@ def test_two_sweeps_in_one_folder(tiny, runs_folder):
 
 def test_killed_sweeps(tiny, tmp_path):
     "A short drill; tests/drills/kill_a_sweep.py is the long one, with real trainings."
-    hits, wrong = drill([str(tiny), "-p", "x", "1", "2", "3", "4", "-p", "steps", "25", "-p", "pause", "0.05"], 4, tmp_path / "drill", seed=1)
-    assert not wrong and len(hits) == 4
+    hits, wrong = drill([str(tiny), "-p", "x", "1", "2", "3", "-p", "steps", "30", "-p", "pause", "0.05"], 3, tmp_path / "drill", seed=1)
+    assert not wrong and len(hits) == 3
 
 
 def test_a_kernel_of_another_environment(tiny, tmp_path, monkeypatch, runs_folder):
@@ -290,17 +291,17 @@ def test_a_kernel_of_another_environment(tiny, tmp_path, monkeypatch, runs_folde
 @pytest.fixture
 def small_disk(tmp_path):
     (tmp_path / "disk").mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", tmp_path / "disk"], capture_output=True).returncode: pytest.skip("cannot mount a tmpfs here")
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=90k", "tmpfs", tmp_path / "disk"], capture_output=True).returncode: pytest.skip("cannot mount a tmpfs here")
     yield tmp_path / "disk"
     subprocess.run(["umount", "-l", tmp_path / "disk"], check=True)
 
 
 def test_a_disk_that_fills_up(tiny, small_disk):
-    done = dmp_wb_run(tiny, "-p", "x", *range(1, 9), "--folder", small_disk / "t")
+    done = dmp_wb_run(tiny, "-p", "x", *range(1, 6), "--folder", small_disk / "t")
     assert done.returncode == 2 and "no space left on the disk" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", "remount,size=20m", small_disk], check=True)
-    again = dmp_wb_run(tiny, "-p", "x", *range(1, 9), "--folder", small_disk / "t")
-    assert again.returncode == 0 and "8 finished" in again.stderr
+    again = dmp_wb_run(tiny, "-p", "x", *range(1, 6), "--folder", small_disk / "t")
+    assert again.returncode == 0 and "5 finished" in again.stderr
 
 
 def test_training_is_resumed_exactly(runs_folder):
