@@ -107,7 +107,7 @@ def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
     leaves = [k for k, t in KEYS.items() if not dataclasses.is_dataclass(t)]
     takes = "overrides" in known
     for key in strange:
-        if key not in leaves or not takes: raise unknown(f"parameter of notebook {notebook.stem}", key, [*known, *(leaves if takes and "." in key else [])])
+        if key not in leaves or not takes: raise unknown(f"parameter of notebook {notebook.stem}", key, {*known, *(leaves if takes and "." in key else [])})
     parameters = {k: v for k, v in given.items() if k in known}
     before = parameters.get("overrides", known["overrides"])
     words = before.split() if isinstance(before, str) else list(before or [])
