@@ -183,7 +183,7 @@ def run_folder(
     for folder in (Path(run), assets_folder() / run, runs_root() / run):
         if (folder / "config.yaml").is_file(): return folder
     known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
-    raise unknown("run", run, known, Path(run).name)
+    raise unknown("run", run, known, Path(run).name if Path(run).is_absolute() else None)
 
 def open_run(run: str | Path) -> Run:
     "The run of that name or folder."

@@ -1,13 +1,17 @@
 "Shared pieces: tiny models with weights away from their zero initialisation, and a folder for runs."
 import os
+import re
+from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""   # the same numbers on every machine
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import nbformat
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from dmp_wb.core import project_root
 from dmp_wb.dit import DiT
 
 
@@ -26,6 +30,17 @@ def tiny_dit(**changes):
 def tiny_diffusers_dit():
     return randomise(DiTTransformer2DModel(sample_size=8, in_channels=1, out_channels=1, num_layers=3, num_attention_heads=4, attention_head_dim=8,
                                            norm_num_groups=1, num_embeds_ada_norm=10)).eval()
+
+
+def run_cells(name, **parameters):
+    "A run notebook's code in this process, which is quicker than a kernel; gives its variables."
+    space = {}
+    for cell in nbformat.read(project_root() / "nbs" / "runs" / f"{name}.ipynb", 4).cells:
+        if cell.cell_type != "code": continue
+        if "parameters" in cell.metadata.get("tags", []): assert parameters.keys() <= set(re.findall(r"^(\w+) =", cell.source, re.M))
+        exec(cell.source, space)
+        if "parameters" in cell.metadata.get("tags", []): space |= {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
+    return space
 
 
 @pytest.fixture(params=[tiny_dit, tiny_diffusers_dit], ids=["DiT", "DiTTransformer2DModel"])

@@ -1,14 +1,19 @@
 "The run notebooks under plain papermill, as a user starts them."
+import ast
 import json
 import re
 import subprocess
 import sys
 
 import nbformat
+import numpy as np
 import pytest
+from conftest import run_cells
 
-from dmp_wb.core import project_root
-from dmp_wb.runs import here, listed
+from dmp_wb.config import load_experiment
+from dmp_wb.core import BadInput, project_root
+from dmp_wb.patching import get_patch
+from dmp_wb.runs import figures_table, here, listed
 
 RUNS = project_root() / "nbs" / "runs"
 SMALL = "model.hidden_size=16 model.num_layers=2 model.num_attention_heads=2 train.batch_size=16 train.log_every=5"
@@ -21,7 +26,8 @@ def papermill(notebook, output, *parameters):
 
 def assert_page(page):
     html = page.read_text(encoding="utf-8")
-    assert not re.findall(r'<(?:script|link|img|iframe)[^>]+(?:src|href)="(?:https?:)?//[^"]+', html)   # opens without a network
+    assert not re.findall(r"""<(?:script|link|iframe|object|embed|video|audio)\b|\b(?:src|srcset|poster|action)\s*=\s*["']?(?!data:|["'])|url\((?!["']?data:)|@import""", html)   # fetches nothing
+    assert "Content-Security-Policy" in html and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
     return html
 
 
@@ -38,18 +44,40 @@ def test_the_chain_of_run_folders(runs_folder):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (runs_folder / "b" / "patch" / "adapter_model.safetensors").exists()
 
-    done = papermill(RUNS / "sample.ipynb", runs_folder / "c" / "sample.ipynb", "models", f"base:{runs_folder / 'a'} dmp:{runs_folder / 'b'}", "num_images", 30, "num_inference_steps", 4)
-    assert done.returncode == 0, done.stderr[-3000:]
+    found = run_cells("sample", models=f"base:{runs_folder / 'a'} dmp:{runs_folder / 'b'}", run="c", num_images=80, num_inference_steps=4)
+    assert found["columns"] == 20
     figures = json.loads((runs_folder / "c" / "evaluation.json").read_text())["figures"]
     assert set(figures) == {"base", "dmp"} and figures["dmp"]["difference"] == pytest.approx(figures["dmp"]["frechet"] - figures["base"]["frechet"])
-    import numpy as np
     samples = np.load(runs_folder / "c" / "samples" / "dmp.npz")
-    assert samples["arr_0"].shape == (30, 8, 8, 1) and samples["arr_0"].dtype == np.uint8
+    assert samples["arr_0"].shape == (80, 8, 8, 1) and samples["arr_0"].dtype == np.uint8 and samples["labels"][:12].tolist() == [*range(10), 0, 1]
 
     done = papermill(RUNS / "gates.ipynb", runs_folder / "d" / "gates.ipynb", "model", runs_folder / "b", "timesteps", "0 500 999")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {p.name for p in (runs_folder / "d" / "figures").iterdir()} == {"gates.png", "gate-maps.png", "entropy.png"}
+    assert {p.name for p in (runs_folder / "d" / "figures").iterdir()} == {"gates.png", "gate-maps.png", "entropy.png", "similarity.png"}
     assert_page(runs_folder / "d" / "gates.html")
+
+    found = run_cells("evaluate", models=f"{runs_folder / 'a'} real:{runs_folder / 'c' / 'samples' / 'base.npz'}", run="e", num_images=80, scales="1 2", num_inference_steps=4, rounds=10, reference="digits")
+    assert set(found["rows"]) == {"a", "real"} and [r["guidance_scale"] for r in found["rows"]["a"]] == [1, 2] and found["rows"]["real"][0]["intervals"]
+    assert len(json.loads((runs_folder / "a" / "summary.json").read_text())["evaluations"]) == 2 and (runs_folder / "e" / "figures" / "guidance.png").exists()
+    found = run_cells("affinity", model=runs_folder / "b", run="f", groups=4, num_images=16, k=2)
+    assert found["affinity"].shape == (4, 4) and set(found["panels"]) == {"affinity of gradients", "similarity of gates"} and found["weights"] == sum(p.numel() for p in get_patch(found["backbone"]).parameters())
+    assert load_experiment("digits-pretrain", ["multitask.method=uw", f"multitask.clusters={runs_folder / 'f' / 'affinity.safetensors'}", "multitask.k=2"])
+
+
+def test_a_routed_run(runs_folder):
+    run_cells("route", overrides=f"{SMALL} train.steps=10", run="r", num_samples=10, num_inference_steps=3)
+    assert {p.name for p in (runs_folder / "r" / "figures").iterdir()} == {"masks.png", "curve.png", "samples.png"}
+    found = run_cells("routing", model=runs_folder / "r", run="s")
+    assert list(found["masks"]) == ["β = 0.8, α = 4", "β = 0.8, α = 1", "β = 0.5, α = 4"] and found["masks"]["β = 0.5, α = 4"].shape == (250, 16)
+    assert found["rows"]["channels in use"]["β = 0.5, α = 4"] == "8 of 16"
+    with pytest.raises(BadInput, match="is not routed"): run_cells("routing", model="digits-base", run="t")
+    with pytest.raises(BadInput, match="expected β:α"): run_cells("routing", others="0.8", run="t")
+    with pytest.raises(BadInput, match="routing.sharing_ratio"): run_cells("route", experiment="digits-quick", run="t")
+
+
+def test_samples_that_cannot_be_measured_are_shown(runs_folder):
+    found = run_cells("sample", models="digits-base", run="c", num_images=12, num_inference_steps=2)
+    assert "figures" not in found["evaluation"] and (runs_folder / "c" / "figures" / "samples.png").exists() and figures_table(found["evaluation"]) == "not measured"
 
 
 @pytest.mark.parametrize("notebook,parameters,message", [
@@ -84,10 +112,12 @@ def test_engine_is_there_whichever_is_imported_first(first):
 def test_run_notebooks_say_what_they_do(file):
     nb = nbformat.read(file, 4)
     opening = nb.cells[0].source
-    assert nb.cells[0].cell_type == "markdown" and opening.startswith("# ") and "| parameter | meaning |" in opening
+    assert nb.cells[0].cell_type == "markdown" and opening.startswith("# ") and "| parameter | meaning | default |" in opening
     cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
-    for name in re.findall(r"^(\w+) =", cells[0].source, re.M): assert f"`{name}`" in opening, name
+    said = {name: default for name, default in re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", opening, re.M)}
+    given = dict(re.findall(r"^(\w+) = (.*)$", cells[0].source, re.M))
+    assert {name: ast.literal_eval(value) for name, value in given.items()} == {name: "" if text == "empty" else text[1:-1] if text.startswith("`") else ast.literal_eval(text) for name, text in said.items()}
     assert nb.cells[-1].source.startswith("**Look at**") and nb.metadata.dmp_wb.page
 
 
