@@ -233,11 +233,15 @@ def run(
     jobs: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     keep_finished: Annotated[bool, typer.Option("--keep-finished", help="Skip finished runs also if the notebook has changed since.")] = False,
     cluster: Annotated[str, typer.Option(help="local or slurm.")] = "local",
-    partition: Annotated[str | None, typer.Option(help="Of Slurm.")] = None,
-    time: Annotated[int | None, typer.Option(help="Of Slurm: minutes a run may take.")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(help="Of Slurm.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(help="Of Slurm.")] = None,
-    slurm: Annotated[list[str] | None, typer.Option(metavar="OPTION=VALUE", help="Any other option of submitit's SlurmExecutor, as mem=8GB or account=lab.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Where the jobs go.", rich_help_panel="Slurm")] = None,
+    account: Annotated[str | None, typer.Option(help="On whose account.", rich_help_panel="Slurm")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service.", rich_help_panel="Slurm")] = None,
+    constraint: Annotated[str | None, typer.Option(help="The kind of machine.", rich_help_panel="Slurm")] = None,
+    timeout_min: Annotated[int | None, typer.Option(help="Minutes of a job; a run that needs more goes on in the next. 60 if not given.", rich_help_panel="Slurm")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(help="GPUs of a run.", rich_help_panel="Slurm")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(help="CPU cores of a run.", rich_help_panel="Slurm")] = None,
+    mem_gb: Annotated[float | None, typer.Option(help="Memory of a run.", rich_help_panel="Slurm")] = None,
+    slurm: Annotated[list[str] | None, typer.Option(metavar="OPTION=VALUE", help="Any other option of submitit for Slurm, as exclude=node7 or \"setup=module load cuda\".", rich_help_panel="Slurm")] = None,
 ):
     "Execute a run notebook, or a batch of them: each run has its folder with the notebook, its page and its results. Run it again to go on after a failure or an interruption."
     from dmp_wb.sweeps import sweep, typed
@@ -250,7 +254,7 @@ def run(
         if not values: raise BadInput(f"-p {key} has no value: expected -p {key} VALUE")
         if len(values) == 1: fixed[key] = typed(values[0])
         else: grid[key] = [typed(v) for v in values]
-    options = {k: v for k, v in {"partition": partition, "time": time, "cpus_per_task": cpus_per_task, "gpus_per_node": gpus_per_node}.items() if v is not None}
+    options = {k: v for k, v in {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "timeout_min": timeout_min, "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task, "mem_gb": mem_gb}.items() if v is not None}
     for item in slurm or []:
         key, given, value = item.partition("=")
         if not given: raise BadInput(f"--slurm {item} has no '=': expected OPTION=VALUE")
@@ -258,6 +262,8 @@ def run(
     done = sweep(notebook, fixed, grid, None, file, name, folder, jobs, cluster, keep_finished, **options)
     failed = done.failed
     for run, state in failed.items(): print(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}", file=sys.stderr)
+    for run, state in done.states().items():
+        if state.status == "stopped" and state.error: print(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on", file=sys.stderr)
     if failed or not done.finished: raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #a0d9b83d

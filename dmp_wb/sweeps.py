@@ -6,7 +6,8 @@
 __all__ = ['FILE_KEYS', 'GRACE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'typed', 'safe', 'check_name',
            'with_overrides', 'plan', 'read_sweep', 'process_identity', 'alive', 'warm', 'Worker', 'job_id', 'Sweep',
            'sweep', 'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share', 'count_gpus', 'submit',
-           'cluster_job', 'bury', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
+           'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury', 'why_not_started', 'end_jobs', 'Stopper',
+           'line_of', 'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -28,9 +29,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_progress, runs_root, short, unknown, write_atomic, write_json
+from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
 from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, locked, one_line,
                          read_state, write_state)
+from .slurm import OVER, JobWatch, ending, job_states, notice, queue_again, slurm_executor
 
 # %% ../nbs/15_sweeps.ipynb #0172658a
 def find_notebook(
@@ -173,7 +175,7 @@ def read_sweep(file: str | Path) -> dict: # name, notebook, parameters, grid, ru
     if "runs" in given and not given["runs"]: raise BadInput(f"{path}: runs is empty: expected a list of runs")
     return given
 
-# %% ../nbs/15_sweeps.ipynb #3fb01d97
+# %% ../nbs/15_sweeps.ipynb #77bd5220
 GRACE = 30.0   # seconds that a notebook has to stop in, before it is killed
 
 def process_identity(pid: int) -> tuple[int, float]:
@@ -206,6 +208,7 @@ class Worker:
     ticket: str                          # of the call of `sweep` it works for
     sweeper: tuple[int, float] | None    # the process of that call: when it dies, this job ends; None: it goes on
     gpus: str | None = None              # CUDA_VISIBLE_DEVICES; None: all. submitit's local executor would hide them
+    grace: float = GRACE                 # seconds that a notebook has to stop in, before it is killed
     child: int | None = None
 
     def __call__(self) -> dict[str, str]: # name → the status that a run ended with
@@ -223,6 +226,7 @@ class Worker:
             if state.status != WAITING and state.job != job_id(): continue
             warm(Path(notebook))
             if self._execute(folder, notebook) and (state := read_state(folder)).job == job_id(): done[name] = state.status
+        if self.stopping and self.sweeper is None and queue_again(job_id()): self._wait_again()
         return done
 
     def checkpoint(self):
@@ -230,10 +234,13 @@ class Worker:
         import submitit
         self._stop()
         self._wait(None)
+        self._wait_again()
+        return submitit.helpers.DelayedSubmission(dataclasses.replace(self, child=None))
+
+    def _wait_again(self):
         for name, _ in self.runs:
             folder = Path(self.folder) / name
             if (state := read_state(folder)) and state.ticket == self.ticket and state.job == job_id() and state.status == STOPPED: write_state(folder, dataclasses.replace(state, status=WAITING))
-        return submitit.helpers.DelayedSubmission(dataclasses.replace(self, child=None))
 
     def _stop(self, number=None, frame=None): self.stopping = True
 
@@ -266,7 +273,7 @@ class Worker:
             if pid: break
             if deadline is None and self._ends():
                 os.kill(self.child, signal.SIGTERM)
-                deadline = time.monotonic() + GRACE
+                deadline = time.monotonic() + self.grace
             if deadline is not None and time.monotonic() > deadline: os.kill(self.child, signal.SIGKILL)
             time.sleep(0.05)
         self.child = None
@@ -287,7 +294,7 @@ def job_id() -> str:
     import submitit
     return submitit.JobEnvironment().job_id
 
-# %% ../nbs/15_sweeps.ipynb #f2425a2e
+# %% ../nbs/15_sweeps.ipynb #b45dbd94
 @dataclass
 class Sweep:
     "A sweep and how its runs stand, read from disk."
@@ -315,7 +322,7 @@ def sweep(
     jobs: int = 1,                           # runs at a time
     cluster: str = "local",                  # local or slurm
     keep_finished: bool = False,             # skip finished runs also if the notebook has changed since
-    **slurm,                                 # options of submitit's SlurmExecutor: partition, time (minutes), cpus_per_task, …
+    **slurm,                                 # what a job asks for: partition, timeout_min, gpus_per_node, … as `slurm_executor` has them
 ) -> Sweep:
     """Execute a notebook with every combination of parameters, each in a run folder of its own; returns when all have ended.
 
@@ -352,17 +359,21 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
     write_json(folder / ".sweep" / "sweep.json", {"runs": {p.name: str(p.notebook) for p in planned}})
     local, work, gpus = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo], count_gpus()
     sweeper, threads = process_identity(os.getpid()) if local else None, max(1, len(os.sched_getaffinity(0)) // jobs)
-    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None)
+    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None, GRACE if local else notice(slurm) - 10)
     with Stopper() as stopper, View(result) as view:
         workers = [worker(i, work) for i in range(min(jobs, len(work)))] if local else [worker(0, [run]) for run in work]
-        active = dict(enumerate([*(submit(executor, workers, threads) if workers else []), *under_way]))
+        submitted = submit(executor, workers, threads) if workers else []
+        if not local: jobs_of = note_jobs(folder, {**under_way, **{name: job for (name, _), job in zip(work, submitted, strict=True)}})
+        active, watch = dict(enumerate([*submitted, *under_way.values()])), JobWatch()
         try:
             while not stopper.asked:
                 states = result.states()
-                view.show(states)
-                over = {i: job for i, job in active.items() if job.done()}
+                view.show(states if local else queued_again(states, [jobs_of[job.job_id] for job in active.values()]))
+                stand = {} if local else watch(job.job_id for job in active.values())
+                over = {i: job for i, job in active.items() if (job.done() if local else stand[job.job_id] in OVER)}
                 for i, job in over.items():
-                    took = bury(result, active.pop(i))
+                    del active[i]
+                    took = bury(result, job) if local else bury_job(folder, jobs_of[job.job_id], job, stand[job.job_id])
                     if local and any(s.status == WAITING for s in result.states().values()):   # its process died
                         if not took: raise BadInput(why_not_started(folder, job))
                         active[i], = submit(executor, [worker(i, work)], threads)
@@ -387,11 +398,12 @@ def fingerprint(p: Planned) -> tuple[str, str]:
         if file is not None: text = file.read_text(encoding="utf-8")
     return checksum(code), checksum(p.parameters, text)
 
-def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> tuple[list[str], list]: # runs to do; jobs on a cluster that still work on others
+def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> tuple[list[str], dict]: # runs to do; jobs on a cluster that still work on others, by run
     "Compare the run folders with what is wanted. Raises `BadInput` rather than skip or overwrite a run that is another one."
-    todo, jobs, older = [], {}, []
+    todo, older, found = [], [], {name: read_state(folder / name) for name in wanted}
+    jobs = cluster_jobs(folder, {name: have for name, have in found.items() if have is not None})
     for name, want in wanted.items():
-        have = read_state(folder / name)
+        have = found[name]
         if have is None: todo.append(name); continue
         if have.inputs != want.inputs:
             changed = sorted(k for k in {*have.parameters, *want.parameters} if have.parameters.get(k) != want.parameters.get(k))
@@ -400,13 +412,12 @@ def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> 
         if have.status == FINISHED:
             if have.code != want.code: older.append(name)
             continue
-        job = cluster_job(folder, have)
-        if job is None: todo.append(name)
-        else: jobs[job.job_id] = job
+        if name not in jobs: todo.append(name)
+        elif want.cluster == "local": raise BadInput(f"run {short(folder / name)} is that of job {jobs[name].job_id} on a cluster: expected cluster slurm, or that job's end: scancel {jobs[name].job_id}")
     if older and not keep_finished:
         raise BadInput(f"{len(older)} finished {'runs were' if len(older) > 1 else 'run was'} made with another version of the notebook ({', '.join(older[:3])}{', …' if len(older) > 3 else ''}): "
                        "expected the same, another --name, or --keep-finished to leave them as they are")
-    return todo, list(jobs.values())
+    return todo, jobs
 
 def keep_copy(notebook: Path, folder: Path) -> Path:
     "The notebook as it is now: a job may start much later."
@@ -414,22 +425,15 @@ def keep_copy(notebook: Path, folder: Path) -> Path:
     file = folder / f"{notebook.stem}-{checksum(text)}.ipynb"
     return file if file.exists() else write_atomic(file, text)
 
-# %% ../nbs/15_sweeps.ipynb #43b4cf72
+# %% ../nbs/15_sweeps.ipynb #ac32fce5
 def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
     "submitit's executor. Raises `BadInput` for a cluster that is not there or an option that it does not know."
     import submitit
-    if cluster == "local":
-        if options: raise BadInput(f"{next(iter(options))} is an option of a cluster: expected cluster slurm with it")
-        executor = submitit.LocalExecutor(folder)
-        executor.update_parameters(timeout_min=60 * 24 * 365)
-        return executor
-    if cluster != "slurm": raise unknown("cluster", cluster, ("local", "slurm"))
-    if missing := [c for c in ("sbatch", "srun") if shutil.which(c) is None]: raise BadInput(f"cluster is slurm, but there is no {missing[0]} here: expected to be on a machine that can submit jobs")
-    executor = submitit.SlurmExecutor(folder)
-    try: executor.update_parameters(**{"job_name": folder.parent.parent.name, "array_parallelism": jobs, "time": 60, "setup": ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"], **options})
-    except ValueError as e:
-        known = re.findall(r"- (\w+) \(", str(e))
-        raise unknown("option of slurm", next((o for o in options if o not in known), ""), known) if known else BadInput(f"slurm: {one_line(e)}") from None
+    if cluster not in ("local", "slurm"): raise unknown("cluster", cluster, ("local", "slurm"))
+    if cluster == "slurm": return slurm_executor(folder, folder.parent.parent.name, jobs, options)
+    if options: raise BadInput(f"{next(iter(options))} is an option of a cluster: expected cluster slurm with it")
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(timeout_min=60 * 24 * 365)
     return executor
 
 def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
@@ -451,17 +455,38 @@ def submit(executor, workers: list[Worker], threads: int) -> list:
             with executor.batch(): return [executor.submit(w) for w in workers]
         if unset: os.environ["OMP_NUM_THREADS"] = str(threads)
         return [executor.submit(w) for w in workers]
-    except submitit.core.utils.FailedSubmissionError as e: raise BadInput(f"the cluster took no job: {one_line(e)}") from None
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
+        raise BadInput(f"the cluster took no job: {'; '.join(re.findall(r'error: (.+)', str(e))) or one_line(e)}") from None
     finally:
         if unset: os.environ.pop("OMP_NUM_THREADS", None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-def cluster_job(folder: Path, state: RunState):
-    "The job on a cluster that works on a run or will, if it is still there."
-    if state.cluster != "slurm" or state.job is None: return None
+def note_jobs(folder: Path, jobs: dict) -> dict[str, str]: # job → run
+    "Write down which job has which run, for a later call of `sweep`: a job that waits in the queue has not said so itself."
+    write_json(folder / ".sweep" / "slurm.json", {name: job.job_id for name, job in jobs.items()})
+    return {job.job_id: name for name, job in jobs.items()}
+
+def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → job
+    "The jobs on a cluster that work on runs or will. Raises `BadInput` where Slurm does not say."
+    file = folder / ".sweep" / "slurm.json"
+    ids, noted = {}, read_json(file) if file.exists() else {}
+    for name, state in states.items():
+        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and (job := state.job or noted.get(name)): ids[name] = job
+    if not ids: return {}
     import submitit
-    job = submitit.SlurmJob(folder / ".sweep" / "jobs", state.job)
-    return None if job.done() else job
+    stand = job_states(ids.values())
+    if "UNKNOWN" in stand.values(): raise BadInput("squeue does not say whether the jobs of this sweep are over: expected to be on a machine of the cluster, and Slurm to answer")
+    return {name: submitit.SlurmJob(folder / ".sweep" / "jobs", job) for name, job in ids.items() if stand[job] not in OVER}
+
+def queued_again(states: dict[str, RunState], names: list[str]) -> dict[str, RunState]:
+    "The states as they are to be shown: a run that was stopped, and whose job is still there, waits."
+    return {n: dataclasses.replace(s, status=WAITING) if s.status == STOPPED and n in names else s for n, s in states.items()}
+
+def bury_job(folder: Path, name: str, job, slurm_state: str):
+    "Record why a run ended whose job on a cluster is over."
+    state, (resumable, error) = read_state(folder / name), ending(job.job_id, slurm_state, job.paths.stderr)
+    if state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
+    write_state(folder / name, dataclasses.replace(state, status=STOPPED if resumable else FAILED, job=job.job_id, error=error))
 
 def bury(result: Sweep, job) -> bool: # whether the job took any run
     "Record the end of a run whose job is over without having said so."
@@ -501,12 +526,12 @@ class Stopper:
     def __exit__(self, *_):
         for n, handler in self.before.items(): signal.signal(n, handler)
 
-# %% ../nbs/15_sweeps.ipynb #5adccf13
+# %% ../nbs/15_sweeps.ipynb #16a8ce5e
 def line_of(folder: Path, state: RunState) -> str:
     "How a run stands, in one line: the step, the rate, the loss and the time that is left while it runs."
     if state.status == FAILED: return f"failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}"
     if state.status == FINISHED: return f"finished in {state.seconds:.0f} s" if state.seconds is not None else "finished"
-    if state.status == STOPPED: return "stopped; run again to go on"
+    if state.status == STOPPED: return f"stopped{f': {state.error}' if state.error else ''}; run again to go on"
     if state.status == WAITING: return "waiting"
     at = read_progress(folder / PROGRESS_FILE) or {}
     cell = f"cell {at['cell']}/{at['cells']}" if "cell" in at else "starting"

@@ -144,9 +144,9 @@ def test_the_command_line(monkeypatch, tiny):
     got = []
     monkeypatch.setattr(sweeps, "sweep", lambda *a, **k: got.append((a, k)) or Sweep(tiny.parent, []))
     invoke = lambda *words: CliRunner().invoke(cli.app, ["run", *words])
-    assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--time", "5").exit_code == 0
+    assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--timeout-min", "5").exit_code == 0
     arguments, options = got[0]
-    assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "time": 5}
+    assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
     for words, message in ((("tiny", "-p", "x"), "-p x has no value"), ((), "no notebook is named"), (("tiny", "-p", "x", "1", "-p", "x", "2"), "parameter x is given more than once"), (("tiny", "-p"), "-p has no key")):
         assert message in str(invoke(*words).exception)
 

@@ -1,0 +1,76 @@
+"What a job asks for, and a Slurm that is not there: without one."
+import shutil
+import subprocess
+
+import pytest
+
+import dmp_wb.slurm as slurm
+from dmp_wb.core import BadInput
+from dmp_wb.slurm import JobWatch, ending, job_states, notice, slurm_executor
+
+
+@pytest.fixture
+def a_cluster(monkeypatch): monkeypatch.setattr(shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+
+
+def script(tmp_path, **options):
+    return slurm_executor(tmp_path, "sweep", 3, options)._executor._make_submission_file_text("python -m x", "1")
+
+
+def test_options_reach_sbatch(a_cluster, tmp_path):
+    text = script(tmp_path, partition="gpu", account="lab", qos="high", constraint="a100", timeout_min=240, gpus_per_node=2, cpus_per_task=16, mem_gb=1.5, setup="module load cuda", exclude=None)
+    for line in ("--partition=gpu", "--account=lab", "--qos=high", "--constraint=a100", "--time=240", "--gpus-per-node=2", "--cpus-per-task=16", "--mem=1536MB", "--signal=USR2@120", "--job-name=sweep"):
+        assert f"#SBATCH {line}\n" in text, line
+    assert "module load cuda\n" in text and "--exclude" not in text
+    assert "--cpus-per-task=16 " in text.split("# command")[1]                                      # srun does not take it over
+    assert "#SBATCH --time=60\n" in script(tmp_path) and "#SBATCH --signal=USR2@45\n" in script(tmp_path, time=3)
+    assert notice({"timeout_min": 3}) == 45 and notice({}) == 120 and notice({"signal_delay_s": 7}) == 7
+
+
+@pytest.mark.parametrize("options,message", [
+    ({"partitoin": "gpu"}, "unknown option of slurm 'partitoin': did you mean 'partition'"),
+    ({"timeout_min": 0}, "timeout_min is 0: expected at least 1"),
+    ({"timeout_min": 5, "time": 6}, "timeout_min and time are given"),
+    ({"gpus_per_node": "two"}, "gpus_per_node is 'two': expected a whole number"),
+    ({"nodes": 2}, "a run is one task on one node"),
+    ({"ntasks_per_node": 4}, "num_processes"),
+])
+def test_options_that_cannot_be(a_cluster, tmp_path, options, message):
+    with pytest.raises(BadInput, match=message): slurm_executor(tmp_path, "sweep", 1, options)
+
+
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadInput, match="there is no sbatch here"): slurm_executor(tmp_path, "sweep", 1, {})
+    assert job_states(["1"]) == {"1": "UNKNOWN"} and job_states([]) == {}
+
+
+def test_states_of_jobs(monkeypatch):
+    asked = []
+
+    def squeue(command, **_):
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, *answer)
+    monkeypatch.setattr(slurm.subprocess, "run", squeue)
+    answer = (0, "7_0|RUNNING\n7_1|COMPLETING\n", "")
+    assert job_states(["7_1", "7_0", "7_2", "7_0"]) == {"7_0": "RUNNING", "7_1": "COMPLETING", "7_2": "GONE"} and asked == ["--jobs=7_0,7_1,7_2"]
+    answer = (1, "", "slurm_load_jobs error: Invalid job id specified")
+    assert job_states(["7"]) == {"7": "GONE"}
+    answer = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")   # it may come back
+    assert job_states(["7"]) == {"7": "UNKNOWN"}
+    watch = JobWatch(every=3600)
+    answer = (0, "7|RUNNING\n8|RUNNING\n", "")
+    assert watch(["7", "8"]) == {"7": "RUNNING", "8": "RUNNING"}
+    answer = (0, "7|COMPLETED\n8|RUNNING\n", "")
+    before = len(asked)
+    assert watch(["8"]) == {"8": "RUNNING"} and len(asked) == before                                  # it does not ask all the time
+    assert JobWatch(every=0)(["7"]) == {"7": "COMPLETED"}
+
+
+def test_why_a_job_ended(tmp_path):
+    log = tmp_path / "log.err"
+    assert ending("7_0", "CANCELLED", log) == (True, "its job 7_0 was cancelled") and ending("7", "NODE_FAIL", log)[0]
+    assert ending("7", "OUT_OF_MEMORY", log) == (False, "its job 7 needed more memory than it had asked for; give it more with --mem-gb")
+    log.write_text("Traceback\nModuleNotFoundError: No module named 'dmp_wb'\n\n")
+    resumable, why = ending("7", "FAILED", log)
+    assert not resumable and why.startswith("its job 7 ended without a word (failed): ModuleNotFoundError: No module named 'dmp_wb'; look at ") and why.endswith("log.err")
