@@ -10,6 +10,7 @@ __all__ = ['Size', 'Anatomy', 'input_size', 'learned_variance', 'register_backbo
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class Anatomy:
     tokens_argument: str = "hidden_states"                            # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; the first if positional
     tokens_output: int | None = None                                  # their place in the block's output, where that is a tuple; None: as diffusers records it
 
-    def block_grids(self, model: nn.Module, input_size: Size | None = None) -> list[Size]:
+    def block_grids(self, model: nn.Module, input_size: Sequence[int] | None = None) -> list[Size]:
         "The token grid of every block. Raises `BadInput` where neither the model nor `input_size` fixes it."
         if input_size is not None and "input_size" not in inspect.signature(self.grid_size).parameters:
             raise BadInput(f"input_size is {tuple(input_size)}: the anatomy of {type(model).__name__} takes none, its inputs have one size")
@@ -151,7 +152,7 @@ def _time_embedding(m, timestep):
 
 _inner_dim = lambda m: m.config.num_attention_heads * m.config.attention_head_dim
 
-_IMAGES = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)   # diffusers' transformers for images
+_IMAGES: dict[str, Any] = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)   # diffusers' transformers for images
 
 register_backbone(DiT, Anatomy(
     blocks=lambda m: m.blocks,
@@ -382,7 +383,7 @@ def _unet2d_condition_condition(m, timestep, inputs):
     if extra is not None: c = c + (extra[0] if isinstance(extra, tuple) else extra)
     return c if m.time_embed_act is None else m.time_embed_act(c)
 
-_UNET = dict(blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
+_UNET: dict[str, Any] = dict(blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
              embedding_width=lambda m: m.time_embedding.linear_2.out_features, routed_blocks=_unet_routed, tokens_output=0)
 
 register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",), num_classes=lambda m: m.config.num_class_embeds))

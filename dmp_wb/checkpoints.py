@@ -15,6 +15,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -68,7 +69,7 @@ def save_checkpoint(
     folder = Path(run) / "checkpoints" / f"step-{step:07d}"
     try:
         with atomic_folder(folder) as tmp:
-            state = {"step": step}
+            state: dict[str, Any] = {"step": step}
             for name, tree in trees.items():
                 state[name], tensors = split_tensors(tree)
                 if tensors: save_file(tensors, tmp / f"{name}.safetensors")
@@ -137,7 +138,7 @@ def newest_checkpoint(run: str | Path) -> Path | None:
         warnings.warn(f"{folder} is damaged ({fault}); falling back to an older checkpoint", stacklevel=2)
     return None
 
-def load_checkpoint(folder: str | Path) -> dict[str, object]:
+def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     "The trees of a checkpoint, and `step`."
     folder = Path(folder)
     state = read_json(folder / "state.json")
@@ -161,8 +162,8 @@ class Run:
     @property
     def experiment(self) -> Experiment: return load_experiment(self.folder / "config.yaml")
 
-    def metrics(self) -> dict[str, list[float]]:
-        "The columns of `metrics.jsonl`."
+    def metrics(self) -> dict[str, list[float | None]]:
+        "The columns of `metrics.jsonl`; None where a line has no such value."
         file = self.folder / "metrics.jsonl"
         rows = read_rows(file)
         return {k: [row.get(k) for row in rows] for k in (rows[-1] if rows else {})}
@@ -183,7 +184,7 @@ def run_folder(
     for folder in (Path(run), assets_folder() / run, runs_root() / run):
         if (folder / "config.yaml").is_file(): return folder
     known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
-    raise unknown("run", run, known, Path(run).name if Path(run).is_absolute() else None)
+    raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
 
 def open_run(run: str | Path) -> Run:
     "The run of that name or folder."
@@ -217,7 +218,7 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> 
         return backbone
     if not (folder / "patch" / CONFIG_FILE).is_file(): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     run = Run(folder)
-    backbone = _load(run.experiment.base, True, None)
+    backbone = _load(run.experiment.base or "", True, None)
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
         raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
@@ -234,7 +235,7 @@ def trained_objective(model: str | Path) -> ObjectiveConfig | None:
 def _from_diffusers(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    cls = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
         raise BadInput(f"{folder / 'config.json'} has _class_name {name!r}: expected a diffusers model class or DiT")
     try: return cls.from_pretrained(folder, use_safetensors=True)

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -151,7 +152,7 @@ def find_experiment(
     if name in known and len(path.parts) == 1: return known[name]
     raise unknown("experiment", str(experiment), known, name)
 
-def _dotted(cls, prefix="") -> dict[str, type]:
+def _dotted(cls, prefix="") -> dict[str, Any]:
     "Every dotted key of a dataclass tree, with its type."
     keys = {}
     for f in dataclasses.fields(cls):

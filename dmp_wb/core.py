@@ -18,6 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from html import escape
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tqdm.std import tqdm
 # %% ../nbs/00_core.ipynb #87ca6521
 class BadInput(ValueError):
     "A user's mistake. The message is one line: what was given, and what was expected."
+    local = False   # whether only this process met it, of several
 
 class MissingFile(BadInput, FileNotFoundError):
     "A file or folder that the user named does not exist."
@@ -54,7 +56,7 @@ def one_line_errors():
     try: yield
     except BadInput as e:
         first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-        if first or getattr(e, "local", False): print(f"error{'' if first else ' in process ' + os.environ['RANK']}: {e}", file=sys.stderr)   # once, not once a process, unless only this one met it
+        if first or e.local: print(f"error{'' if first else ' in process ' + os.environ['RANK']}: {e}", file=sys.stderr)   # once, not once a process, unless only this one met it
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -245,8 +247,8 @@ class FileBar(LogBar):
         with contextlib.suppress(OSError):   # who watches may be gone
             tmp.write_text(json.dumps(progress_numbers(self)), encoding="utf-8")
             os.replace(tmp, self._file)
-        if self._time() - self._told >= 10 or self.disable:   # closed
-            self._told = self._time()
+        if time.time() - self._told >= 10 or self.disable:   # closed
+            self._told = time.time()
             super().display()
 
 def read_progress(
@@ -282,7 +284,7 @@ def mirror(
         bar = None
     if bar is None:
         bar = progress(**{k: numbers[k] for k in ("desc", "total", "initial", "unit")})
-        bar.start_t = bar.last_print_t = bar._time() - numbers["elapsed"]   # for a rate from its first second on
+        bar.start_t = bar.last_print_t = time.time() - numbers["elapsed"]   # for a rate from its first second on
     bar.set_postfix_str(numbers["postfix"], refresh=False)
     bar.update(numbers["n"] - bar.n)
     if bar.total and bar.n >= bar.total: bar.close()

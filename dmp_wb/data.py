@@ -67,6 +67,9 @@ class Source:
     workers = 0                           # processes it is worth reading with
     random_latents = False                # whether `batch` wants noise to draw latents with
     null: dict[str, torch.Tensor] = {}    # text embeddings of the empty caption, if there are captions
+    facts: dict = {}                      # what a latent cache says about itself
+
+    def __len__(self) -> int: raise NotImplementedError
 
     @property
     def num_classes(self) -> int | None: return len(self.class_names) or None
@@ -110,8 +113,7 @@ class ImageData(Source):
 
     def __len__(self) -> int: return len(self.images)
 
-    @property
-    def shape(self) -> tuple[int, int, int]: return tuple(self.images.shape[1:])
+    def __post_init__(self): self.shape = tuple(self.images.shape[1:])
 
     def batch(self, indices, flip=None, noise=None, drop=None):
         return {"images": _flipped(self.images[indices], flip), **({} if self.labels is None else {"class_labels": self.labels[indices]})}
@@ -189,14 +191,14 @@ class ImageFiles(Source):
         size: int,
         channels: int = 3,
         labels: torch.Tensor | None = None,         # [N]
-        class_names: list[str] = (),
+        class_names: Sequence[str] = (),
         captions: Callable[[int], str] | None = None,
         source: dict | None = None,                 # what else tells which images these are
     ):
         self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = read, names, num_images, labels, list(class_names), captions
         self.shape, self.bad = (channels, size, size), {}
-        self.workers = min(4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) // 2)   # the rest is for the model
+        self.workers = min(4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)   # the rest is for the model
 
     def __len__(self) -> int: return self.num_images
 
@@ -260,7 +262,7 @@ def image_files(
 ) -> Iterator[Path]:
     "The images of a folder and those below it, by their suffixes, in no order."
     for folder, folders, files in os.walk(root, followlinks=True):
-        above = {os.path.realpath(p) for p in (folder, *Path(folder).parents)}
+        above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents)}
         folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]
         yield from (Path(folder) / f for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith("."))
 
@@ -394,15 +396,16 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
     places = [{}] if (Path(name) / "config.json").exists() else [{"subfolder": "vae"}] if Path(name).is_dir() else [{"subfolder": "vae"}, {}]
     try:
         for place in places:
-            try: kind = diffusers.AutoencoderKL.load_config(name, **place).get("_class_name")
+            try:
+                kind = diffusers.AutoencoderKL.load_config(name, **place).get("_class_name")
+                break
             except OSError:
                 if place is places[-1]: raise
-                continue
-            if kind != "AutoencoderKL": raise ValueError(f"found a {kind}")
-            vae, info = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
-            if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
-            if vae.config.get("latents_mean") is not None: raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
-            return LatentCoder(vae, name)
+        if kind != "AutoencoderKL": raise ValueError(f"found a {kind}")
+        vae, info = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
+        if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
+        if vae.config.get("latents_mean") is not None: raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
+        return LatentCoder(vae, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
 
@@ -549,7 +552,9 @@ def write_cache(
     finally: bar.close()
     entries = [read_json(file) for s in shards if (file := _shard(folder, s).with_suffix(".json")).exists()]
     if len(entries) < len(shards): return None
-    if not any(e["images"] for e in entries): raise BadInput(f"none of the {len(data)} images can be read; the first, {data.names(0)}, {entries[0]['skipped'][data.names(0)]}")
+    if not any(e["images"] for e in entries):
+        name, reason = next(iter(entries[0]["skipped"].items()))
+        raise BadInput(f"none of the {len(data)} images can be read; the first, {name}, {reason}")
     if not (folder / CACHE_FILE).exists(): write_json(folder / CACHE_FILE, {**plan, "null_sha256": sha256_of(folder / "null.safetensors") if text else None, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
@@ -557,7 +562,7 @@ class ConsecutiveBatches(torch.utils.data.Dataset):
     "Consecutive images, for the workers of a DataLoader; unreadable ones are left out, not replaced: a cache holds each image once."
     def __init__(
         self,
-        data: Source,       # its images, whole and not encoded
+        data: "ImageData | ImageFiles",   # its images, whole and not encoded
         indices: range,     # which of them
         batch_size: int,    # images an item, as many as are left in the last one
     ): self.data, self.parts = data, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
@@ -627,7 +632,8 @@ class LatentCache(Source):
         self._starts = [0]
         for entry in facts["shards"]: self._starts.append(self._starts[-1] + entry["images"])
         self._verify()
-        self._open, self._coder, self._text = {}, None, None
+        self._open, self._text = {}, None
+        self._coder: LatentCoder | None = None
         self.labels = None
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
         self.null = {}

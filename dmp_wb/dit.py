@@ -254,7 +254,7 @@ class DiT(ModelMixin, ConfigMixin):
         given = {k: v for k, v in sizes.items() if v is not None or k == "num_classes"}
         if name is not None:
             if name not in NAMES: raise unknown("model", name, NAMES)
-            letter, patch = re.fullmatch(r"DiT-(\w+)/(\d)", name).groups()
+            letter, patch = name.removeprefix("DiT-").split("/")
             given = {**vars(SIZES[letter]), "patch_size": int(patch), **given}
         given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
         return cls(**given)
@@ -331,7 +331,7 @@ def from_official(
     """
     given = isinstance(path_or_state_dict, dict)
     origin = "the state dict" if given else str(path_or_state_dict)
-    found = plain_state_dict(path_or_state_dict if given else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
+    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
     sd = {k: v for k, v in found.items() if not OTHER_METHODS.fullmatch(k)}
     table = found.get("blocks.0.routing._unit_mapping")
     if table is not None:

@@ -8,7 +8,9 @@ __all__ = ['HOOKS_NAME', 'Call', 'Operation', 'BlockHooks', 'hooks_of', 'attach'
 # %% ../nbs/02_hooks.ipynb #ebc2fae5
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +25,8 @@ class Call:
         self.state: dict = {}           # by operation, those that were enabled when it began
         self.previous = previous        # the pass around this one, where a model calls itself
         self.task = _backward_task()    # the backward pass that it runs in, as part of a checkpoint around the whole model
-        self.leading, self.prompts = None, (0, 0)   # tokens before the image's: of a text, by block; prepended prompts: how many, from which block on
+        self.leading: Sequence[int] | None = None   # tokens before the image's: of a text, by block
+        self.prompts = 0, 0             # prepended prompts: how many, from which block on
 
     def read(self, model: nn.Module, inputs: dict):
         "Take from the model's arguments, by name, what the operations will need."
@@ -63,8 +66,10 @@ class BlockHooks:
     """
     def __init__(self, model: nn.Module):
         argument = anatomy_of(model).timestep_argument
-        self.model, self.operations, self.handles, self.call, self._around = model, [], [], None, None
-        signatures = [list(inspect.signature(cls.forward).parameters)[1:] for cls in type(model).__mro__ if "forward" in vars(cls)]
+        self.model, self.operations, self.handles = model, [], []
+        self.call: Call | None = None   # the pass that is running
+        self._around: Any = None        # the one that the running block belongs to
+        signatures = [list(inspect.signature(vars(cls)["forward"]).parameters)[1:] for cls in type(model).__mro__ if "forward" in vars(cls)]
         self.arguments = next((names for names in signatures if argument in names), signatures[0])   # a subclass may take *args
 
     def attach(self, operation: Operation): self._renew(sorted([*self.operations, operation], key=lambda o: (o.rank, o.key)))
@@ -104,7 +109,7 @@ class BlockHooks:
         for operation in operations: operation.start(self.call)
         self.call.inputs = None
 
-    def _after_model(self, model, args, output): self.call = self.call.previous
+    def _after_model(self, model, args, output): self.call = self.call and self.call.previous
 
     def _note_call(self, argument, block, args, kwargs):
         "Before all other hooks: FSDP's gives the block other tensors than those that a checkpoint keeps."

@@ -175,7 +175,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         self.groups = {n: [p for p, m in enumerate(counts) if m == n] for n in sorted(set(counts), reverse=True)}
         ends = [0, *accumulate(self.groups)]
         self.rows = {n: slice(a, b) for n, a, b in zip(self.groups, ends, ends[1:])}
-        self.gate = Gate(anatomy.embedding_width(model) + 1, ends[-1]) if self.gated else None
+        self.gate: Any = Gate(anatomy.embedding_width(model) + 1, ends[-1]) if self.gated else None
         self.w_noise = nn.Parameter(torch.zeros(anatomy.embedding_width(model), ends[-1])) if config.noisy_gating else None
         self.reset_parameters()
         object.__setattr__(self, "model", model)       # past nn.Module, which would make it our submodule
@@ -253,7 +253,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     def _gates(self, u: torch.Tensor | None, batch: int, noisy: bool) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         "By number of prompts, the gates [B, blocks of that number, prompts]; and the load balance loss."
-        if not self.gated: return {n: self._weight().new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
+        if u is None: return {n: self._weight().new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
         weight, block_weight = self.gate.weight[:, :-1], self.gate.weight[:, -1]
         shared = F.linear(u, weight, self.gate.bias)                                    # one matmul for all blocks
         std = F.softplus(u @ self.w_noise) + NOISE_FLOOR if noisy and self.w_noise is not None else None
@@ -619,7 +619,7 @@ def load_reference_patch(
     "Put the patch of a checkpoint that the paper's code wrote on a model. A checkpoint without a gate is prompt tuning. Raises `BadInput`, leaving the model as it was, if it does not fit."
     given = isinstance(path_or_state_dict, dict)
     origin = "the state dict" if given else str(path_or_state_dict)
-    found = plain_state_dict(path_or_state_dict if given else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
+    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
     weights = {ours: found[theirs] for theirs, ours in REFERENCE_NAMES.items() if theirs in found}
     if "prompts" not in weights: raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found e.g. {sorted(found)[:3]}")
     if weights["prompts"].ndim != 3: raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, prompts, width]")

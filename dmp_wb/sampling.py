@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def posterior(
     clip_sample: bool = False,   # clip the predicted x0 to [−1, 1]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # mean, log-variance and predicted x0 [B, C, …]
     "DDPM's p(x_{t−1} | x_t). Raises `BadInput` for timesteps out of range and channels that do not fit."
-    b, B, C = betas(schedule), *x_t.shape[:2]
+    b, (B, C) = betas(schedule), x_t.shape[:2]
     t = check_timesteps(timesteps, len(b)).to(x_t.device)
     if t.shape != (B,) or t.is_floating_point(): raise BadInput(f"timesteps have shape {tuple(t.shape)} and dtype {t.dtype}: expected {B} integers, one for each sample")
     if model_output.shape[1] not in (C, 2 * C) or model_output.shape[::2] != x_t.shape[::2]: raise BadInput(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(x_t.shape)}, or that with {2 * C} channels")
@@ -183,7 +183,7 @@ class _Walk:
         if guidance_channels is not None and not 1 <= guidance_channels <= self.shape[0]: raise BadInput(f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
 
         # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
-        settings = {} if self.flow else {"prediction_type": "epsilon" if sampler == "heun" else prediction_type, **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
+        settings: dict[str, Any] = {} if self.flow else {"prediction_type": "epsilon" if sampler == "heun" else prediction_type, **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
         self.make_scheduler = lambda: make_sampler(sampler, schedule, num_inference_steps, **settings)   # a new one for each batch: solvers of higher order keep a history
         scheduler = self.make_scheduler()
         self.timesteps = scheduler.timesteps
@@ -404,8 +404,8 @@ def sample_decoder(
     if vae is None and any((Path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
-    if vae or data.vae:
-        coder = load_vae(vae or data.vae)
+    if name := vae or data.vae:
+        coder = load_vae(name)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
     if channels not in (1, 3): raise BadInput((f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here" if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
     return None, None

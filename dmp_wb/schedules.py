@@ -10,6 +10,7 @@ __all__ = ['SCHEDULES', 'SAMPLERS', 'ScheduleConfig', 'noise_schedule', 'betas',
 import itertools
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 import torch
 import diffusers   # its attributes are imported on first use, and some schedulers bring scipy.stats
@@ -31,7 +32,7 @@ def noise_schedule(
     **kwargs,                                   # further arguments of diffusers' `DDPMScheduler`
 ) -> "diffusers.DDPMScheduler":
     "diffusers' `DDPMScheduler` for a schedule of the papers; raises `BadInput` for an unknown name or T < 1."
-    if isinstance(schedule, ScheduleConfig): schedule, num_train_timesteps = schedule.name, schedule.num_train_timesteps
+    if isinstance(schedule, ScheduleConfig): num_train_timesteps, schedule = schedule.num_train_timesteps, schedule.name
     if schedule not in SCHEDULES: raise unknown("schedule", schedule, SCHEDULES)
     if num_train_timesteps < 1: raise BadInput(f"schedule.num_train_timesteps is {num_train_timesteps}: expected at least 1")
     betas = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}.get(schedule, (1e-4, 0.02))
@@ -114,7 +115,7 @@ def _count(n: int | str, steps) -> int:
     return int(n)
 
 # %% ../nbs/00_schedules.ipynb #4d7672a4
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[str, dict]] = {
     "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),   # fixed_large is the papers' variance where it is not learned
     "ddim": ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)),
     "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
@@ -133,7 +134,8 @@ def sampler(
     "A diffusers scheduler whose timesteps are set; raises `BadInput` for an unknown name or a number of steps outside 1…T."
     if name not in SAMPLERS: raise unknown("sampler", name, SAMPLERS)
     base = noise_schedule(schedule, num_train_timesteps)
-    T, steps = base.config.num_train_timesteps, num_inference_steps
+    T: int = base.config.num_train_timesteps
+    steps: Any = num_inference_steps
     if isinstance(steps, Integral):
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
     elif name != "ddpm": raise BadInput(f"num_inference_steps is {steps!r}: expected a number; only the sampler ddpm takes sections, {name} does not")

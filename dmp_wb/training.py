@@ -14,6 +14,7 @@ __all__ = ['make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'para
 import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import inspect
@@ -68,7 +69,7 @@ def make_model(
     data: Source,
 ) -> nn.Module: # float32 on the CPU; in train mode, but for a frozen backbone
     "The model of an experiment, ready to train; raises `BadInput` if it does not fit the data."
-    if exp.method == "pretrain":
+    if exp.base is None:
         torch.manual_seed(seed_of(exp.seed, "init"))
         model = DiT.from_name(**dataclasses.asdict(exp.model))
     else:
@@ -156,8 +157,8 @@ def draw_batch(
 
 class Steps(torch.utils.data.Dataset):
     "The batch of each step, for a DataLoader: its workers read ahead, and what they read depends on the step alone."
-    def __init__(self, *args, **kwargs): self.args, self.kwargs = args, kwargs
-    def __getitem__(self, step: int) -> dict[str, torch.Tensor]: return draw_batch(*self.args[:3], step, *self.args[3:], **self.kwargs)
+    def __init__(self, exp: Experiment, data: Source, order: EpochOrder, *settings): self.draw, self.settings = functools.partial(draw_batch, exp, data, order), settings
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]: return self.draw(step, *self.settings)
 
 def batches(
     steps: Steps,
@@ -200,7 +201,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     clusters = None if exp.multitask.method == "none" else make_clusters(exp.multitask, tables)
-    weights = UncertaintyWeighting(len(clusters)) if exp.multitask.method == "uw" else None
+    weights = UncertaintyWeighting(len(clusters)) if clusters and exp.multitask.method == "uw" else None
     aggregator = make_aggregator(exp.multitask.method, len(clusters)) if clusters and weights is None else None
     if aggregator and splits_weights(accelerator): raise BadInput(f"multitask.method is {exp.multitask.method!r}: expected 'none' or 'uw' with FSDP, an aggregator needs the whole gradient of each loss")
     null, inputs = anatomy_of(backbone).num_classes(backbone), model_inputs(backbone)
@@ -284,7 +285,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                 if aggregator is None: accelerator.backward(losses["loss"])
                 else:
                     torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
-                    balanced_backward(tasks + balance / len(clusters), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
+                    balanced_backward(tasks + balance / len(tasks), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
             measured.append((losses, mse, batch["timesteps"]))
         grad_norm = gradient_norm(accelerator, params, exp.optim.max_grad_norm)
         lr = lr_scheduler.get_last_lr()[0]

@@ -107,9 +107,9 @@ def _relative(gates: np.ndarray, counts=None) -> tuple[np.ndarray, Normalize]:
 
 def _gate_colourbar(fig, norm: Normalize, axes, **kwargs):
     bar = fig.colorbar(plt.cm.ScalarMappable(norm, GATES), ax=axes, extend="both", **kwargs)
-    steps = []
+    steps, top = [], norm.vmax or 0.0
     for f in (8, 4, 2, 1.5, 1.2, 1.1, 1.05, 1.02):   # as many as do not touch
-        if 0.25 * norm.vmax < math.log2(f) <= min([norm.vmax] + [math.log2(s) - 0.25 * norm.vmax for s in steps]): steps.insert(0, f)
+        if 0.25 * top < math.log2(f) <= min([top] + [math.log2(s) - 0.25 * top for s in steps]): steps.insert(0, f)
     bar.set_ticks([-math.log2(f) for f in reversed(steps)] + [0] + [math.log2(f) for f in steps],
                   labels=[f"÷ {f:g}" for f in reversed(steps)] + ["uniform"] + [f"× {f:g}" for f in steps])
     bar.ax.minorticks_off()
@@ -283,7 +283,7 @@ def run_table(
         for i, (n, r) in enumerate(rows.items()):
             if c not in r: ax.text(j, i + 0.15, "–", ha="center", va="center", fontsize=10, color="#999999"); continue
             ax.text(j, i + 0.15, f"{cells[n]:.4g}", ha="center", va="center", fontsize=10, fontweight="bold" if cells[n] == best else "normal")
-            if isinstance(r[c], (tuple, list)): ax.text(j, i + 0.47, f"{r[c][1]:.4g}–{r[c][2]:.4g}", ha="center", va="center", fontsize=6.5, color="#777777")
+            if isinstance(found := r[c], (tuple, list)): ax.text(j, i + 0.47, f"{found[1]:.4g}–{found[2]:.4g}", ha="center", va="center", fontsize=6.5, color="#777777")
     for i, n in enumerate(rows): ax.text(-1.35, i + 0.15, method_label(n), ha="left", va="center", fontsize=10, color=method_colour(n, i), fontweight="bold")
     ax.axhline(-0.3, color="#bbbbbb", lw=0.8)
     if title: ax.set_title(title, fontsize=11)
