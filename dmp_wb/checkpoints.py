@@ -7,7 +7,7 @@ __all__ = ['split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint'
            'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint', 'Run', 'run_folder',
            'open_run', 'load_model', 'trained_objective']
 
-# %% ../nbs/09_checkpoints.ipynb #d5c36a54
+# %% ../nbs/09_checkpoints.ipynb #e3094e64
 import contextlib
 import os
 import platform
@@ -236,7 +236,8 @@ def _from_diffusers(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
     cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not (isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)):
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not known:
         raise BadInput(f"{folder / 'config.json'} has _class_name {name!r}: expected a diffusers model class or DiT")
     try: return cls.from_pretrained(folder, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:

@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,7 @@ class Source:
     random_latents = False                # whether `batch` wants noise to draw latents with
     null: dict[str, torch.Tensor] = {}    # text embeddings of the empty caption, if there are captions
     facts: dict = {}                      # what a latent cache says about itself
+    captions: Any = None                  # the caption of an image, by its number, if there are captions
 
     def __len__(self) -> int: raise NotImplementedError
 
@@ -632,8 +634,9 @@ class LatentCache(Source):
         self._starts = [0]
         for entry in facts["shards"]: self._starts.append(self._starts[-1] + entry["images"])
         self._verify()
-        self._open, self._text = {}, None
+        self._open = {}
         self._coder: LatentCoder | None = None
+        self._text: TextCoder | None = None
         self.labels = None
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
         self.null = {}

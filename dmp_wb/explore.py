@@ -15,6 +15,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -94,7 +95,7 @@ def _row(children: Sequence[widgets.Widget]) -> widgets.HBox: return widgets.HBo
 STYLE = "<style>.dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated; }</style>"
 
 # %% ../nbs/14_explore.ipynb #17cc4f7f
-def _resolve(model: str | Path | nn.Module) -> tuple[nn.Module, ScheduleConfig, ObjectiveConfig, object]:
+def _resolve(model: str | Path | nn.Module) -> tuple[nn.Module, ScheduleConfig, ObjectiveConfig, Any]:
     "The model, its schedule and objective, and its data where they can be opened."
     if isinstance(model, nn.Module): return model, ScheduleConfig(), ObjectiveConfig(), None
     loaded = load_model(model, device="cpu")
@@ -183,7 +184,8 @@ class GateExplorer(Explorer):
         table = self.gates(label)[:, block]
         n = self.patch.counts[block]
         rel, norm = viz._relative(table[:, None, :n])
-        picture = coloured(rel[:, 0].T, viz.GATES, norm.vmin, norm.vmax)
+        limit = float(norm.vmax or 0)
+        picture = coloured(rel[:, 0].T, viz.GATES, -limit, limit)
         rows = max(1, 240 // n)
         picture = picture.repeat(rows, 0).repeat(2, 1)
         at = int(np.abs(self.grid - t).argmin())
@@ -201,7 +203,7 @@ class GateExplorer(Explorer):
             self.noisy.value, self.clean.value = png(pixels_of(x_t), max(1, 160 // x_t.shape[-1])), png(pixels_of(x0), max(1, 160 // x0.shape[-1]))
             height, width = self.patch.grids[block]
             if height * width == n:
-                tint = coloured(rel[at, 0].reshape(height, width), viz.GATES, norm.vmin, norm.vmax)
+                tint = coloured(rel[at, 0].reshape(height, width), viz.GATES, -limit, limit)
                 light = pixels_of(x0).mean(-1) / 255
                 tint = tint[np.arange(light.shape[0]) * height // light.shape[0]][:, np.arange(light.shape[1]) * width // light.shape[1]]
                 self.spatial.value = png((tint * (0.55 + 0.45 * light[..., None])).round().astype(np.uint8), max(1, 160 // light.shape[-1]))

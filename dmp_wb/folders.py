@@ -154,15 +154,15 @@ def read_run(
 ) -> RunFacts:
     "What a run folder tells. Raises `BadInput` for a folder that is no run, or one whose files cannot be read."
     folder = Path(folder)
-    trains, notebook = (folder / "config.yaml").is_file(), _notebook(folder)
-    if not trains and notebook is None: raise BadInput(f"{short(folder)} is no run: expected config.yaml or an executed run notebook")
+    trains, notebook = (folder / "config.yaml").is_file(), _notebook(folder) or _Notebook("", "", None)
+    if not trains and not notebook.name: raise BadInput(f"{short(folder)} is no run: expected config.yaml or an executed run notebook")
     when = changed(folder)
     config, summary, row = (_config(folder), _json(folder / "summary.json"), last_row(folder / "metrics.jsonl")) if trains else ({}, {}, {})
     done = summary.get("status") == "finished" if trains else notebook.status == "finished"
-    failed, error = bool(notebook and notebook.status == "failed"), notebook and notebook.error
+    failed, error = notebook.status == "failed", notebook.error
     if not failed and not done and (bad := _nonfinite(folder)): failed, error = True, bad
     busy = writer_of(folder) or not trains and notebook.status == "running" and time.time() - when < QUIET
-    waits = notebook and notebook.status == "waiting" and not done
+    waits = notebook.status == "waiting" and not done
     state = "running" if busy else "waiting" if waits else "failed" if failed else "finished" if done else "cut off"   # one that failed may be tried again just now
     method = f"{config['method']}{' + dtr' if config.get('routing.sharing_ratio', 1) < 1 else ''}" if trains else notebook.name
     return RunFacts(run_name(folder, root), folder, method, state, summary.get("steps", row.get("step")), config.get("train.steps"), _finite(summary.get("loss", row.get("loss"))),

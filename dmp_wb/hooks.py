@@ -36,7 +36,8 @@ class Call:
         tokens = next((inputs[k] for k in ("hidden_states", "sample") if k in inputs), None)
         if tokens is None: tokens = next(v for v in inputs.values() if isinstance(v, torch.Tensor) and v.ndim > 1)
         self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else tokens.device)   # [B] or [1], as the model takes it
-        self.batch, self.inputs = len(tokens), inputs
+        self.batch = len(tokens)
+        self.inputs: Any = inputs   # dropped when all have started
         if anatomy.leading_tokens is not None: self.leading = anatomy.leading_tokens(model, inputs)
 
     def text_before(self, index: int) -> int: return 0 if self.leading is None else self.leading[index]

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -123,7 +124,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
     with open(log, "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
         err.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {n} processes\n".encode())
         err.flush()
-        start, bar = err.tell(), None
+        start = err.tell()
+        bar: Any = None
 
         def show():
             nonlocal bar

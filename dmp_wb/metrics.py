@@ -26,6 +26,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,13 +39,17 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, runs_root, seed_of, sha256_of, short, unknown, write_json
-from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, SkippedImages, Source, fingerprint, image_files, load_data, load_images, read_image, to_tensor
+from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, ImageFiles, SkippedImages, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
 class Moments:
     "Running mean and covariance of features [*, D], summed in float64: memory does not grow with the number of samples."
-    def __init__(self): self.n, self.total, self.outer, self.shift = 0, None, None, None
+    def __init__(self):
+        self.n = 0
+        self.shift: Any = None   # None: nothing was added yet
+        self.total: Any = None
+        self.outer: Any = None
 
     def update(self, features: torch.Tensor) -> "Moments":
         "Add features [B, D]; raises `BadInput` for NaN or infinite ones."
@@ -120,13 +125,13 @@ def frechet_bootstrap(
         for name, f in features.items(): drawn[name].append(frechet_distance(f[rows], reference))
     q = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     centred = lambda values, centre: (values - values.mean() + centre).quantile(q).tolist()
-    drawn = {name: torch.tensor(v, dtype=torch.float64) for name, v in drawn.items()}
+    resampled = {name: torch.tensor(v, dtype=torch.float64) for name, v in drawn.items()}
     out = {}
     for name in features:
-        out[name] = {"frechet": point[name], "interval": centred(drawn[name], point[name])}
+        out[name] = {"frechet": point[name], "interval": centred(resampled[name], point[name])}
         if against is not None and name != against:
             difference = point[name] - point[against]
-            out[name] |= {"difference": difference, "difference_interval": centred(drawn[name] - drawn[against], difference)}
+            out[name] |= {"difference": difference, "difference_interval": centred(resampled[name] - resampled[against], difference)}
     return out
 
 # %% ../nbs/12_metrics.ipynb #93d91b24
@@ -174,7 +179,8 @@ class ScoreSums:
         order = torch.arange(num_images) if seed is None else torch.randperm(num_images, generator=torch.Generator().manual_seed(seed_of(seed, "inception-score")))
         self.part = torch.empty_like(order)
         for i in range(splits): self.part[order[i * num_images // splits:(i + 1) * num_images // splits]] = i
-        self.seen, self.splits, self.p, self.plogp = 0, splits, None, torch.zeros(splits, dtype=torch.float64)
+        self.seen, self.splits, self.plogp = 0, splits, torch.zeros(splits, dtype=torch.float64)
+        self.p: Any = None
 
     def update(self, logits: torch.Tensor) -> "ScoreSums":
         "Add logits [B, K]; raises `BadInput` for NaN or infinite ones, and for more samples than announced."
@@ -309,7 +315,8 @@ def train_digit_classifier(
     epochs: int = 40,
 ) -> tuple[DigitClassifier, float]: # the classifier in eval mode, and its accuracy on the 360 held-out digits
     "How the shipped weights were made: AdamW, one-cycle to 3e-3, batch 64, shifts of up to one pixel, noise of 0.1, label smoothing 0.05."
-    data, (fit, held_out) = load_data("digits"), split_digits(seed)
+    data: Any = digits()
+    fit, held_out = split_digits(seed)
     g = torch.Generator().manual_seed(seed_of(seed, "digits-classifier"))
     torch.manual_seed(seed_of(seed, "digits-classifier-init"))
     model = DigitClassifier()
@@ -564,7 +571,7 @@ def extract(
 ) -> torch.Tensor: # [N, D] float32
     "Features of images, in batches."
     if isinstance(extractor, str): extractor = load_extractor(extractor, "cpu")
-    f = getattr(extractor, "features", extractor)
+    f: Any = getattr(extractor, "features", extractor)
     return torch.cat([f(part) for part in images.split(batch_size)]).float()
 
 @torch.no_grad()
@@ -584,7 +591,7 @@ def evaluate_digits(
     "Fréchet distance to all 1,797 real digits, and classifier accuracy."
     if images.ndim != 4 or images.shape[1:] != (1, 8, 8): raise BadInput(f"images have shape {tuple(images.shape)}: expected [N, 1, 8, 8]")
     extractor = digit_classifier()
-    return {"frechet": frechet_distance(extract(extractor, images), extract(extractor, load_data("digits").images)),
+    return {"frechet": frechet_distance(extract(extractor, images), extract(extractor, digits().images)),
             "accuracy": classifier_accuracy(images, labels), "num_images": len(images)}
 
 # %% ../nbs/12_metrics.ipynb #3469142a
@@ -710,7 +717,7 @@ def data_images(config: DataConfig) -> Images:
             if "images" in skipped.take(batch): yield batch["images"]
     return Images(f"the images of {config.name}", len(data), data.shape, batches, functools.partial(_data_fingerprint, data, config))
 
-def _data_fingerprint(data: Source, config: DataConfig) -> str:
+def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
     digest = hashlib.sha256(json.dumps([config.name, len(data), data.shape, config.split, config.image_column]).encode())
     if isinstance(data, ImageData): digest.update(data.images.numpy().tobytes()); return digest.hexdigest()
@@ -721,7 +728,8 @@ def _data_fingerprint(data: Source, config: DataConfig) -> str:
     except BadImage: local = False
     for i in range(len(data)) if local else ():
         with contextlib.suppress(BadImage, OSError):
-            stat = os.stat(file := data.read(i))
+            if isinstance(file := data.read(i), bytes): continue
+            stat = os.stat(file)
             digest.update(f"{file} {stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 
@@ -754,11 +762,11 @@ def collect(
     keep = torch.ones(n, dtype=torch.bool)
     if max_rows is not None and n > max_rows: keep = torch.zeros(n, dtype=torch.bool).scatter_(0, torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, "rows")))[:max_rows], True)
     out = Statistics(0, images.shape, Moments() if "moments" in needs else None, Moments() if "spatial" in needs else None, score=ScoreSums(n, splits) if "score" in needs else None)
-    rows, logits, lowest = [], [], 1.0
+    rows, logits, lowest, seen = [], [], 1.0, 0
     with progress(total=n, desc=f"{extractor.name} features", unit="img", disable=quiet, leave=None) as bar:
         for batch in images.batches(batch_size):
             batch = _checked(batch, images.name)
-            if out.num_images + len(batch) > n: raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
+            if seen + len(batch) > n: raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
             lowest = min(lowest, float(batch.min()))
             found = extractor(batch.to(device))
             for kind, value in found.items():
@@ -767,12 +775,12 @@ def collect(
             if out.moments is not None: out.moments.update(found["features"])
             if out.spatial is not None: out.spatial.update(found["spatial"])
             if out.score is not None: out.score.update(found["logits"])
-            if "rows" in needs: rows.append(found["features"].float().cpu()[keep[out.num_images:out.num_images + len(batch)]])
+            if "rows" in needs: rows.append(found["features"].float().cpu()[keep[seen:seen + len(batch)]])
             if "logits" in needs: logits.append(found["logits"].float().cpu())
-            out.num_images += len(batch)
+            out.num_images = seen = seen + len(batch)
             bar.update(len(batch))
     if not out.num_images: raise BadInput(f"{images.name}: none can be read")
-    if lowest >= 0 and out.num_images > 1: warnings.warn(f"{images.name} hold no value below 0: expected [−1, 1]; are they in [0, 1]?", stacklevel=2)
+    if lowest >= 0 and seen > 1: warnings.warn(f"{images.name} hold no value below 0: expected [−1, 1]; are they in [0, 1]?", stacklevel=2)
     if rows: out.rows = torch.cat(rows)
     if logits: out.logits = torch.cat(logits)
     return out
@@ -792,7 +800,7 @@ def reference_statistics(
 ) -> Statistics:
     "Moments and rows of real images, from the cache if it has them. Raises `BadInput` for a reference that leads nowhere, and statistics of another width."
     extractor = load_extractor(extractor)
-    known = {}
+    known: dict[str, Any] = {}
     if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz":
         file = Path(reference)
         names = _npz_arrays(file)
@@ -826,7 +834,7 @@ def _published(file: Path, mean: str, covariance: str) -> Moments:
     except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e: raise BadInput(f"{mean} and {covariance} of {file} cannot be read: {' '.join(str(e).split())[:200]}") from None
 
 def _write_statistics(folder: Path, key: dict, name: str, found: Statistics):
-    tensors = {"rows": found.rows}
+    tensors: dict[str, Any] = {"rows": found.rows}
     for part in ("moments", "spatial"):
         if (m := getattr(found, part)) is not None and m.n > 1: tensors |= {f"{part}.mean": m.mean, f"{part}.covariance": m.covariance}
     try:
@@ -898,32 +906,33 @@ def evaluate(
         if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)   # a wrong name is told before hours of features
         reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size, cache=cache, quiet=quiet)
     wanted = _chosen(metrics, extractor, reference)
+    real: Any = reference or Statistics(None, None)   # without a reference, nothing is wanted that looks at it
     if reference is not None and reference.shape not in (None, images.shape): raise BadInput(f"samples are {' × '.join(map(str, images.shape))} and the real images {' × '.join(map(str, reference.shape))}: expected the same")
     for name, neighbours in (("k", k),) * bool({"precision", "recall"} & {*wanted}) + (("k_density", k_density),) * bool({"density", "coverage"} & {*wanted}):
-        if not 1 <= neighbours < min(images.num_images, len(reference.rows)): raise BadInput(f"{name} is {neighbours}, with {images.num_images} samples and {len(reference.rows)} real images: expected 1 or more, and fewer than either")
+        if not 1 <= neighbours < min(images.num_images, len(real.rows)): raise BadInput(f"{name} is {neighbours}, with {images.num_images} samples and {len(real.rows)} real images: expected 1 or more, and fewer than either")
     rows = any(METRICS[m] == "features" and (m != "fid" or bootstrap) for m in wanted)
     asked = {"moments": "fid" in wanted, "spatial": "sfid" in wanted, "rows": rows, "score": "is" in wanted, "logits": "is" in wanted and bootstrap}
     if "is" in wanted: ScoreSums(images.num_images, splits)   # a wrong number is told before the features
-    if "kid" in wanted: _subset_size(min(images.num_images, len(reference.rows)), kid_subsets, kid_subset_size)
+    if "kid" in wanted: _subset_size(min(images.num_images, len(real.rows)), kid_subsets, kid_subset_size)
     own = collect(images, extractor, {part for part, needed in asked.items() if needed}, None, batch_size, splits, quiet)
     device = next((p.device for p in extractor.parameters()), "cpu")
 
     values, terms = {}, {}   # what each figure is, to first order, the mean of
     for name, part in (("fid", "moments"), ("sfid", "spatial")):
         if name not in wanted: continue
-        mine, theirs = getattr(own, part), getattr(reference, part)
-        for who, count in (("samples", own.num_images), ("real images", reference.num_images)):
+        mine, theirs = getattr(own, part), getattr(real, part)
+        for who, count in (("samples", own.num_images), ("real images", real.num_images)):
             if count is not None and count <= mine.width: warnings.warn(f"{name} from {count} {who} and {mine.width} features: their covariance is singular and the distance biased upwards; expected at least {mine.width + 1}, better ten times as many", stacklevel=2)
         values[name] = frechet_distance(mine, theirs)
-    if "kid" in wanted: values["kid"], values["kid_std"] = kernel_distance(own.rows, reference.rows, kid_subsets, kid_subset_size, seed, device)
+    if "kid" in wanted: values["kid"], values["kid_std"] = kernel_distance(own.rows, real.rows, kid_subsets, kid_subset_size, seed, device)
     if "is" in wanted: values["is"], values["is_std"] = own.score.result()
     for pair, f, neighbours in ((("precision", "recall"), _precision_recall, k), (("density", "coverage"), _density_coverage, k_density)):
         if not {*pair} & {*wanted}: continue
-        found = f(own.rows, reference.rows, neighbours, device)
+        found = f(own.rows, real.rows, neighbours, device)
         values |= {name: float(v.mean()) for name, v in found.items() if name in wanted}
         terms |= {name: v for name, v in found.items() if name in wanted}
     figures = {name: values[name] for m in wanted for name in (m, f"{m}_std") if name in values}
-    facts = {"num_images": own.num_images, "num_reference": reference.num_images if reference is not None else None, "extractor": extractor.name}
+    facts = {"num_images": own.num_images, "num_reference": real.num_images if reference is not None else None, "extractor": extractor.name}
     return figures | ({"intervals": _intervals(wanted, figures, terms, own, reference, device, bootstrap, level, strata, seed)} if bootstrap else {}) | facts
 
 def _intervals(wanted, figures, terms, own, reference, device, rounds, level, strata, seed) -> dict[str, list[float]]:

@@ -394,7 +394,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
     def _save_pretrained(self, save_directory: Path): _write_files(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default", **hub) -> "PromptPatch":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default", **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
         "`load_patch`, under the name that the hub's users know."
         return load_patch(model, pretrained_model_name_or_path, name, **hub)
 

@@ -136,7 +136,7 @@ def sampler(
     base = noise_schedule(schedule, num_train_timesteps)
     T: int = base.config.num_train_timesteps
     steps: Any = num_inference_steps
-    if isinstance(steps, Integral):
+    if isinstance(num_inference_steps, Integral):
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
     elif name != "ddpm": raise BadInput(f"num_inference_steps is {steps!r}: expected a number; only the sampler ddpm takes sections, {name} does not")
     cls, defaults = SAMPLERS[name]

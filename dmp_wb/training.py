@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import diffusers
@@ -282,7 +283,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
                         losses["load"] = ptch.load_loss()
                         balance = balance + exp.patch.load_weight * losses["load"]
                     losses["loss"] = losses["loss"] + balance
-                if aggregator is None: accelerator.backward(losses["loss"])
+                if aggregator is None or tasks is None: accelerator.backward(losses["loss"])
                 else:
                     torch.manual_seed(seed_of(exp.seed, "aggregator", step))   # the same choices in every process
                     balanced_backward(tasks + balance / len(tasks), list(params.values()), aggregator, lambda jacobian: accelerator.reduce(jacobian, "mean"))
@@ -435,7 +436,7 @@ def count_skipped(run: Run) -> int:
 def resume(run: Run, accelerator: Accelerator, params: dict, ema: EMAModel, optimizer, groups: list[list[nn.Parameter]], lr_scheduler, aggregator, meter: "Meter") -> tuple[int, dict]:
     "Load the newest whole checkpoint, if there is one, and return the step to go on from and what became of the rate; later lines of metrics.jsonl are cut off."
     folder = newest_checkpoint(run.folder)
-    state = load_checkpoint(folder) if folder else {"step": 0}
+    state: dict[str, Any] = load_checkpoint(folder) if folder else {"step": 0}
     if folder:
         with torch.no_grad():
             for name, p in params.items(): p.copy_(like(p, state["model"][name]))
@@ -590,9 +591,10 @@ def summarise(run: Run, steps: int, facts: dict):
         values = [v for v in m[column] if v is not None]
         tail = values[-max(1, len(values) // 10):]
         return sum(tail) / len(tail) if tail else None
+    speeds = [v for v in m["images_per_second"] if v is not None]
     write_json(run.folder / "summary.json", {
         "status": "finished", "steps": steps, "loss": late("loss"), "mse": late("mse"),
-        "images_per_second": sorted(m["images_per_second"])[len(m["loss"]) // 2], **facts, "versions": versions()})
+        "images_per_second": sorted(speeds)[len(speeds) // 2], **facts, "versions": versions()})
 
 # %% ../nbs/11_training.ipynb #cb5dd2ad
 def start_cpu_processes(argv: list[str]):
