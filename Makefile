@@ -52,7 +52,7 @@ test-python: $(READY)  ## pytest
 	@echo "== pytest"
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
 
-check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff is content
+check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff and mypy are content
 	@$(BIN)/python tests/check_sources.py
 
 docs: $(READY)  ## the site, from the notebooks, in _docs/

@@ -202,7 +202,7 @@ def _experiment(model: str | Path) -> Experiment | None:
     try: return open_run(model).experiment
     except BadInput: return None
 
-def image_shape(model: str | Path) -> tuple[int, int, int]:
+def image_shape(model: str | Path) -> tuple[int, ...]:
     "[C, H, W] of the images that a model's samples are decoded to."
     shape = input_size(load_model(model, device="cpu"))
     decode, _ = sample_decoder(open_run(model) if _experiment(model) else None, shape[0], None)
@@ -272,7 +272,7 @@ def distances_table(figures: Mapping[str, Mapping], colours: Mapping[str, str] |
     "What `paired_distances` gives as HTML; `extra` adds rows of text: heading → label → text."
     first, span = next(iter(figures)), lambda pair, sign="": f"{pair[0]:{sign}.3g} – {pair[1]:{sign}.3g}"
     best = min(f["frechet"] for f in figures.values())
-    rows = {"Fréchet distance ↓": {n: Cell(f"{f['frechet']:.4g}", span(f["interval"]), f["frechet"] == best and len(figures) > 1) for n, f in figures.items()}}
+    rows: dict[str, dict[str, Cell | str]] = {"Fréchet distance ↓": {n: Cell(f"{f['frechet']:.4g}", span(f["interval"]), f["frechet"] == best and len(figures) > 1) for n, f in figures.items()}}
     if len(figures) > 1: rows[f"difference to {first}"] = {n: Cell(f"{f['difference']:+.3g}", span(f["difference_interval"], "+") + ("" if f["difference_interval"][0] <= 0 <= f["difference_interval"][1] else ", excludes 0")) for n, f in figures.items() if "difference" in f}
     if any("accuracy" in f for f in figures.values()): rows["accuracy ↑"] = {n: f"{100 * f['accuracy']:.1f} %" for n, f in figures.items() if "accuracy" in f}
     return html_table({**rows, **(extra or {})}, list(figures), colours)

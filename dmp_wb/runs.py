@@ -30,6 +30,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from .core import PROGRESS_MIME, BadInput, one_line_errors, progress, read_json, runs_root, write_atomic, write_json
 
@@ -89,7 +90,7 @@ def _is_run(notebook) -> bool: return bool(notebook.metadata.get("dmp_wb", {}).g
 def death(status: int | None, log: str = "") -> str:
     "Why a kernel is dead, from its exit status, and where to look."
     if status is None or status >= 0: how = f"it exited with status {status}"
-    else: how = f"by signal {signal.Signals(-status).name}" + {signal.SIGKILL: ", most often because memory ran out", signal.SIGSEGV: ", a crash in compiled code"}.get(-status, "")
+    else: how = f"by signal {signal.Signals(-status).name}" + {signal.SIGKILL: ", most often because memory ran out", signal.SIGSEGV: ", a crash in compiled code"}.get(signal.Signals(-status), "")
     return f"the kernel died: {how}{f'; what it wrote last is in {log}' if log else ''}"
 
 LOG_FILE = "log.txt"   # in a run folder of a sweep: what the kernel wrote to the terminal
@@ -105,7 +106,9 @@ def _engine():
 
     class LiveClient(PapermillNotebookClient):
         "papermill's client, which lets others hear the notebook's progress bars, stops when it is told to, and says why a kernel died."
-        terminal, standby, stopping = None, None, False
+        terminal: Any = None
+        standby: Any = None
+        stopping = False
 
         def create_kernel_manager(self):
             km = super().create_kernel_manager()
@@ -267,6 +270,7 @@ class Standby:
     stdin = stdout = stderr = None
 
     def __init__(self):
+        self._want: Any   # None: it was told
         wanted, self._want = os.pipe()
         parent, self.returncode = os.getpid(), None
         self.pid = os.fork()
@@ -318,11 +322,11 @@ class Standby:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        end = None if timeout is None else time.monotonic() + timeout
-        while self.poll() is None:
-            if end is not None and time.monotonic() > end: raise subprocess.TimeoutExpired("kernel", timeout)
+        end = time.monotonic() + (timeout or 0)
+        while (code := self.poll()) is None:
+            if timeout is not None and time.monotonic() > end: raise subprocess.TimeoutExpired("kernel", timeout)
             time.sleep(0.02)
-        return self.returncode
+        return code
 
     def send_signal(self, number: int):
         if self.poll() is None: os.kill(self.pid, number)
@@ -429,7 +433,7 @@ def execute_run(
             try: _papermill(folder, notebook, state.parameters, standby)
             finally:
                 if standby is not None: standby.discard()
-            end = {"status": FINISHED}
+            end: dict[str, Any] = {"status": FINISHED}
         except Stopped: end = {"status": STOPPED}
         except Exception as e:
             print(one_line(e), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
@@ -446,7 +450,7 @@ def _papermill(folder: Path, notebook, parameters: dict, standby):
 def one_line(e: BaseException) -> str:
     "An exception, papermill's included, in one line."
     if isinstance(e, OSError) and e.errno == errno.ENOSPC: return f"no space left on the disk of {e.filename or 'the run'}"
-    name, text = (e.ename, e.evalue) if hasattr(e, "ename") else (type(e).__name__, str(e))
+    name, text = (e.ename, e.evalue) if hasattr(e, "ename") and hasattr(e, "evalue") else (type(e).__name__, str(e))
     text = " ".join(text.split())
     if name in ("BadInput", "MissingFile", "DeadKernelError"): return text[:500]
     return f"{name}: {text}"[:500] if text else name

@@ -28,6 +28,7 @@ import uuid
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
 from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, locked, one_line,
@@ -140,8 +141,8 @@ def plan(
         if strange := [k for k in entry if k not in ("name", "notebook", "parameters")]: raise BadInput(f"{where}: {unknown('key', strange[0], ('name', 'notebook', 'parameters'))}")
         own = entry.get("parameters") or {}
         if not isinstance(own, dict): raise BadInput(f"{where}: parameters is {own!r}: expected keys with values")
-        if entry.get("notebook") is None and notebook is None: raise BadInput(f"{where} names no notebook: expected `notebook`" if runs is not None else "no notebook is named")
-        file = find_notebook(entry.get("notebook") or notebook)
+        if (named := entry.get("notebook") or notebook) is None: raise BadInput(f"{where} names no notebook: expected `notebook`" if runs is not None else "no notebook is named")
+        file = find_notebook(named)
         known = files.get(file) or files.setdefault(file, parameters_of(file))
         label = check_name(str(entry["name"]), f"the name of {where}") if "name" in entry else f"{i + 1:03d}" if runs is not None else ""
         for values in itertools.product(*grid.values()):
@@ -225,7 +226,7 @@ class Worker:
             if state is None or state.ticket != self.ticket or state.status not in (WAITING, RUNNING, STOPPED): continue
             if state.status != WAITING and state.job != job_id(): continue
             warm(Path(notebook))
-            if self._execute(folder, notebook) and (state := read_state(folder)).job == job_id(): done[name] = state.status
+            if self._execute(folder, notebook) and (state := read_state(folder)) is not None and state.job == job_id(): done[name] = state.status
         if self.stopping and self.sweeper is None and queue_again(job_id()): self._wait_again()
         return done
 
@@ -278,11 +279,11 @@ class Worker:
             time.sleep(0.05)
         self.child = None
         if folder is None: return ""
-        state = read_state(folder)
+        state = read_state(folder) or RunState("")   # as if it had never been started
         if state.status == RUNNING and state.job == job_id():   # it died before it could say how it ended
             code = os.waitstatus_to_exitcode(status)
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-            end = {"status": STOPPED} if deadline is not None else {"status": FAILED, "error": f"the process of the run ended {how}; look at {LOG_FILE}"}
+            end: dict[str, Any] = {"status": STOPPED} if deadline is not None else {"status": FAILED, "error": f"the process of the run ended {how}; look at {LOG_FILE}"}
             with locked(folder / ".run.lock", f"run {folder}", 10): write_state(folder, dataclasses.replace(state, **end))
             return end["status"]
         if state.status == WAITING and status: raise RuntimeError(f"run {folder} could not be started: look at its {LOG_FILE}, and whether the disk is full")
@@ -301,7 +302,7 @@ class Sweep:
     folder: Path
     names: list[str]
 
-    def states(self) -> dict[str, RunState]: return {n: read_state(self.folder / n) for n in self.names}
+    def states(self) -> dict[str, RunState]: return {n: read_state(self.folder / n) or RunState("") for n in self.names}
     @property
     def failed(self) -> dict[str, RunState]: return {n: s for n, s in self.states().items() if s.status == FAILED}
     @property
@@ -539,7 +540,9 @@ def line_of(folder: Path, state: RunState) -> str:
 
 class View:
     "One line a run: redrawn in a terminal or a notebook; elsewhere a line when something changes, and every half minute."
-    def __init__(self, sweep: Sweep): self.sweep, self.told, self.shown, self.live, self.spoken = sweep, {}, None, None, 0.0
+    live: Any = None   # rich's display
+
+    def __init__(self, sweep: Sweep): self.sweep, self.told, self.shown, self.spoken = sweep, {}, None, 0.0
 
     def __enter__(self):
         if not in_kernel() and sys.stderr.isatty():
