@@ -486,7 +486,7 @@ def queued_again(states: dict[str, RunState], names: list[str]) -> dict[str, Run
 def bury_job(folder: Path, name: str, job, slurm_state: str):
     "Record why a run ended whose job on a cluster is over."
     state, (resumable, error) = read_state(folder / name), ending(job.job_id, slurm_state, job.paths.stderr)
-    if state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
+    if state is None or state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
     write_state(folder / name, dataclasses.replace(state, status=STOPPED if resumable else FAILED, job=job.job_id, error=error))
 
 def bury(result: Sweep, job) -> bool: # whether the job took any run
