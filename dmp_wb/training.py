@@ -83,9 +83,9 @@ def make_model(
         raise BadInput(f"the model takes {'×'.join(map(str, size))} {kind}, but data {exp.data.name!r} has {'×'.join(map(str, data.shape))}: "
                        + ("set model.in_channels and model.sample_size" if exp.method == "pretrain" else f"{exp.base} does not fit"))
     classes = anatomy_of(model).num_classes(model)
-    if classes is not None and (data.num_classes or 0) != classes:
+    if classes is not None and (data.num_classes or 0) != classes and (data.num_classes or exp.method == "pretrain"):   # a base with classes learns from data without by its null class
         raise BadInput(f"the model has {classes} classes, but data {exp.data.name!r} has {data.num_classes}: "
-                       + ("set model.num_classes" if exp.method == "pretrain" else f"{exp.base} does not fit"))
+                       + ("set model.num_classes" if exp.method == "pretrain" else f"{exp.base} does not fit; data.conditional=false trains with its null class alone"))
     if data.null: check_text_inputs(model, data, exp)
     if exp.method in ("prompt-tuning", "dmp"):
         if patches_of(model): raise BadInput(f"base {exp.base} is a patched model already: name the model it was made for")
@@ -142,7 +142,7 @@ def draw_batch(
     null_class: int | None,    # what a dropped label becomes; None for an unconditional model
     part: slice | torch.Tensor = slice(None), # which places of the global batch, by slice or by indices
     clusters: list[tuple[int, int]] | None = None,  # intervals to spread the timesteps over evenly
-) -> dict[str, torch.Tensor]: # images, noise [B, C, H, W]; timesteps [B]; class_labels [B] if there are classes; what else `data.batch` gives
+) -> dict[str, torch.Tensor]: # images, noise [B, C, H, W]; timesteps [B]; class_labels [B] if the model has classes, the null class where the data have none; what else `data.batch` gives
     "The images of a step with their timesteps, noise and (partly dropped) labels and captions."
     indices = order(step)
     g = torch.Generator().manual_seed(seed_of(exp.seed, "batch", step))
@@ -153,7 +153,7 @@ def draw_batch(
     latent_noise = torch.randn(noise.shape, generator=g)[part] if data.random_latents else None
     batch = {**data.batch(indices[part], flip, latent_noise, dropped[part]), "timesteps": timesteps[part], "noise": noise[part]}
     if null_class is None: batch.pop("class_labels", None)
-    else: batch["class_labels"] = torch.where(dropped[part], null_class, batch["class_labels"])
+    else: batch["class_labels"] = torch.where(dropped[part], null_class, batch["class_labels"]) if "class_labels" in batch else torch.full_like(timesteps[part], null_class)
     return batch
 
 class Steps(torch.utils.data.Dataset):

@@ -529,3 +529,21 @@ def test_killed_at_random_moments():
     drill = Path(__file__).parent / "drills" / "kill_and_resume.py"
     done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, done.stdout + done.stderr[-3000:]
+
+
+def test_a_base_with_classes_learns_from_data_without_by_its_null_class(tmp_path):
+    exp = small("dmp", ["data.conditional=false"])
+    data = load_data(exp.data)
+    labels = draw_batch(exp, data, EpochOrder(len(data), 16, 0), 0, 10)["class_labels"]
+    assert labels.shape == (16,) and (labels == 10).all() and labels.dtype == torch.int64
+    assert wb.train(exp, folder=tmp_path / "run").finished
+    with pytest.raises(BadInput, match="set model.num_classes"): wb.train(small("pretrain", ["data.conditional=false"]), folder=tmp_path / "other")
+
+
+def test_a_pipeline_s_folder_is_a_base(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
+    assert equal(wb.load_model(tmp_path / "pipe").state_dict(), unet.state_dict())
+    shutil.rmtree(tmp_path / "pipe" / "unet")
+    with pytest.raises(BadInput, match="is a pipeline without a backbone: expected a folder transformer or unet"): wb.load_model(tmp_path / "pipe")
