@@ -187,7 +187,7 @@ def _environment(**variables: str):
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
 
-# %% ../nbs/15_runs.ipynb #2c229366
+# %% ../nbs/15_runs.ipynb #1d6d57a5
 PAGE_STYLE = """
 :root { color-scheme: light dark; --ink: #1d2330; --faint: #5d6675; --paper: #ffffff; --line: #dde1e8; --code: #f3f4f7; --bad: #b3261e; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e7ee; --faint: #a0a8b8; --paper: #15181f; --line: #363c4a; --code: #20242e; --bad: #ff8a80; } }
@@ -204,6 +204,7 @@ th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align
 thead th { border-bottom: 2px solid var(--line); white-space: nowrap; } .table tbody th { font-weight: normal; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
 td:first-child code { white-space: nowrap; } details { color: var(--faint); font-size: .9rem; } summary { cursor: pointer; } small { color: var(--faint); white-space: nowrap; }
 .output_stderr, .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); } .ansi-bold { font-weight: bold; } .ansi-green-fg, .ansi-green-intense-fg { color: #2e8b57; } .ansi-cyan-fg, .ansi-blue-fg { color: #4682b4; } .ansi-yellow-fg { color: #b8860b; }
+@media (max-width: 600px) { th, td { padding: .25rem .4rem; } .table tbody th { width: 6.5rem; min-width: 6.5rem; overflow-wrap: break-word; } }
 @media print { h2 { break-after: avoid; } .output_png { break-inside: avoid; } }
 """
 
@@ -221,8 +222,9 @@ def write_page(
     exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
     heading = next((line[2:] for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")), Path(path).stem)
     body, _ = exporter.from_notebook_node(notebook)
-    given = ", ".join(f"{escape(k)} = {escape(str(v))}" for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items())
-    body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>", lambda table: f'<details><summary>Parameters: {given or "all as in the notebook"}</summary>{table[0]}</details>', body, count=1, flags=re.DOTALL)
+    given = [f"<li><code>{escape(k)}</code>: {escape(' '.join(map(str, v)) if isinstance(v, list) else str(v)) or 'empty'}</li>" for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items()]
+    said = f"<p>given:</p><ul>{''.join(given)}</ul>" if given else ""
+    body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>", lambda table: f"<details><summary>Parameters ({len(given) or 'none'} given)</summary>{said}{table[0]}</details>", body, count=1, flags=re.DOTALL)
     style = PAGE_STYLE
     if code:
         from pygments.formatters import HtmlFormatter

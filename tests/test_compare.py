@@ -144,7 +144,7 @@ def test_the_page_from_the_command_line(made, tmp_path, runs_folder):
     assert done.returncode == 0, done.stderr[-3000:]
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert re.search(r"page.html: 0\.\d MB", done.stdout) and len(html) < 1_000_000 and [p.name for p in tmp_path.iterdir() if p.suffix] == ["page.html"]
-    for text in ("difference to digits-base", "routing.sharing_ratio", "holds no model yet", "optim.lr"): assert text in html
+    for text in ("difference to digits-base", "routing.<wbr>sharing_<wbr>ratio", "holds no model yet", "optim.<wbr>lr"): assert text in html
     assert html.count("<img") == 6   # distances, samples, curve, loss by timestep, gates, masks
     assert not re.findall(r"https?://(?!www\.w3\.org)", re.sub(r'src="data:[^"]*"', "", html)) and "<script" not in html
     look_in_a_browser(tmp_path / "page.html", tmp_path)
