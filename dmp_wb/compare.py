@@ -138,7 +138,8 @@ def html_table(
         text = f"<b>{escape(c.text)}</b>" if c.best else escape(c.text)
         return f"<td>{text}" + (f"<br><small>{escape(c.small)}</small>" if c.small else "") + "</td>"
     head = "".join(f"<th>{mark(c)}{escape(c)}</th>" for c in columns)
-    body = "".join(f"<tr><th>{escape(name)}</th>{''.join(cell(row.get(c, '–')) for c in columns)}</tr>" for name, row in rows.items())
+    breaking = lambda key: escape(key).replace("_", "_<wbr>").replace(".", ".<wbr>")   # where a narrow screen may break a key
+    body = "".join(f"<tr><th>{breaking(name)}</th>{''.join(cell(row.get(c, '–')) for c in columns)}</tr>" for name, row in rows.items())
     return f'<div class="table"><table><thead><tr><th>{escape(corner)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def glance_table(compared: Compared, colours: Mapping[str, str] | None = None) -> str:

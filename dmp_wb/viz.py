@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METHOD_COLOURS', 'METHOD_LABELS', 'GATES', 'MAGNITUDE', 'ROUTES', 'CURVES', 'method_colour', 'run_colours',
            'method_label', 'sample_grid', 'compare_samples', 'gate_heatmaps', 'gate_maps', 'gate_entropy',
-           'prompt_similarity', 'film_strip', 'run_table', 'routing_masks', 'timestep_affinities', 'training_curves',
-           'loss_by_timestep', 'guidance_curves', 'distances']
+           'prompt_similarity', 'film_strip', 'run_table', 'routing_masks', 'timestep_affinities', 'affinity_lines',
+           'training_curves', 'loss_by_timestep', 'guidance_curves', 'distances']
 
 # %% ../nbs/13_viz.ipynb #f4fbfd0b
 import math
@@ -336,7 +336,29 @@ def timestep_affinities(
     if title: fig.suptitle(title, fontsize=11)
     return fig
 
-# %% ../nbs/13_viz.ipynb #ca27f2ce
+def affinity_lines(
+    affinity,                                # [k, groups] of some groups with all
+    groups: Sequence[tuple[int, int]],       # first and last timestep of each
+    of: Sequence[tuple[int, int]],           # those of the k groups
+    title: str | None = None,
+) -> Figure:
+    "The affinity of some groups of timesteps with all others, a line each; a dot marks the group itself."
+    affinity, x = _array(affinity), np.array([(a + b) / 2 for a, b in groups])
+    if affinity.shape != (len(of), len(groups)): raise BadInput(f"affinity has shape {affinity.shape}: expected [{len(of)}, {len(groups)}]")
+    fig, axes = _figure(1, 1, 6.2, 2.7 + (0.3 if title else 0))
+    ax = axes[0, 0]
+    for row, span, colour in zip(affinity, of, MAGNITUDE(np.linspace(0.15, 0.8, len(of)))):
+        own = list(groups).index(span)
+        ax.plot(x, row, color=colour, lw=1.6, label=f"{span[0]}–{span[1]}")
+        ax.plot(x[own], row[own], "o", color=colour, ms=5)
+    ax.axhline(0, color="grey", lw=0.8)
+    ax.set(xlabel="timestep", ylabel="affinity")
+    ax.legend(title="timesteps", frameon=False, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    sns.despine(ax=ax)
+    if title: ax.set_title(title, fontsize=10)
+    return fig
+
+# %% ../nbs/13_viz.ipynb #4c6f7abb
 def training_curves(
     metrics: Mapping[str, Mapping[str, Sequence[float]]],  # run or method → columns of metrics.jsonl
     key: str = "mse",
@@ -398,6 +420,7 @@ CURVES = {"fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "kid": ("KID", "lo
 def guidance_curves(
     rows: Mapping[str, Sequence[Mapping]],  # method → rows with "guidance_scale", metrics and perhaps "intervals", as `guidance_sweep` returns
     metrics: Sequence[str] = ("fid", "is", "precision", "recall"),  # those that a row lacks are left out
+    colours: Mapping[str, str] | None = None,  # run → colour, as `run_colours` gives; by the names of methods if None
 ) -> Figure:
     "Metrics against the guidance scale, one panel each; the ring marks each method's best scale, the band its interval."
     rows = {name: sorted(r, key=lambda row: row["guidance_scale"]) for name, r in rows.items()}
@@ -408,9 +431,9 @@ def guidance_curves(
         title, better = CURVES[m]
         if m == "fid" and extractor.partition(":")[0] != "inception": title = f"Fréchet distance, {extractor.partition(':')[0]}"
         for i, (name, r) in enumerate(rows.items()):
-            colour, x, y = method_colour(name, i), [row["guidance_scale"] for row in r], np.asarray([row[m] for row in r], dtype=float)
+            colour, x, y = method_colour(name, i, colours), [row["guidance_scale"] for row in r], np.asarray([row[m] for row in r], dtype=float)
             if all(m in row.get("intervals", {}) for row in r): ax.fill_between(x, *np.transpose([row["intervals"][m] for row in r]), color=colour, alpha=0.18, lw=0)
-            ax.plot(x, y, "o-", color=colour, ms=3.5, lw=1.6, label=method_label(name))
+            ax.plot(x, y, "o-", color=colour, ms=3.5, lw=1.6, label=method_label(name, colours))
             best = int(y.argmin() if better == "lower" else y.argmax())
             ax.plot(x[best], y[best], "o", ms=9, mfc="none", mec=colour, mew=1.2)
         ax.set_title(f"{title} ({better} is better)", fontsize=8.5)
