@@ -1,5 +1,4 @@
 "Sphinx configuration; docs/build.py runs it on what nbdev wrote to _proc/."
-import os
 import sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -11,8 +10,6 @@ from make_inventories import inventories  # noqa: E402
 ini = ConfigParser(delimiters=["="])
 ini.read(here.parent / "settings.ini", encoding="utf-8")
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")   # what the package imports has opinions about what is not installed
-
 project, author, version = "dmp_wb", ini["DEFAULT"]["author"], ini["DEFAULT"]["version"]
 copyright, release, language = ini["DEFAULT"]["copyright"], version, "en"
 extensions = ["myst_nb", "sphinx.ext.intersphinx", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design", "sphinx_codeautolink", "reference"]
@@ -22,6 +19,7 @@ nitpick_ignore_regex = [("py:.*", r"(?!dmp_wb).*")]   # names of libraries that 
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "attrs_inline", "attrs_block"]
@@ -49,4 +47,8 @@ html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#8c2d2d", "color-brand-content": "#a33a2c", "color-code-background": "#f6f6f4", "color-background-secondary": "#faf9f7", "color-link-underline": "#d9c9c2", "color-brand-visited": "#a33a2c"},
+    "dark_css_variables": {"color-brand-primary": "#f0998a", "color-brand-content": "#f0998a", "color-code-background": "#1d1f23", "color-background-primary": "#141518", "color-background-secondary": "#1a1b1f", "color-link-underline": "#5b4540", "color-brand-visited": "#f0998a"},
+}
 pygments_style, pygments_dark_style = "friendly", "github-dark"

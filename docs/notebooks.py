@@ -38,13 +38,23 @@ def relinked(text: str, page: Path) -> str:
     return "".join(p if i % 2 else _LINK.sub(lambda m: m[1] + on_site(m[2], page) + m[3], p) for i, p in enumerate(pieces))
 
 
+def coloured(text: str) -> str:
+    "A fence that names no language holds commands: bash, where Sphinx would take it for Python."
+    lines, inside = text.split("\n"), False
+    for i, line in enumerate(lines):
+        if not line.lstrip().startswith("```"): continue
+        if not inside and line.strip() == "```": lines[i] = line + "bash"
+        inside = not inside
+    return "\n".join(lines)
+
+
 class for_reading(Processor):
     "Hidden cells go; exported ones stay, with an anchor for each name and a line that leads to its reference."
     module: str | None = None
 
     def cell(self, cell):
         directives = cell.directives_
-        if cell.cell_type == "markdown": cell.source = relinked(cell.source, self.nb.path_)
+        if cell.cell_type == "markdown": cell.source = coloured(relinked(cell.source, self.nb.path_))
         if cell.cell_type == "raw" or directives.keys() & {"hide", "default_exp"}:
             if "default_exp" in directives: self.module = directives["default_exp"][0]
             del cell["source"]
@@ -58,6 +68,7 @@ class for_reading(Processor):
         for out in cell.get("outputs", []):
             data = out.get("data", {})
             for mime in ("application/vnd.jupyter.widget-view+json", "application/vnd.papermill.record+json", "application/vnd.dmp-wb.progress+json"): data.pop(mime, None)
+            if "text/markdown" in data: data["text/markdown"] = relinked("".join(data["text/markdown"]), self.nb.path_); data.pop("text/plain", None)
             if data.keys() & {"image/png", "image/svg+xml"}: data.pop("text/plain", None); data.pop("text/html", None)
         if directives.keys() & {"export", "exports", "exporti"}:
             tags.append("exported")

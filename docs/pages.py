@@ -1,21 +1,18 @@
 "What pages there are, in which order, and the pages that list others."
 import re
-from html import unescape
 from pathlib import Path
-from urllib.parse import unquote
 
 import nbformat
 from notebooks import NBS, PAGES, ROOT, relinked
 
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
-    "tutorials": ("Tutorials", "Do it once, from the first line to a result", ["start", "digits", "digits_end_to_end", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster", "reading_pictures", "explore", "digits_base"]),
-    "concepts": ("Concepts", "What the methods do, with the equations and our own drawings", ["dmp", "dtr"]),
-    "howto": ("How-to", "One task a page, for when you know what you want", []),
+    "tutorials": ("Tutorials", "Do it once, from the first line to a result", ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster", "pictures", "explore", "digits_base"]),
+    "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens", ["timesteps_as_tasks", "dmp", "dtr", "losses", "sampling", "measuring"]),
+    "howto": ("How-to", "One task a page, for when you know what you want", ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "several_gpus"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster", ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
 }
 SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own
-START = ["start", "five_minutes", "tutorials/start", "tutorials/five_minutes"]
 
 
 def notebooks() -> list[Path]:
@@ -42,12 +39,22 @@ def listing(proc: Path, docs: list[str], below: str) -> list[str]:
     return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs), "```", ""]
 
 
+def existing(landing: str, proc: Path) -> str:
+    "The landing page without cards and links to pages that are not written yet; it says which."
+    def there(doc):
+        found = any((proc / f"{doc}{suffix}").exists() for suffix in ("", ".ipynb", ".md"))
+        if not found: print(f"== the landing page leaves out {doc}: there is no such page")
+        return found
+    generated = {"reference/index"}
+    landing = re.sub(r":::\{grid-item-card\}[^\n]*\n:link: (\S+)\n.*?\n:::\n\n?", lambda m: m[0] if m[1] in generated or there(m[1]) else "", landing, flags=re.S)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([\w/]+\.ipynb)\)(\.? ?)", lambda m: m[0] if there(m[2]) else "", landing)
+
+
 def write(proc: Path):
     "Index pages, the changelog, the page of data sets, and the landing page."
     top = []
-    start = next((s for s in START if (proc / f"{s}.ipynb").exists()), None)
     for folder, (title, summary, first) in SECTIONS.items():
-        there = sorted(p.stem for p in (proc / folder).glob("*.ipynb") if f"{folder}/{p.stem}" != start)
+        there = sorted(p.stem for p in (proc / folder).glob("*.ipynb"))
         if not there: continue
         ordered = [d for d in first if d in there] + [d for d in there if d not in first]
         (proc / folder / "index.md").write_text("\n".join([f"# {title}", "", f"> {summary}", "", *listing(proc, ordered, folder)]), encoding="utf-8")
@@ -66,12 +73,6 @@ def write(proc: Path):
     for name in ("CHANGELOG.md", "data/README.md"):
         (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)), encoding="utf-8")
     single = [s for s in SINGLE if (proc / f"{s}.ipynb").exists()]
-    tree = [*([f"Start in five minutes <{start}>"] if start else []), *top, "reference/index", *single, "changelog"]
-    landing = (Path(__file__).parent / "index.md").read_text(encoding="utf-8")
+    tree = [*[s for s in ("start",) if (proc / f"{s}.ipynb").exists()], *top, "reference/index", *single, "changelog"]
+    landing = existing((Path(__file__).parent / "index.md").read_text(encoding="utf-8"), proc)
     (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]), encoding="utf-8")
-
-
-def pictures(page: Path) -> list[str]:
-    "The picture files that a built page shows."
-    html = page.read_text(encoding="utf-8")
-    return sorted({unquote(unescape(src)).split("?")[0] for src in re.findall(r'<img[^>]+src="([^"]+)"', html) if not re.match(r"[a-z]+:", src)})

@@ -68,7 +68,7 @@ def full_name(expression: str, module) -> str | None:
     "The documented name of what an expression in a module's annotations stands for: nn.Module → torch.nn.Module."
     head, *rest = expression.split(".")
     if not hasattr(module, head): return head if hasattr(builtins, head) and not rest else None
-    value, path = getattr(module, head), []
+    value = getattr(module, head)
     if inspect.ismodule(value): return ".".join([value.__name__, *rest])
     for part in rest: value = getattr(value, part, None)
     if value is None: return "None"
@@ -191,7 +191,7 @@ def code(text: str) -> str:
 
 def table(rows: list[Row], first: str = "parameter") -> str:
     rows = [r for r in rows if r.name]
-    if not rows: return ""
+    if not any(r.meaning for r in rows): return ""     # the signature says as much
     defaults, types = any(r.default is not None for r in rows), any(r.type for r in rows)
     head = [first, *(["type"] if types else []), *(["default"] if defaults else []), "meaning"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
