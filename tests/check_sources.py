@@ -39,7 +39,7 @@ def readme() -> str:
 
 
 def copy_of_tree(folder: Path) -> Path:
-    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(".venv", ".git", "_docs", "_proc", "runs", "__pycache__", "*.egg-info", ".ipynb_checkpoints"))
     # `runs` above would also drop nbs/runs
     shutil.copytree(ROOT / "nbs" / "runs", folder / "copy" / "nbs" / "runs", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     return folder / "copy"
