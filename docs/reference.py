@@ -26,7 +26,7 @@ from sphinx.util.docutils import SphinxRole
 # Words that are names of ours and mean something else in prose as well, unless written with brackets or a dot.
 PLAIN_WORDS = {"app", "main", "flat", "like", "whole", "live", "short", "resume", "export", "extract", "collect", "batches", "digits", "sampler", "betas", "snr", "anatomy", "data", "config",
                "core", "schedules", "routing", "training", "sampling", "metrics", "runs", "hooks", "objectives", "patching", "checkpoints", "multitask", "distributed", "explore", "cli", "viz", "dit",
-               "name", "method", "seed", "base", "format", "model", "patch.mode"}
+               "name", "method", "run", "seed", "base", "format", "model", "patch.mode"}
 
 
 # -- what the package holds ---------------------------------------------------------------------------------------------------------
@@ -435,6 +435,8 @@ class LinkBackticks(SphinxPostTransform):
     def run(self, **_):
         for node in list(self.document.findall(nodes.literal)):
             if isinstance(node.parent, nodes.reference | addnodes.pending_xref | nodes.title) or node.get("classes") and "nolink" in node["classes"]: continue
+            cell = node.parent.parent
+            if isinstance(cell, nodes.entry) and cell.parent.index(cell) == 0 and "." not in node.astext() and isinstance(node.parent.parent.parent.parent, nodes.tbody) and node.astext().islower(): continue   # a table of parameters: its first column names them
             text = node.astext()
             found = looked_up(text)
             if found:
