@@ -9,7 +9,7 @@ D=${DMP_WB_SLURM_DIR:-/tmp/dmp-wb-slurm}
 export SLURM_CONF=$D/slurm.conf
 PATH=$PATH:/usr/sbin:/sbin
 have() { command -v sbatch slurmctld slurmd munged > /dev/null; }
-running() { local p; p=$(cat "$D/$1.pid" 2>/dev/null) && grep -qs "$1" "/proc/$p/comm"; }
+running() { local p; p=$(cat "$D/$1.pid" 2>/dev/null) && grep -qs "$1" "/proc/$p/comm" && ! grep -qs '^State:.Z' "/proc/$p/status"; }
 fail() { echo "error: $*" >&2; exit 1; }
 
 install() {
@@ -28,7 +28,7 @@ install() {
 
 configure() {
   local host memory cpus
-  host=$(hostname -s) cpus=$(nproc) memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
+  host=$(hostname -s) cpus=$(env -u OMP_NUM_THREADS nproc) memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
   mkdir -p "$D/state" "$D/spool"
   chmod 755 "$D"
   [ -s "$D/munge.key" ] || { dd if=/dev/urandom of="$D/munge.key" bs=1024 count=1 status=none; chmod 400 "$D/munge.key"; }

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 import dmp_wb as wb
 from dmp_wb.checkpoints import Run, newest_checkpoint
+from dmp_wb.runs import read_state
 from dmp_wb.slurm import OVER, job_states
+from dmp_wb.sweeps import line_of
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
 REQUIRED = os.environ.get("DMP_WB_REQUIRE_SLURM") == "1"
@@ -104,7 +106,9 @@ def overrides(steps): return " ".join([*SMALL, f"train.steps={steps}"])
 def none_left(runs_folder):
     "A test that fails leaves no sweep and no job behind."
     yield
-    for process in (p for p in psutil.Process().children() if str(runs_folder.parent) in " ".join(p.cmdline())): process.kill()
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if str(runs_folder.parent) in " ".join(process.cmdline()): process.kill()
     if "SLURM_CONF" in os.environ: subprocess.run(["scancel", "--full", "--user=root"])
 
 
@@ -143,7 +147,6 @@ def back_in_the_queue(job):
 def test_a_sweep_gives_what_it_gives_on_this_machine(slurm, log, runs_folder, tmp_path):
     common = [notebook(tmp_path), "-p", "overrides", overrides(6), "-p", "fast", "true", "-p", "optim.lr", "1e-3", "2e-3", "1e30"]
     text = Sweep(log, runs_folder, *common, "--name", "far", "--jobs", 2, "--cluster", "slurm", "--partition", "main", "--timeout-min", 30, "--cpus-per-task", 1, "--mem-gb", 1).end(1)
-    assert re.search(r"lr=0.001  cell 2/2  digits-quick  \d+/6", text) or "lr=0.001  finished" in text      # progress came over files
     assert "error: lr=1e+30 failed in cell 3: FloatingPointError: the loss or gradient is not finite" in text and "2 finished, 1 failed" in text
     far = runs_folder / "far"
     assert {n: state(far / n)["status"] for n in ("lr=0.001", "lr=0.002", "lr=1e+30")} == {"lr=0.001": "finished", "lr=0.002": "finished", "lr=1e+30": "failed"}
@@ -156,8 +159,6 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(slurm, log, runs_folder, tm
         for name in ("lr=0.001", "lr=0.002"):
             near = wb.train("digits-quick", [*overrides(6).split(), f"optim.{name}"], folder=tmp_path / name)
             assert Run(far / name).metrics()["loss"] == near.metrics()["loss"]
-    Sweep(log, runs_folder, *common, "--name", "far", "--jobs", 2, "--cluster", "slurm", "--partition", "main").end(1)   # tries again what failed, and nothing else
-    assert {n: state(far / n)["attempts"] for n in ("lr=0.001", "lr=0.002", "lr=1e+30")} == {"lr=0.001": 1, "lr=0.002": 1, "lr=1e+30": 2}
 
 
 def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_path):
@@ -167,6 +168,8 @@ def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_pa
     sweep = Sweep(log, runs_folder, *arguments)
     until(lambda: len(steps(folder)) >= 2)
     job, seen = job_of(folder)["."], []
+    line = until(lambda: re.match(r"cell 3/3  digits-quick  \d+/1000 +\d+%  [\d.]+ step/s  ETA [\d:]+  loss [\d.]+$", line_of(folder, read_state(folder))))   # progress comes over files
+    log(f"job {job}: {line[0]}")
 
     def interrupted(how):
         "The run stops with a checkpoint, its job stays, and it goes on from there."
@@ -216,7 +219,7 @@ def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_pa
 def test_two_processes_in_a_job(slurm, log, runs_folder, tmp_path):
     "wb.launch in a job: Slurm's SIGTERM goes to every process of it at once."
     folder = runs_folder / "two"
-    cpus = ["--cpus-per-task", 2] if os.cpu_count() > 1 else []
+    cpus = ["--cpus-per-task", 2] if len(os.sched_getaffinity(0)) > 1 else []
     sweep = Sweep(log, runs_folder, notebook(tmp_path), "-p", "overrides", overrides(1000000), "-p", "num_processes", 2, "--name", "two", "--cluster", "slurm", "--partition", "main", *cpus)
     until(lambda: len(steps(folder)) >= 3)
     job = job_of(folder)["."]
