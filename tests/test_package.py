@@ -16,7 +16,7 @@ from dmp_wb.core import BadInput, named_files, project_root, shipped_folder
 from dmp_wb.projects import new_project, opening, project_files
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "__pycache__", "*.egg-info", ".ipynb_checkpoints", ".*_cache", ".hypothesis", "_proc", "_docs", "build", "dist")
+NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "__pycache__", "*.egg-info", ".ipynb_checkpoints", ".*_cache", ".hypothesis", "_proc", "_docs", "jupyter_execute", "build", "dist")
 
 
 @pytest.fixture(scope="session")
