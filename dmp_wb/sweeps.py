@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILE_KEYS', 'GRACE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'typed', 'safe', 'check_name',
            'with_overrides', 'plan', 'read_sweep', 'process_identity', 'alive', 'warm', 'Worker', 'job_id', 'Sweep',
-           'sweep', 'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share', 'count_gpus', 'submit',
-           'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury', 'why_not_started', 'end_jobs', 'Stopper',
-           'line_of', 'View']
+           'sweep', 'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share', 'count_gpus', 'cores',
+           'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury', 'why_not_started', 'end_jobs',
+           'Stopper', 'line_of', 'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -359,7 +359,7 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
             write_state(run, dataclasses.replace(wanted[name], attempts=before.attempts if before else 0))
     write_json(folder / ".sweep" / "sweep.json", {"runs": {p.name: str(p.notebook) for p in planned}})
     local, work, gpus = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo], count_gpus()
-    sweeper, threads = process_identity(os.getpid()) if local else None, max(1, len(os.sched_getaffinity(0)) // jobs)
+    sweeper, threads = process_identity(os.getpid()) if local else None, max(1, cores() // jobs)
     worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None, GRACE if local else notice(slurm) - 10)
     with Stopper() as stopper, View(result) as view:
         workers = [worker(i, work) for i in range(min(jobs, len(work)))] if local else [worker(0, [run]) for run in work]
@@ -446,6 +446,8 @@ def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | N
 def count_gpus() -> int:
     if shutil.which("nvidia-smi") is None: return 0
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
+
+def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1   # those this process may use
 
 def submit(executor, workers: list[Worker], threads: int) -> list:
     "Submit jobs. Ctrl-C and a closed terminal must not reach them: they stop when the sweep tells them to, with a checkpoint."
