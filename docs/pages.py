@@ -39,17 +39,6 @@ def listing(proc: Path, docs: list[str], below: str) -> list[str]:
     return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs), "```", ""]
 
 
-def existing(landing: str, proc: Path) -> str:
-    "The landing page without cards and links to pages that are not written yet; it says which."
-    def there(doc):
-        found = any((proc / f"{doc}{suffix}").exists() for suffix in ("", ".ipynb", ".md"))
-        if not found: print(f"== the landing page leaves out {doc}: there is no such page")
-        return found
-    generated = {"reference/index"}
-    landing = re.sub(r":::\{grid-item-card\}[^\n]*\n:link: (\S+)\n.*?\n:::\n\n?", lambda m: m[0] if m[1] in generated or there(m[1]) else "", landing, flags=re.S)
-    return re.sub(r"(?<!!)\[([^\]]+)\]\(([\w/]+\.ipynb)\)(\.? ?)", lambda m: m[0] if there(m[2]) else "", landing)
-
-
 def write(proc: Path):
     "Index pages, the changelog, the page of data sets, and the landing page."
     top = []
@@ -74,5 +63,5 @@ def write(proc: Path):
         (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)), encoding="utf-8")
     single = [s for s in SINGLE if (proc / f"{s}.ipynb").exists()]
     tree = [*[s for s in ("start",) if (proc / f"{s}.ipynb").exists()], *top, "reference/index", *single, "changelog"]
-    landing = existing((Path(__file__).parent / "index.md").read_text(encoding="utf-8"), proc)
+    landing = (Path(__file__).parent / "index.md").read_text(encoding="utf-8")
     (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]), encoding="utf-8")
