@@ -345,7 +345,7 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     ("digits-quick", ["train.mixed_precision=fp16"], "expected 'no' or 'bf16' on a CPU"),
     ("digits-quick", ["name=digits-base"], "ships with the package"),
     ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
-    ("digits-dmp", ["base=digits-bse"], "did you mean 'digits-base'"),
+    ("digits-dmp", ["name=x", "base=digits-bse"], "did you mean 'digits-base'"),
     ("digits-dmp", ["base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
     ("digits-dmp", ["base=digits-dmp"], "is a patched model already"),
 ])
