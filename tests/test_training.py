@@ -346,8 +346,8 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     ("digits-quick", ["name=digits-base"], "ships with the package"),
     ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
     ("digits-dmp", ["name=x", "base=digits-bse"], "did you mean 'digits-base'"),
-    ("digits-dmp", ["base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
-    ("digits-dmp", ["base=digits-dmp"], "is a patched model already"),
+    ("digits-dmp", ["name=x", "base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
+    ("digits-dmp", ["name=x", "base=digits-dmp"], "is a patched model already"),
 ])
 def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, match, runs_folder):
     with pytest.raises(BadInput, match=match): wb.train(experiment, overrides)
