@@ -68,7 +68,7 @@ lab: $(READY)  ## open JupyterLab on the notebooks
 
 notebooks: $(READY)  ## execute the notebooks again, in place
 	@echo "== executing notebooks in place"
-	@rm -rf runs/notebooks && DMP_WB_RUNS=$$PWD/runs/notebooks $(BIN)/python -m jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$(ls nbs/*.ipynb nbs/tutorials/*.ipynb nbs/runs/*.ipynb)
+	@rm -rf runs/notebooks && DMP_WB_RUNS=$$PWD/runs/notebooks $(BIN)/python -m jupyter nbconvert --log-level=WARN --to notebook --execute --inplace $$(ls nbs/*.ipynb nbs/concepts/*.ipynb nbs/howto/*.ipynb nbs/tutorials/*.ipynb nbs/runs/*.ipynb)
 	@$(BIN)/nbdev_clean
 	@$(MAKE) --no-print-directory readme
 

@@ -24,7 +24,7 @@ from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.docutils import SphinxRole
 
 # Words that are names of ours and mean something else in prose as well, unless written with brackets or a dot.
-PLAIN_WORDS = {"app", "main", "flat", "like", "whole", "live", "short", "resume", "export", "extract", "collect", "batches", "digits", "sampler", "betas", "snr", "anatomy", "data", "config",
+PLAIN_WORDS = {"app", "new", "main", "flat", "like", "whole", "live", "short", "resume", "export", "extract", "collect", "batches", "digits", "sampler", "betas", "snr", "anatomy", "data", "config",
                "core", "schedules", "routing", "training", "sampling", "metrics", "runs", "hooks", "objectives", "patching", "checkpoints", "multitask", "distributed", "explore", "cli", "viz", "dit",
                "name", "method", "run", "seed", "base", "format", "model", "patch.mode"}
 
