@@ -107,7 +107,9 @@ def run_lock(folder: str | Path):
         f.write(f"process {os.getpid()} on {platform.node()}")
         f.flush()
         try: yield
-        finally: fcntl.flock(f, fcntl.LOCK_UN)
+        finally:
+            with contextlib.suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
+            fcntl.flock(f, fcntl.LOCK_UN)
 
 def _step(folder: Path) -> int: return int(folder.name.removeprefix("step-"))
 

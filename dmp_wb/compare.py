@@ -8,10 +8,11 @@ __all__ = ['LOWER', 'SAME_DATA', 'SAME_LOSS', 'Compared', 'labelled', 'open_comp
            'image_shape', 'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep',
            'gates_of', 'masks_of', 'Looked', 'comparable', 'look_at', 'sample_columns']
 
-# %% ../nbs/15_compare.ipynb #aa46348a
+# %% ../nbs/15_compare.ipynb #1be0edcb
 import contextlib
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -178,9 +179,12 @@ def evaluations(compared: Compared, at_least: int = 2) -> dict[str, dict[str, di
     for label, r in compared.runs.items():
         with compared.noting(label, "evaluations"):
             for row in Run(r.folder).summary.get("evaluations", []):
-                words = f"{row.get('num_images', 0):,} samples against {row.get('num_reference') or 'no'} images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; {row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance {row.get('guidance_scale', 1):g}"
+                words = f"{row.get('num_images', 0):,} samples against {row.get('num_reference') or 'no'} images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; {row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance {row.get('guidance_scale', 1):g}, seed {row.get('seed', 0)}"
+                words += "".join(f", {k} {v}" for k, v in (row.get("settings") or {}).items())
                 found.setdefault(tuple(str(row.get(k)) for k in _SETTINGS), (words, {}))[1][label] = row
-    return {words: rows for words, rows in found.values() if len(rows) >= min(at_least, len(compared.runs))}
+    kept = {key: both for key, both in found.items() if len(both[1]) >= min(at_least, len(compared.runs))}
+    count = Counter(words for words, _ in kept.values())
+    return {words if count[words] == 1 else f"{words} (reference {key[0]})": rows for key, (words, rows) in kept.items()}
 
 def metrics_table(rows: Mapping[str, Mapping], columns: Sequence[str], colours: Mapping[str, str] | None = None) -> str:
     "Rows of `evaluate` (label → row) as HTML, with their intervals."

@@ -360,7 +360,7 @@ def _ordinary_child():
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
-# %% ../nbs/15_runs.ipynb #b7c323c7
+# %% ../nbs/15_runs.ipynb #d9db4088
 STATE_FILE, NOTEBOOK_FILE = "run.json", "run.ipynb"
 WAITING, RUNNING, FINISHED, FAILED, STOPPED = "waiting", "running", "finished", "failed", "stopped"
 
@@ -408,9 +408,11 @@ def locked(path: str | Path, what: str, patience: float = 0.0): # seconds
         f.truncate(0)
         f.write(f"process {os.getpid()} on {platform.node()}")
         f.flush()
-        yield   # closing the file lets go, unless a forked child still has it open
+        try: yield   # closing the file lets go, unless a forked child still has it open
+        finally:
+            with suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
 
-# %% ../nbs/15_runs.ipynb #214ec111
+# %% ../nbs/15_runs.ipynb #8b56cd66
 def checksum(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def execute_run(
@@ -418,6 +420,7 @@ def execute_run(
     notebook: str | Path,    # the notebook to execute
     job: str = "",           # the job that does it
     fork: bool = True,       # fork the kernel from this process; False: start it in the usual way
+    ticket: str | None = None,   # of the sweep that the job works for; None: any
 ) -> str:                    # the status it ended with; "" if the run was not waiting
     "Execute a waiting run, in the calling process, and record how it ended. Raises nothing that the notebook raises."
     folder = Path(folder)
@@ -425,7 +428,7 @@ def execute_run(
         try: held.enter_context(locked(folder / ".run.lock", f"run {folder}"))
         except BadInput: return ""   # another process was quicker
         state = read_state(folder)
-        if state is None or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job): return ""   # a job that Slurm requeued finds its own run
+        if state is None or ticket is not None and state.ticket != ticket or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job): return ""   # a job that Slurm requeued finds its own run
         with suppress(FileNotFoundError): (folder / PROGRESS_FILE).unlink()
         state = dataclasses.replace(state, status=RUNNING, job=job, attempts=state.attempts + 1, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), error=None, cell=None)
         begun = time.monotonic()

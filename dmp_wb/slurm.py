@@ -19,7 +19,7 @@ GENERIC = {"timeout_min": "time", "mem_gb": "mem"}   # submitit's names for any 
 
 def notice(options: dict) -> int: # seconds
     "How long before its time limit, or a pre-emption, a job is told."
-    return options.get("signal_delay_s") or min(120, 15 * options.get("timeout_min", options.get("time", 60)))
+    return options.get("signal_delay_s") or min(120, 15 * (options.get("timeout_min") or options.get("time") or 60))
 
 def slurm_executor(
     folder: Path,        # for job scripts, pickles and logs; the nodes must see it
@@ -55,7 +55,7 @@ def slurm_executor(
 GENERIC_TOO = ("nodes", "cpus_per_task", "gpus_per_node")   # submitit wants these without its prefix
 
 # %% ../nbs/15_slurm.ipynb #d867f1ed
-OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "REVOKED", "GONE"}
+OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED", "GONE"}
 
 def job_states(
     jobs,   # ids: 17, or 17_3 for a task of an array

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FILE_KEYS', 'GRACE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'typed', 'safe', 'check_name',
-           'with_overrides', 'plan', 'read_sweep', 'process_identity', 'alive', 'warm', 'Worker', 'job_id', 'Sweep',
-           'sweep', 'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share', 'count_gpus', 'cores',
-           'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury', 'why_not_started', 'end_jobs',
-           'Stopper', 'line_of', 'View']
+           'check_values', 'with_overrides', 'plan', 'read_sweep', 'process_identity', 'alive', 'warm', 'Worker',
+           'job_id', 'Sweep', 'sweep', 'fingerprint', 'sort_out', 'keep_copy', 'make_executor', 'gpu_share',
+           'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury',
+           'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -40,6 +40,7 @@ def find_notebook(
     notebook: str | Path,   # a path, or the bare name of a run notebook
 ) -> Path:
     "The file of a notebook; raises `BadInput` that suggests the nearest known name."
+    if not isinstance(notebook, (str, Path)): raise BadInput(f"notebook is {notebook!r}: expected a path, or the bare name of a run notebook")
     path = Path(notebook)
     if path.is_file(): return path
     if len(path.parts) > 1: raise MissingFile(f"no notebook {notebook}: expected a file, or the bare name of a run notebook")
@@ -67,7 +68,7 @@ def parameters_of(notebook: Path) -> dict: # name → default; None where that i
         for target in line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) and line.value else []:
             if isinstance(target, ast.Name):
                 try: found[target.id] = ast.literal_eval(line.value)
-                except ValueError: found[target.id] = None
+                except (ValueError, TypeError): found[target.id] = None
     return found
 
 @dataclass
@@ -100,6 +101,15 @@ def check_name(name: str, what: str) -> str:
         raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot")
     return PurePosixPath(name).as_posix()
 
+def check_values(given: dict, what: str) -> dict:
+    "Raise `BadInput` for parameters that cannot stand in a notebook."
+    if not isinstance(given, dict): raise BadInput(f"{what} is {given!r}: expected keys with values")
+    for key, value in given.items():
+        if not isinstance(key, str): raise BadInput(f"{what} has the key {key!r}: expected text")
+        try: json.dumps(value)
+        except (TypeError, ValueError): raise BadInput(f"{what}: {key} is {value!r}: expected text, a number, true, false or none, or lists and mappings of these") from None
+    return given
+
 def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
     "Parameters of a notebook; keys of an experiment among them become further words of its parameter `overrides`."
     if "run" in given and re.search(r"\bhere\(\s*run\b", notebook.read_text(encoding="utf-8")):
@@ -125,12 +135,14 @@ def plan(
     runs: list[dict] | None = None,       # a list of runs, each with `parameters`, and if need be `name` and `notebook`
 ) -> list[Planned]:
     "The runs of a sweep, in order; the last key of the grid changes fastest. Raises `BadInput` before anything is run."
-    grid = grid or {}
+    grid, parameters = grid or {}, check_values(parameters or {}, "parameters")
+    if not isinstance(grid, dict): raise BadInput(f"grid is {grid!r}: expected keys with lists of values")
     for key, values in grid.items():
         if not isinstance(values, (list, tuple)) or not values: raise BadInput(f"the grid of {key} is {values!r}: expected at least one value")
+        check_values({key: values}, "grid")
         texts = [word(v) for v in values]
         if twice := [t for t, n in Counter(texts).items() if n > 1]: raise BadInput(f"the grid of {key} has {twice[0]} more than once: expected different values")
-        if key in (parameters or {}): raise BadInput(f"parameter {key} is given for every run, and in the grid: expected one of them")
+        if key in parameters: raise BadInput(f"parameter {key} is given for every run, and in the grid: expected one of them")
     if runs is not None and not runs: raise BadInput("the list of runs is empty: expected at least one")
     varying = [k for k, v in grid.items() if len(v) > 1]
     last = Counter(k.split(".")[-1] for k in varying)
@@ -139,8 +151,8 @@ def plan(
         where = f"run {i + 1} of the list"
         if not isinstance(entry, dict): raise BadInput(f"{where} is {entry!r}: expected keys name, notebook and parameters")
         if strange := [k for k in entry if k not in ("name", "notebook", "parameters")]: raise BadInput(f"{where}: {unknown('key', strange[0], ('name', 'notebook', 'parameters'))}")
-        own = entry.get("parameters") or {}
-        if not isinstance(own, dict): raise BadInput(f"{where}: parameters is {own!r}: expected keys with values")
+        own = check_values(entry.get("parameters") or {}, f"{where}: parameters")
+        if twice := [k for k in own if k in grid]: raise BadInput(f"parameter {twice[0]} is given for {where}, and in the grid: expected one of them")
         if (named := entry.get("notebook") or notebook) is None: raise BadInput(f"{where} names no notebook: expected `notebook`" if runs is not None else "no notebook is named")
         file = find_notebook(named)
         known = files.get(file) or files.setdefault(file, parameters_of(file))
@@ -148,7 +160,7 @@ def plan(
         for values in itertools.product(*grid.values()):
             point = dict(zip(grid, values, strict=True))
             pieces = [safe(f"{k.split('.')[-1] if last[k.split('.')[-1]] == 1 else k}={word(point[k])}") for k in varying]
-            planned.append(Planned(",".join([label] * bool(label) + pieces) or ".", file, with_overrides(file, {**(parameters or {}), **own, **point}, known)))
+            planned.append(Planned(",".join([label] * bool(label) + pieces) or ".", file, with_overrides(file, {**parameters, **own, **point}, known)))
     names = Counter(p.name for p in planned)
     if twice := [n for n, c in names.items() if c > 1]: raise BadInput(f"two runs are called {twice[0]!r}: expected different names")
     seen = {}
@@ -226,6 +238,7 @@ class Worker:
             if state is None or state.ticket != self.ticket or state.status not in (WAITING, RUNNING, STOPPED): continue
             if state.status != WAITING and state.job != job_id(): continue
             warm(Path(notebook))
+            if self._ends(): break
             if self._execute(folder, notebook) and (state := read_state(folder)) is not None and state.job == job_id(): done[name] = state.status
         if self.stopping and self.sweeper is None and queue_again(job_id()): self._wait_again()
         return done
@@ -249,21 +262,25 @@ class Worker:
 
     def _execute(self, folder: Path, notebook: str) -> str:
         sys.stdout.flush(), sys.stderr.flush()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])   # one that comes now waits for the handler it is meant for
         self.child = os.fork()
         if self.child == 0:
             status = 1
             try:
                 die_with_parent()
                 signal.signal(signal.SIGTERM, _raise_stopped)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if hasattr(signal, "SIGUSR2"): signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # for the job as a whole
                 log = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 for stream in (1, 2): os.dup2(log, stream)
-                execute_run(folder, notebook, job_id())
+                execute_run(folder, notebook, job_id(), ticket=self.ticket)
                 status = 0
+            except Stopped: status = 0   # before the run had begun: it waits
             except BaseException as e: print(one_line(e), file=sys.stderr)
             finally:
                 with contextlib.suppress(Exception): sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self._wait(folder)
 
     def _wait(self, folder: Path | None) -> str:
@@ -359,8 +376,10 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
             write_state(run, dataclasses.replace(wanted[name], attempts=before.attempts if before else 0))
     write_json(folder / ".sweep" / "sweep.json", {"runs": {p.name: str(p.notebook) for p in planned}})
     local, work, gpus = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo], count_gpus()
+    seconds = notice(slurm)
+    grace = GRACE if local else max(seconds - 10, seconds / 2)   # what is left is for writing down how it ended
     sweeper, threads = process_identity(os.getpid()) if local else None, max(1, cores() // jobs)
-    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None, GRACE if local else notice(slurm) - 10)
+    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None, grace)
     with Stopper() as stopper, View(result) as view:
         workers = [worker(i, work) for i in range(min(jobs, len(work)))] if local else [worker(0, [run]) for run in work]
         submitted = submit(executor, workers, threads) if workers else []
@@ -466,7 +485,8 @@ def submit(executor, workers: list[Worker], threads: int) -> list:
 
 def note_jobs(folder: Path, jobs: dict) -> dict[str, str]: # job → run
     "Write down which job has which run, for a later call of `sweep`: a job that waits in the queue has not said so itself."
-    write_json(folder / ".sweep" / "slurm.json", {name: job.job_id for name, job in jobs.items()})
+    file = folder / ".sweep" / "slurm.json"
+    write_json(file, {**(read_json(file) if file.exists() else {}), **{name: job.job_id for name, job in jobs.items()}})   # those of other runs may still wait
     return {job.job_id: name for name, job in jobs.items()}
 
 def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → job
@@ -488,7 +508,7 @@ def queued_again(states: dict[str, RunState], names: list[str]) -> dict[str, Run
 def bury_job(folder: Path, name: str, job, slurm_state: str):
     "Record why a run ended whose job on a cluster is over."
     state, (resumable, error) = read_state(folder / name), ending(job.job_id, slurm_state, job.paths.stderr)
-    if state is None or state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
+    if state is None or state.job not in (None, job.job_id) or state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
     write_state(folder / name, dataclasses.replace(state, status=STOPPED if resumable else FAILED, job=job.job_id, error=error))
 
 def bury(result: Sweep, job) -> bool: # whether the job took any run
@@ -505,10 +525,14 @@ def why_not_started(folder: Path, job) -> str:
 
 def end_jobs(jobs: list):
     "Tell local jobs to stop, and wait until they have; Ctrl-C once more kills them."
-    for job in jobs:
-        with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGTERM)
+    told = float("-inf")
     try:
-        while not all(job.done() for job in jobs): time.sleep(0.05)
+        while left := [job for job in jobs if not job.done()]:
+            if time.monotonic() - told >= 1:   # again and again: submitit passes over one that comes before the job has its own handler
+                for job in left:
+                    with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGTERM)
+                told = time.monotonic()
+            time.sleep(0.05)
     except KeyboardInterrupt:
         for job in jobs:
             with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGKILL)   # its children end with it

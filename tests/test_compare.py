@@ -78,6 +78,10 @@ def test_evaluations_with_the_same_settings(copies):
     html = compare.metrics_table(next(iter(found.values())), ["a", "b"])
     assert "<b>1</b>" in html and "1.5 – 2.5" in html and html.count("<td>–</td>") == 1
     assert len(compare.evaluations(compare.open_compared(["my-digits-base"]))) == 2
+    several = [row | {"fid": 1.0}, row | {"seed": 1}, row | {"settings": {"k": 7}}, row | {"reference": "a/digits"}]
+    open_run("my-digits-base").note(evaluations=several)
+    words = list(compare.evaluations(compare.open_compared(["my-digits-base"])))
+    assert [w.split("guidance 1.5, ")[1] for w in words] == ["seed 0 (reference digits)", "seed 1", "seed 0, k 7", "seed 0 (reference a/digits)"]
 
 
 def test_the_same_seeds_and_noise(copies):

@@ -7,8 +7,10 @@ import sys
 import pytest
 import yaml
 
+from dmp_wb.checkpoints import run_lock
 from dmp_wb.core import BadInput, write_json
 from dmp_wb.folders import list_runs, read_run, runs_table, writer_of
+from dmp_wb.runs import locked
 
 
 @pytest.fixture
@@ -64,6 +66,13 @@ def test_a_run_is_running_while_its_process_lives(made):
     assert states() == {"x": "running"}
     for file in folder.iterdir(): os.utime(file, (1, 1))
     assert states() == {"x": "cut off"}
+
+
+@pytest.mark.parametrize("hold", [run_lock, lambda folder: locked(folder / ".run.lock", "run")])
+def test_who_let_go_of_a_run_writes_it_no_more(made, hold):
+    folder = made("x", [{"step": 60}])
+    with hold(folder): assert str(os.getpid()) in writer_of(folder)
+    assert writer_of(folder) is None and states() == {"x": "cut off"}
 
 
 def test_torn_and_foreign_files(made, runs_folder):

@@ -1,11 +1,17 @@
 "What a job asks for, and a Slurm that is not there: without one."
 import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 import dmp_wb.slurm as slurm
-from dmp_wb.core import BadInput
+from dmp_wb import sweeps
+from dmp_wb.core import BadInput, read_json
+from dmp_wb.runs import RUNNING, STOPPED, RunState, read_state, write_state
 from dmp_wb.slurm import JobWatch, ending, job_states, notice, slurm_executor
 
 
@@ -25,6 +31,7 @@ def test_options_reach_sbatch(a_cluster, tmp_path):
     assert "--cpus-per-task=16 " in text.split("# command")[1]                                      # srun does not take it over
     assert "#SBATCH --time=60\n" in script(tmp_path) and "#SBATCH --signal=USR2@45\n" in script(tmp_path, time=3)
     assert notice({"timeout_min": 3}) == 45 and notice({}) == 120 and notice({"signal_delay_s": 7}) == 7
+    assert notice({"timeout_min": None, "time": None}) == 120 and notice({"timeout_min": None, "time": 2}) == 30
 
 
 @pytest.mark.parametrize("options,message", [
@@ -65,6 +72,35 @@ def test_states_of_jobs(monkeypatch):
     before = len(asked)
     assert watch(["8"]) == {"8": "RUNNING"} and len(asked) == before                                  # it does not ask all the time
     assert JobWatch(every=0)(["7"]) == {"7": "COMPLETED"}
+
+
+@pytest.mark.parametrize("seconds", [5, 10, 120])
+def test_a_notebook_gets_time_to_stop(tmp_path, monkeypatch, seconds):
+    nbformat.write(new_notebook(cells=[new_code_cell("x = 1", metadata={"tags": ["parameters"]})]), tmp_path / "tiny.ipynb")
+
+    class Submitted(Exception): pass
+    def submit(executor, workers, threads): raise Submitted(workers[0].grace)
+    monkeypatch.setattr(sweeps, "make_executor", lambda *_: None)
+    monkeypatch.setattr(sweeps, "submit", submit)
+    with pytest.raises(Submitted) as e: sweeps.sweep(tmp_path / "tiny.ipynb", folder=tmp_path / "t", cluster="slurm", signal_delay_s=seconds, timeout_min=None)
+    assert 0 < e.value.args[0] < seconds
+
+
+def job(number): return SimpleNamespace(job_id=number, paths=SimpleNamespace(stderr=Path("log.err")))
+
+
+def test_which_job_has_which_run_is_kept(tmp_path):
+    assert sweeps.note_jobs(tmp_path, {"a": job("1"), "b": job("2")}) == {"1": "a", "2": "b"}
+    assert sweeps.note_jobs(tmp_path, {"b": job("3"), "c": job("4")}) == {"3": "b", "4": "c"}
+    assert read_json(tmp_path / ".sweep" / "slurm.json") == {"a": "1", "b": "3", "c": "4"}
+
+
+def test_the_end_of_a_job_says_nothing_of_another(tmp_path):
+    write_state(tmp_path / "a", RunState("x.ipynb", status=RUNNING, job="2"))
+    sweeps.bury_job(tmp_path, "a", job("1"), "FAILED")
+    assert read_state(tmp_path / "a").status == RUNNING
+    sweeps.bury_job(tmp_path, "a", job("2"), "PREEMPTED")
+    assert read_state(tmp_path / "a").status == STOPPED and "PREEMPTED" in slurm.OVER
 
 
 def test_why_a_job_ended(tmp_path):

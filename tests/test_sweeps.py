@@ -33,7 +33,7 @@ file = folder / "metrics.jsonl"
 rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 bar = progress(total=steps, initial=len(rows), desc="tiny", unit="step")
 for step in range(len(rows), steps):
-    time.sleep(pause)
+    if not (folder / "go").exists(): time.sleep(pause)
     assert not file.exists() or len(file.read_text().splitlines()) == step, "another process writes here"
     rows.append({"step": step, "value": (rows[-1]["value"] if rows else x) * 3 % 1009})
     write_atomic(file, "".join(json.dumps(row) + "\\n" for row in rows))
@@ -116,6 +116,15 @@ def test_a_file_of_runs(tiny, tmp_path):
     (("tiny", None, None, [{"name": "a"}, {"name": "b"}]), "runs 'a' and 'b' are the same notebook with the same parameters"),
     (("tiny", None, None, [{"nam": "a"}]), "unknown key 'nam': did you mean 'name'"),
     (("tiny", None, None, ["a"]), "run 1 of the list is 'a'"),
+    (("tiny", None, {"x": [1, 2]}, [{"parameters": {"x": 9}}]), "parameter x is given for run 1 of the list, and in the grid"),
+    ((3,), "notebook is 3: expected a path"),
+    (("tiny", None, None, [{"notebook": ["tiny"]}]), "notebook is ['tiny']: expected a path"),
+    (("tiny", {1: 2}), "parameters has the key 1: expected text"),
+    (("tiny", None, {1: [2, 3]}), "grid has the key 1: expected text"),
+    (("tiny", {"x": {1, 2}}), "parameters: x is {1, 2}: expected text, a number"),
+    (("tiny", None, {"x": [1, 1j]}), "grid: x is [1, 1j]: expected text, a number"),
+    (("tiny", None, None, [{"parameters": {"x": b"1"}}]), "run 1 of the list: parameters: x is b'1': expected text"),
+    (("tiny", ["x"]), "parameters is ['x']: expected keys with values"),
 ])
 def test_bad_plans(tiny, arguments, message):
     with pytest.raises(BadInput) as e: plan(*(tiny if a == "tiny" else a for a in arguments))
@@ -149,6 +158,55 @@ def test_the_command_line(monkeypatch, tiny):
     assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
     for words, message in ((("tiny", "-p", "x"), "-p x has no value"), ((), "no notebook is named"), (("tiny", "-p", "x", "1", "-p", "x", "2"), "parameter x is given more than once"), (("tiny", "-p"), "-p has no key")):
         assert message in str(invoke(*words).exception)
+
+
+def test_a_default_that_is_no_value(tiny):
+    nb = nbformat.read(tiny, 4)
+    nb.cells[1].source += "\nodd = {[]: 1}"
+    nbformat.write(nb, tiny)
+    assert sweeps.parameters_of(tiny)["odd"] is None
+
+
+def test_a_ticket_is_looked_at_under_the_lock(tmp_path, tiny):
+    "A worker of a sweep that was killed must leave alone what its successor has written anew."
+    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="new"))
+    assert runs.execute_run(tmp_path / "r", tiny, "1", ticket="old") == "" and read_state(tmp_path / "r") == runs.RunState(str(tiny), ticket="new")
+
+
+def test_a_worker_that_is_stopped_while_it_gets_ready(tmp_path, tiny, monkeypatch):
+    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="t"))
+    before = signal.getsignal(signal.SIGTERM)
+    worker = sweeps.Worker(str(tmp_path), [("r", str(tiny))], "t", None)
+    monkeypatch.setattr(sweeps, "job_id", lambda: "7")
+    monkeypatch.setattr(sweeps, "queue_again", lambda job: False)
+    try:
+        monkeypatch.setattr(sweeps, "warm", lambda notebook: os.kill(os.getpid(), signal.SIGTERM))
+        assert worker() == {} and not (tmp_path / "r" / "log.txt").exists()
+        fork = os.fork
+
+        def fork_and_stop():
+            pid = fork()
+            if pid == 0: os.kill(os.getpid(), signal.SIGTERM)   # before the child has a handler of its own
+            return pid
+        monkeypatch.setattr(sweeps, "warm", lambda notebook: None)
+        monkeypatch.setattr(sweeps.os, "fork", fork_and_stop)
+        assert worker() == {} and read_state(tmp_path / "r").status == WAITING
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally: signal.signal(signal.SIGTERM, before)
+
+
+def test_a_job_that_passes_over_the_first_sigterm():
+    code = "import signal, sys, time\nasked = []\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit() if asked else asked.append(1))\nprint(flush=True)\nwhile True: time.sleep(.05)"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert child.stdout.readline()
+
+    class Job:
+        job_id = str(child.pid)
+        def done(self): return child.poll() is not None
+    try:
+        sweeps.end_jobs([Job()])
+        assert child.returncode == 0
+    finally: child.kill()
 
 
 def test_gpus_are_shared_out():
@@ -228,7 +286,7 @@ def test_cores_are_shared_out(tiny, monkeypatch, runs_folder):
 
 def test_stopped_and_resumed(tiny, runs_folder):
     "By Ctrl-C, which reaches every process of a terminal, and by SIGTERM, which reaches the sweep; then to the end."
-    words, folder = (tiny, "-p", "x", 1, 2, 3, "-p", "steps", 60, "-p", "pause", 0.05, "--jobs", 2, "--name", "t"), runs_folder / "t"
+    words, folder = (tiny, "-p", "x", 1, 2, 3, "-p", "steps", 90, "-p", "pause", 0.5, "--jobs", 2, "--name", "t"), runs_folder / "t"
     lines = lambda: len((folder / "x=2" / "metrics.jsonl").read_text().splitlines()) if (folder / "x=2" / "metrics.jsonl").exists() else 0
     before = 0
     for stop in (lambda p: os.killpg(p.pid, signal.SIGINT), lambda p: p.send_signal(signal.SIGTERM)):
@@ -240,10 +298,11 @@ def test_stopped_and_resumed(tiny, runs_folder):
         assert {read_state(folder / f"x={i}").status for i in (1, 2)} == {STOPPED} and read_state(folder / "x=3").status == WAITING
         wait_for(lambda: not left_behind(folder), 10)
         before = lines()
-        assert 0 < before < 60
+        assert 0 < before < 90
+    for i in (1, 2, 3): (folder / f"x={i}" / "go").touch()   # as fast as it can
     again = dmp_wb_run(*words)
     assert again.returncode == 0 and "t: 3 finished" in again.stderr
-    assert read_json(folder / "x=1" / "summary.json")["value"] == pow(3, 60, 1009) and read_state(folder / "x=1").attempts == 3
+    assert read_json(folder / "x=1" / "summary.json")["value"] == pow(3, 90, 1009) and read_state(folder / "x=1").attempts == 3
 
 
 def test_two_sweeps_in_one_folder(tiny, runs_folder):
