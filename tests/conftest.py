@@ -1,6 +1,7 @@
 "Shared pieces: tiny models with weights away from their zero initialisation, and a folder for runs."
 import os
 import re
+import signal
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""   # the same numbers on every machine
@@ -13,6 +14,8 @@ from diffusers import DiTTransformer2DModel
 
 from dmp_wb.core import project_root
 from dmp_wb.dit import DiT
+
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background deaf to interrupts, and its children after it
 
 
 def randomise(module, std=0.05, seed=0):
