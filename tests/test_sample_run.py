@@ -341,7 +341,7 @@ def test_a_model_that_has_diverged(tmp_path):
 def test_a_model_of_text_needs_captions(run, tmp_path):
     unet = UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, attention_head_dim=2, norm_num_groups=4,
                                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
-    with pytest.raises(BadInput, match="a UNet2DConditionModel, is conditioned on text, but its data have no captions"): sample_run(make_run(tmp_path / "run", unet), 2, **FAST)
+    with pytest.raises(BadInput, match="a UNet2DConditionModel, is conditioned on text, but its data have no captions"): sample_run(make_run(tmp_path / "unet", unet), 2, **FAST)
     with pytest.raises(BadInput, match="captions were given, but the model, a DiT, takes no text"): sample_run(run, 2, captions=["a three"], **FAST)
 
 

@@ -371,7 +371,7 @@ def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
     (["digits-quick", "trian.steps=1"], "did you mean 'train.steps'?"),
     (["digits-quick", "train.steps=x"], "error: override 'train.steps=x': train.steps is 'x': expected int"),
     (["missing.yaml"], "unknown experiment 'missing.yaml'"),
-    (["digits-dmp", "base=gone.pt"], "error: no checkpoint gone.pt"),
+    (["digits-dmp", "name=other", "base=gone.pt"], "error: no checkpoint gone.pt"),
 ])
 def test_command_line_mistakes_are_one_line(arguments, match, runs_folder):
     done = subprocess.run([sys.executable, "-m", "dmp_wb.training", *arguments], capture_output=True, text=True)
