@@ -126,6 +126,7 @@ def _engine():
             except DeadKernelError:
                 if self.stopping: raise Stopped("asked to stop") from None
                 what = death(self.km.provisioner.process and self.km.provisioner.process.poll(), LOG_FILE if self.standby else "")
+                if cell.execution_count is None: cell.execution_count = 1 + sum(c.cell_type == "code" and c.execution_count is not None for c in self.nb.cells[:cell_index])   # it may die before it says so
                 cell.outputs.append(new_output("error", ename="DeadKernelError", evalue=what, traceback=[what]))
                 raise CellExecutionError(what, "DeadKernelError", what) from None
 
