@@ -7,10 +7,7 @@ __all__ = ['BACKBONE_PARTS', 'split_tensors', 'join_tensors', 'save_checkpoint',
            'list_checkpoints', 'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint',
            'Run', 'run_folder', 'open_run', 'load_model', 'trained_objective']
 
-# %% ../nbs/09_checkpoints.ipynb #e3094e64
-import contextlib
-import os
-import platform
+# %% ../nbs/09_checkpoints.ipynb #ceb975f7
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -27,7 +24,7 @@ from .config import Experiment, load_experiment
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, sha256_of, unknown, write_json
 from .data import fingerprint
 from .dit import DiT
-from .folders import find_runs, read_rows, run_name
+from .folders import find_runs, locked, read_rows, run_name
 from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
 from .routing import route
@@ -92,24 +89,9 @@ def best_checkpoint(
     scored = [(values[_step(p)], p) for p in list_checkpoints(run) if _step(p) in values]
     return min(scored)[1] if scored else None
 
-@contextlib.contextmanager
 def run_lock(folder: str | Path):
     "Hold a run folder for writing. A second process gets a `BadInput` that names the first; the lock of a dead process is gone with it."
-    import fcntl
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as f:
-        try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            f.seek(0)
-            raise BadInput(f"run {folder} is being written by {f.read().strip() or 'another process'}: expected to be the only one") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}")
-        f.flush()
-        try: yield
-        finally:
-            with contextlib.suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
-            fcntl.flock(f, fcntl.LOCK_UN)
+    return locked(Path(folder) / ".lock", f"run {folder}", children=False)   # readers of data are forked, and may outlive the block
 
 def _step(folder: Path) -> int: return int(folder.name.removeprefix("step-"))
 

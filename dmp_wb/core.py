@@ -6,7 +6,7 @@
 __all__ = ['NAMED', 'PROGRESS_MIME', 'PROGRESS_VARIABLE', 'BadInput', 'MissingFile', 'unknown', 'one_line_errors', 'write_atomic',
            'write_json', 'read_json', 'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder', 'shipped_folder',
            'named_files', 'project_root', 'short', 'runs_root', 'in_kernel', 'progress_numbers', 'progress_line',
-           'NotebookBar', 'LogBar', 'FileBar', 'read_progress', 'progress', 'mirror']
+           'NotebookBar', 'LogBar', 'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -235,6 +235,16 @@ class LogBar(tqdm):
     def display(self, msg=None, pos=None):
         if self.n > self.initial: print(progress_line(progress_numbers(self)), file=sys.stderr, flush=True)
 
+def write_progress(
+    file: Path,    # what `read_progress` reads
+    state: dict,
+):
+    "Leave a state for another process, whole or not at all. Without waiting for the disk, and silent where it fails: progress is not worth a run."
+    tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        tmp.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(tmp, file)
+
 class FileBar(LogBar):
     "A `LogBar` that also leaves its numbers in `$DMP_WB_PROGRESS`, twice a second."
     def __init__(self, *args, **kwargs):
@@ -243,10 +253,7 @@ class FileBar(LogBar):
         self.mininterval = 0.5
 
     def display(self, msg=None, pos=None):
-        tmp = self._file.with_name(f".{self._file.name}.{os.getpid()}.tmp")
-        with contextlib.suppress(OSError):   # who watches may be gone
-            tmp.write_text(json.dumps(progress_numbers(self)), encoding="utf-8")
-            os.replace(tmp, self._file)
+        write_progress(self._file, progress_numbers(self))
         if time.time() - self._told >= 10 or self.disable:   # closed
             self._told = time.time()
             super().display()
@@ -277,13 +284,14 @@ def progress(
 def mirror(
     bar: tqdm | None,  # what this gave the last time
     numbers: dict,     # `progress_numbers` of a bar elsewhere: in a kernel, in another process
+    leave: bool | None = True,  # as of `progress`
 ) -> tqdm:
     "A bar here that shows what one elsewhere does; a new one where that is another one than before."
     if bar is not None and ((bar.desc or "").removesuffix(": "), bar.total, bar.initial) != tuple(numbers[k] for k in ("desc", "total", "initial")):
         bar.close()
         bar = None
     if bar is None:
-        bar = progress(**{k: numbers[k] for k in ("desc", "total", "initial", "unit")})
+        bar = progress(**{k: numbers[k] for k in ("desc", "total", "initial", "unit")}, leave=leave)
         bar.start_t = bar.last_print_t = time.time() - numbers["elapsed"]   # for a rate from its first second on
     bar.set_postfix_str(numbers["postfix"], refresh=False)
     bar.update(numbers["n"] - bar.n)

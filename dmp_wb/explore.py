@@ -29,8 +29,7 @@ from .anatomy import anatomy_of, input_size, learned_variance
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, runs_root
 from .data import load_data
-from .folders import list_runs, read_rows, run_name
-from .metrics import METRICS
+from .folders import list_runs, newest_metrics, read_rows, run_name
 from .multitask import mask_overlap
 from .objectives import ObjectiveConfig, Tables, make_tables
 from .patching import get_patch, patch_disabled, patches_of
@@ -145,6 +144,7 @@ class GateExplorer(Explorer):
         self.noise = torch.randn(1, *input_size(self.model), generator=torch.Generator().manual_seed(0))
         self.conditioned = self.patch.config.gate_input == "condition" and bool(classes)
         self._tables: dict[int, np.ndarray] = {}
+        self._maps: dict[tuple[int, int], tuple[np.ndarray, float, np.ndarray]] = {}
         self._seen: dict[tuple[int, int], torch.Tensor] = {}
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
         self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
@@ -183,11 +183,12 @@ class GateExplorer(Explorer):
         t, block, label = self.timestep.value, self.block.value, self.label.value
         table = self.gates(label)[:, block]
         n = self.patch.counts[block]
-        rel, norm = viz._relative(table[:, None, :n])
-        limit = float(norm.vmax or 0)
-        picture = coloured(rel[:, 0].T, viz.GATES, -limit, limit)
-        rows = max(1, 240 // n)
-        picture = picture.repeat(rows, 0).repeat(2, 1)
+        if (key := (label if self.conditioned else 0, block)) not in self._maps:   # the same at every timestep
+            rel, norm = viz._relative(table[:, None, :n])
+            limit = float(norm.vmax or 0)
+            self._maps[key] = rel, limit, coloured(rel[:, 0].T, viz.GATES, -limit, limit).repeat(max(1, 240 // n), 0).repeat(2, 1)
+        rel, limit, drawn = self._maps[key]
+        picture = drawn.copy()
         at = int(np.abs(self.grid - t).argmin())
         picture[:, 2 * at:2 * at + 2] = 0
         self.heatmap.value = png(picture)
@@ -229,6 +230,7 @@ class RoutingExplorer(Explorer):
         self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels, description="channels", style=style, layout=widgets.Layout(width="160px"))
         self.first, self.second = _slider("t₁", 0, self.T - 1, self.T // 10, width="300px"), _slider("t₂", 0, self.T - 1, self.T // 2, width="300px")
         self.masks, self.overlap, self.text = _picture(500), _picture(280), widgets.HTML()
+        self._drawn: tuple = (None,)
         body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap of two timesteps, pale 1; ○ at t₁, t₂", self.overlap)]), self.text]
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second], body)
 
@@ -239,15 +241,16 @@ class RoutingExplorer(Explorer):
         return routing_mask(timesteps, self.width.value, sharing_ratio=c.sharing_ratio, alpha=c.alpha, num_train_timesteps=self.T).numpy()
 
     def frame(self):
-        mask = self._mask(self.grid).astype(np.float32)
-        tall = 280
-        picture = coloured(mask.T[np.arange(tall) * mask.shape[1] // tall], viz.ROUTES, 0, 1).repeat(2, 1)
+        if (key := (self.ratio.value, self.alpha.value, self.width.value)) != self._drawn[0]:   # the same wherever t₁ and t₂ are
+            mask = self._mask(self.grid).astype(np.float32)
+            tall = 280
+            self._drawn = key, coloured(mask.T[np.arange(tall) * mask.shape[1] // tall], viz.ROUTES, 0, 1).repeat(2, 1), coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1)
+        picture, overlap = (drawn.copy() for drawn in self._drawn[1:])
         t1, t2 = self.first.value, self.second.value
         for t, colour in ((t1, (213, 94, 0)), (t2, (0, 0, 0))):
             at = int((self.grid - t).abs().argmin())
             picture[:, 2 * at:2 * at + 2] = colour
         self.masks.value = png(picture)
-        overlap = coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1)
         down, right = (np.arange(len(self.grid)) - int((self.grid - t).abs().argmin()) for t in (t1, t2))
         overlap[np.abs(np.hypot(down[:, None], right) - 5) < 1] = (213, 94, 0)
         self.overlap.value = png(overlap)
@@ -358,9 +361,8 @@ class RunExplorer(Explorer):
 
     def _measured(self, name: str) -> str:
         "The figures of the newest evaluation, for the table."
-        try: rows = Run(self.runs[name]).summary.get("evaluations", [])
+        try: return ", ".join(f"{k} {v:.4g}" for k, v in newest_metrics(Run(self.runs[name]).summary).items())
         except (BadInput, OSError): return ""
-        return ", ".join(f"{k} {v:.4g}" for k, v in rows[-1].items() if k in METRICS and isinstance(v, (int, float))) if rows else ""
 
     def _metrics(self, name: str) -> dict | None:
         folder, column = self.runs[name], self.column.value

@@ -6,7 +6,7 @@
 __all__ = ['RUN_VARIABLE', 'PROGRESS_FILE', 'LOG_FILE', 'PAGE_STYLE', 'STATE_FILE', 'NOTEBOOK_FILE', 'WAITING', 'RUNNING',
            'FINISHED', 'FAILED', 'STOPPED', 'bar_in', 'TerminalBars', 'ProgressFile', 'Stopped', 'death', 'write_page',
            'here', 'listed', 'save_figure', 'die_with_parent', 'Standby', 'RunState', 'read_state', 'write_state',
-           'locked', 'checksum', 'execute_run', 'one_line', 'figures_table']
+           'checksum', 'execute_run', 'one_line', 'figures_table']
 
 # %% ../nbs/15_runs.ipynb #2bbc3bed
 import copy
@@ -18,7 +18,6 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import signal
 import subprocess
@@ -32,7 +31,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .core import PROGRESS_MIME, BadInput, one_line_errors, progress, read_json, runs_root, write_atomic, write_json
+from .core import PROGRESS_MIME, BadInput, mirror, one_line_errors, read_json, runs_root, write_atomic, write_json, write_progress
+from .folders import locked
 
 # %% ../nbs/15_runs.ipynb #5834bcf2
 RUN_VARIABLE = "DMP_WB_RUN"        # tells the kernel the folder of the output notebook
@@ -53,11 +53,7 @@ class TerminalBars:
         d = bar_in(message)
         if not d: return
         key = message["content"].get("transient", {}).get("display_id")
-        if key not in self.bars: self.bars[key] = progress(total=d["total"], desc=d["desc"], unit=d["unit"], initial=d["n"], leave=None)
-        bar = self.bars[key]
-        bar.set_postfix_str(d["postfix"], refresh=False)
-        bar.update(d["n"] - bar.n)
-        if d["total"] and d["n"] >= d["total"]: bar.close()
+        self.bars[key] = mirror(self.bars.get(key), d, leave=None)
 
     def close(self):
         for bar in self.bars.values(): bar.close()
@@ -75,10 +71,8 @@ class ProgressFile:
     def _write(self, state: dict, hold: bool = False):
         self.state = state
         if hold and time.monotonic() - self.written < self.every: return
-        self.written, tmp = time.monotonic(), self.path.with_name(f"{PROGRESS_FILE}.tmp")
-        with suppress(OSError):   # progress is not worth a run
-            tmp.write_text(json.dumps(state), encoding="utf-8")
-            os.replace(tmp, self.path)
+        self.written = time.monotonic()
+        write_progress(self.path, state)
 
     def close(self): self._write(self.state)
 
@@ -391,27 +385,6 @@ def read_state(folder: str | Path) -> RunState | None:
     return RunState(**{k: v for k, v in given.items() if k in known})
 
 def write_state(folder: str | Path, state: RunState) -> Path: return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))
-
-@contextmanager
-def locked(path: str | Path, what: str, patience: float = 0.0): # seconds
-    "Hold a file's lock. Raises `BadInput` that names who holds it. A child forked inside holds it as well, until it ends."
-    import fcntl
-    path, end = Path(path), time.monotonic() + patience
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
-        while True:
-            try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
-            except OSError as e:
-                if e.errno not in (errno.EAGAIN, errno.EACCES): raise
-                f.seek(0)
-                if time.monotonic() >= end: raise BadInput(f"{what} is being written by {f.read().strip() or 'another process'}: expected to be the only one") from None
-            time.sleep(0.1)
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}")
-        f.flush()
-        try: yield   # closing the file lets go, unless a forked child still has it open
-        finally:
-            with suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
 
 # %% ../nbs/15_runs.ipynb #8b56cd66
 def checksum(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

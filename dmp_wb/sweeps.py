@@ -31,7 +31,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
-from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, locked, one_line,
+from .folders import locked
+from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, one_line,
                          read_state, write_state)
 from .slurm import OVER, JobWatch, ending, job_states, notice, queue_again, slurm_executor
 

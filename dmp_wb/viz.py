@@ -21,6 +21,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator
 
 from .core import BadInput
+from .folders import LOWER_IS_BETTER
 
 # %% ../nbs/13_viz.ipynb #f6dfb4c4
 METHOD_COLOURS = {"base": "#7f7f7f", "finetune": "#e69f00", "prompt-tuning": "#009e73", "dmp": "#0072b2", "pretrain": "#7f7f7f"}
@@ -266,7 +267,7 @@ def film_strip(
 # %% ../nbs/13_viz.ipynb #c5a9802d
 def run_table(
     rows: Mapping[str, Mapping[str, float | tuple[float, float, float]]],  # run → metric → value, or (value, low, high)
-    lower_is_better: Sequence[str] = ("fid", "sfid", "kid", "frechet", "loss", "mse"),
+    lower_is_better: Sequence[str] = LOWER_IS_BETTER,
     title: str | None = None,
 ) -> Figure:
     "Metrics of runs as a table, the best of each column in bold; intervals in small type."
@@ -414,8 +415,7 @@ def loss_by_timestep(
     for ax in axes.flat: sns.despine(ax=ax)
     return fig
 
-CURVES = {"fid": ("FID", "lower"), "sfid": ("sFID", "lower"), "kid": ("KID", "lower"), "is": ("Inception Score", "higher"), "precision": ("precision", "higher"), "recall": ("recall", "higher"),
-          "density": ("density", "higher"), "coverage": ("coverage", "higher")}
+CURVES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "is": "Inception Score", "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage"}
 
 def guidance_curves(
     rows: Mapping[str, Sequence[Mapping]],  # method → rows with "guidance_scale", metrics and perhaps "intervals", as `guidance_sweep` returns
@@ -428,7 +428,7 @@ def guidance_curves(
     extractor = next((row.get("extractor", "inception") for r in rows.values() for row in r), "inception")
     fig, axes = _figure(1, max(1, len(shown)), 2.5 * max(1, len(shown)), 2.3)
     for ax, m in zip(axes[0], shown):
-        title, better = CURVES[m]
+        title, better = CURVES[m], "lower" if m in LOWER_IS_BETTER else "higher"
         if m == "fid" and extractor.partition(":")[0] != "inception": title = f"Fréchet distance, {extractor.partition(':')[0]}"
         for i, (name, r) in enumerate(rows.items()):
             colour, x, y = method_colour(name, i, colours), [row["guidance_scale"] for row in r], np.asarray([row[m] for row in r], dtype=float)

@@ -1,6 +1,7 @@
 "Shared pieces: tiny models with weights away from their zero initialisation, and a folder for runs."
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from dmp_wb.core import project_root
 from dmp_wb.dit import DiT
 
 signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background deaf to interrupts, and its children after it
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None and os.environ.get("DMP_WB_REQUIRE_BROWSER"): raise RuntimeError("no Chromium on this machine: apt-get install chromium")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 def randomise(module, std=0.05, seed=0):

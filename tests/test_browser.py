@@ -17,10 +17,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import needs_browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None and os.environ.get("DMP_WB_REQUIRE_BROWSER"): raise RuntimeError("no Chromium on this machine: apt-get install chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
+pytestmark = needs_browser
 ROOT = Path(__file__).parents[1]
 
 # from the input event to the frame after the new picture has been decoded
@@ -75,15 +74,6 @@ def screenshots(tmp_path):
     folder = Path(os.environ.get("DMP_WB_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield b
-        b.close()
 
 
 def set_theme(folder, theme):

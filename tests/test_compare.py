@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_cells
+from conftest import CHROMIUM, run_cells
 from torch import nn
 
 from dmp_wb import compare, viz
@@ -141,7 +141,7 @@ def test_the_notebook_with_one_run_and_nothing_measured(runs_folder):
     assert not found["looked"].drawn and {p.name for p in (runs_folder / "one" / "figures").iterdir()} == {"curve-loss.png"}
 
 
-def test_the_page_from_the_command_line(made, tmp_path, runs_folder):
+def test_the_page_from_the_command_line(made, tmp_path, runs_folder, request):
     made("unfinished")
     train("digits-dtr", [*TINY, "name=routed"])
     done = subprocess.run([sys.executable, "-m", "dmp_wb", "compare", "digits-base", "digits-dmp", "routed", "unfinished", "--num-images", "80", "--num-inference-steps", "4", "--output", str(tmp_path / "page.html")], capture_output=True, text=True)
@@ -151,33 +151,25 @@ def test_the_page_from_the_command_line(made, tmp_path, runs_folder):
     for text in ("difference to digits-base", "routing.<wbr>sharing_<wbr>ratio", "holds no model yet", "optim.<wbr>lr"): assert text in html
     assert html.count("<img") == 6   # distances, samples, curve, loss by timestep, gates, masks
     assert not re.findall(r"https?://(?!www\.w3\.org)", re.sub(r'src="data:[^"]*"', "", html)) and "<script" not in html
-    look_in_a_browser(tmp_path / "page.html", tmp_path)
+    if CHROMIUM: look_in_a_browser(request.getfixturevalue("browser"), tmp_path / "page.html", tmp_path)
     failed = subprocess.run([sys.executable, "-m", "dmp_wb", "compare", "digits-base", "routd"], capture_output=True, text=True, cwd=tmp_path)
     assert failed.returncode == 2 and "did you mean 'routed'" in failed.stderr and not (tmp_path / "compare.html").exists()
 
 
-def look_in_a_browser(page: Path, tmp_path: Path):
+def look_in_a_browser(browser, page: Path, tmp_path: Path):
     "Nothing is asked for beside the file, every picture is there, nothing sticks out, at desk and phone width, light and dark."
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        assert not os.environ.get("DMP_WB_REQUIRE_BROWSER"), "no Chromium on this machine: apt-get install chromium"
-        return
-    from playwright.sync_api import sync_playwright
     folder = Path(os.environ.get("DMP_WB_SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        paper = set()
-        for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
-            tab = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme, offline=True).new_page()
-            asked, complaints = [], []
-            tab.on("request", lambda r, asked=asked: asked.append(r.url) if not r.url.startswith("data:") else None)
-            tab.on("console", lambda m, complaints=complaints: complaints.append(m.text))
-            tab.goto(page.as_uri())
-            assert asked == [page.as_uri()] and complaints == []
-            assert tab.evaluate("[...document.images].length > 0 && [...document.images].every((i) => i.complete && i.naturalWidth > 0 && i.alt)")
-            assert tab.evaluate("document.documentElement.scrollWidth") == width   # wide tables and figures scroll by themselves
-            paper.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
-            tab.screenshot(path=folder / f"compare-{width}-{scheme}.png", full_page=True)
-        assert len(paper) == 2
-        browser.close()
+    paper = set()
+    for width, scheme in ((1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")):
+        tab = browser.new_context(viewport={"width": width, "height": 850}, color_scheme=scheme, offline=True).new_page()
+        asked, complaints = [], []
+        tab.on("request", lambda r, asked=asked: asked.append(r.url) if not r.url.startswith("data:") else None)
+        tab.on("console", lambda m, complaints=complaints: complaints.append(m.text))
+        tab.goto(page.as_uri())
+        assert asked == [page.as_uri()] and complaints == []
+        assert tab.evaluate("[...document.images].length > 0 && [...document.images].every((i) => i.complete && i.naturalWidth > 0 && i.alt)")
+        assert tab.evaluate("document.documentElement.scrollWidth") == width   # wide tables and figures scroll by themselves
+        paper.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        tab.screenshot(path=folder / f"compare-{width}-{scheme}.png", full_page=True)
+    assert len(paper) == 2

@@ -9,8 +9,7 @@ import yaml
 
 from dmp_wb.checkpoints import run_lock
 from dmp_wb.core import BadInput, write_json
-from dmp_wb.folders import list_runs, read_run, runs_table, writer_of
-from dmp_wb.runs import locked
+from dmp_wb.folders import list_runs, locked, read_run, runs_table, writer_of
 
 
 @pytest.fixture
@@ -121,3 +120,8 @@ def test_list_on_the_command_line(made):
     assert "left out b: config.yaml is of something else" in done.stderr and not any(line.split("|")[-1].strip() in ("torch", "diffusers") for line in done.stderr.splitlines())
     done = subprocess.run([sys.executable, "-m", "dmp_wb", "list", "optim.rl=1"], capture_output=True, text=True)
     assert done.returncode == 2 and "did you mean 'optim.lr'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_every_room_names_the_same_metrics():
+    from dmp_wb import folders, metrics, viz
+    assert tuple(metrics.METRICS) == folders.METRICS == tuple(viz.CURVES)

@@ -5,7 +5,6 @@ Screenshots go to $DMP_WB_SCREENSHOTS where it is set.
 """
 import os
 import re
-import shutil
 import sys
 import threading
 import zlib
@@ -14,15 +13,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import needs_browser
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_docs"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-REQUIRED = bool(os.environ.get("DMP_WB_REQUIRE_BROWSER"))
-if REQUIRED and CHROMIUM is None: raise RuntimeError("no Chromium on this machine: apt-get install chromium")
-if REQUIRED and not (SITE / "index.html").exists(): raise RuntimeError("no site: make docs")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
-              pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no site: make docs")]
+if os.environ.get("DMP_WB_REQUIRE_BROWSER") and not (SITE / "index.html").exists(): raise RuntimeError("no site: make docs")
+pytestmark = [needs_browser, pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no site: make docs")]
 
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
 PAGES = sorted(p.relative_to(SITE).as_posix() for p in SITE.rglob("*.html")) if SITE.exists() else []
@@ -38,15 +34,6 @@ def url():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
