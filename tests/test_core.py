@@ -1,14 +1,18 @@
+import json
 import os
 import stat
 import subprocess
 import sys
+import time
+from unittest import mock
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
+from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, process_alive, process_identity, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
 
 
 def test_import_is_light_and_public_names_exist():
@@ -115,3 +119,18 @@ def test_progress_line_has_rate_and_eta():
     line = progress_line({"desc": "train", "n": 25, "total": 100, "elapsed": 5.0, "rate": 5.0, "unit": "step", "postfix": ""})
     assert line == "train  25/100  25%  5.0 step/s  ETA 00:15"
     assert progress_line({"desc": "", "n": 0, "total": None, "elapsed": 0.0, "rate": 0.0, "unit": "it", "postfix": ""})
+
+
+def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = process_identity(child.pid)
+    assert process_alive(identity) and process_alive(process_identity()) and json.loads(json.dumps(identity)) == identity and "\n" not in identity
+    with mock.patch("psutil.Process.create_time", lambda self: 0.0), mock.patch("psutil.boot_time", lambda: 0.0), mock.patch("time.time", lambda: 0.0):
+        assert process_alive(identity) and process_identity(child.pid) == identity       # whatever the clock says
+    for other in ("", "process", "process x ticks 1 boot 2", f"process {child.pid} ticks 1 boot 2", identity + "0", identity.replace("boot ", "boot 0"), None, 7, {"pid": child.pid}): assert not process_alive(other)
+    child.stdin.close()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
+    assert not process_alive(identity)                                                   # dead, though its parent has not looked
+    child.wait()
+    assert not process_alive(identity)
+    with pytest.raises(ProcessLookupError, match=f"no process {child.pid}"): process_identity(child.pid)
