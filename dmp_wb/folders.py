@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .core import BadInput, read_json, runs_root, short, unknown
+from .core import BadInput, printable, read_json, runs_root, short, unknown
 
 # %% ../nbs/00_folders.ipynb #42f48895
 def read_rows(file: Path) -> list[dict]:
@@ -284,6 +284,7 @@ def runs_table(
     cell = lambda v: "–" if v is None or v == "" else f"{v:.4g}" if isinstance(v, float) else str(v)
     rows = [["name", "method", "state", "step", "loss", *extra, *metrics, "when"]]
     rows += [[r.name, r.method, r.state, r.progress or "–", cell(r.loss), *(cell(r.config.get(k)) for k in extra), *(cell(r.metrics.get(m)) for m in metrics), ago(r.when)] for r in runs]
+    rows = [[printable(c) for c in row] for row in rows]
     widths, left = [max(map(len, column)) for column in zip(*rows, strict=True)], {0, 1, 2}
     lines = ["  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"{r.name}: {r.error}" for r in runs if r.error)])
+    return "\n".join([*lines, *(printable(f"{r.name}: {r.error}") for r in runs if r.error)])
