@@ -64,7 +64,7 @@ def locked(
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as f:
         said = f.read(1000)   # before anything is emptied: the file may be another's, under this name
-        if said and not re.fullmatch(r"process \d+ on [^\n]*", said): raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
+        if said and not re.match(r"process \d+ on ", said): raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
         while True:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError as e:
