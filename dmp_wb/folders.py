@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .core import BadInput, printable, read_json, runs_root, short, unknown
+from .core import BadInput, open_plain, printable, read_json, runs_root, short, unknown
 
 # %% ../nbs/00_folders.ipynb #42f48895
 def read_rows(file: Path) -> list[dict]:
@@ -58,18 +58,21 @@ def locked(
     patience: float = 0.0,   # seconds to wait for it
     children: bool = True,   # a child forked inside holds it as well, until it ends; False: it is free when the block ends
 ):
-    "Hold a file's lock. Raises `BadInput` that names who holds it; the lock of a dead process is gone with it."
+    "Hold a file's lock. Raises `BadInput` that names who holds it, and for a file that is no lock; the lock of a dead process is gone with it."
     import fcntl
     path, end = Path(path), time.monotonic() + patience
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
+    with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as f:
+        said = f.read(1000)   # before anything is emptied: the file may be another's, under this name
+        if said and not re.match(r"process \d+ on ", said): raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
         while True:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError as e:
                 if e.errno not in (errno.EAGAIN, errno.EACCES): raise
                 f.seek(0)
-                if time.monotonic() >= end: raise BadInput(f"{what} is being written by {f.read().strip() or 'another process'}: expected to be the only one") from None
+                if time.monotonic() >= end: raise BadInput(f"{what} is being written by {f.read(1000).strip() or 'another process'}: expected to be the only one") from None
             time.sleep(0.1)
+        f.seek(0)
         f.truncate(0)
         f.write(f"process {os.getpid()} on {platform.node()}")
         f.flush()
