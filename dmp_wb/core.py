@@ -6,7 +6,8 @@
 __all__ = ['NAMED', 'PROGRESS_MIME', 'PROGRESS_VARIABLE', 'printable', 'BadInput', 'MissingFile', 'unknown', 'one_line_errors',
            'write_atomic', 'write_json', 'read_json', 'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder',
            'shipped_folder', 'named_files', 'project_root', 'short', 'runs_root', 'in_kernel', 'progress_numbers',
-           'progress_line', 'NotebookBar', 'LogBar', 'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror']
+           'progress_line', 'NotebookBar', 'LogBar', 'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror',
+           'process_identity', 'process_alive']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -312,3 +313,33 @@ def mirror(
     bar.update(numbers["n"] - bar.n)
     if bar.total and bar.n >= bar.total: bar.close()
     return bar
+
+# %% ../nbs/00_core.ipynb #c0ffee02
+def _since_boot(pid: int) -> tuple[str, str]:
+    "The state of a process, as Z for one that is dead and waits for its parent, and when it began, in words that no clock changes."
+    if Path("/proc/self/stat").exists():
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()   # a name may hold blanks and brackets
+        return after_name[0], f"ticks {after_name[19]} boot {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}"
+    import psutil   # not Linux: there the kernel notes the time of the start, and does not change it
+    try:
+        process = psutil.Process(pid)
+        return "Z" if process.status() == psutil.STATUS_ZOMBIE else "R", f"time {process.create_time()!r}"
+    except psutil.Error: raise ProcessLookupError(f"there is no process {pid}") from None
+
+def process_identity(
+    pid: int | None = None,  # None: this process
+) -> str: # one line without line breaks
+    "What tells a process apart from any other, before and after it. Raises `ProcessLookupError` if there is no such process."
+    pid = os.getpid() if pid is None else pid
+    try: return f"process {pid} {_since_boot(pid)[1]}"
+    except (OSError, IndexError): raise ProcessLookupError(f"there is no process {pid}") from None   # it may end while it is read
+
+def process_alive(
+    identity: str,  # as `process_identity` gave it, here or in another process of this machine
+) -> bool:
+    "Whether that process still runs; one that is dead and waits for its parent does not, nor does any for a text that is no identity."
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        word, pid, began = str(identity).split(" ", 2)
+        state, really = _since_boot(int(pid))
+        return word == "process" and began == really and state not in "ZXx"
+    return False
