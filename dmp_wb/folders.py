@@ -25,7 +25,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .core import BadInput, MissingFile, printable, process_alive, process_identity, read_json, read_regular, runs_root, short, unknown
+from .core import BadInput, MissingFile, open_plain, printable, process_alive, process_identity, read_json, read_regular, runs_root, short, unknown
 
 # %% ../nbs/00_folders.ipynb #42f48895
 def read_rows(file: Path, limit: int = 1 << 30) -> list[dict]: # limit in bytes
@@ -95,25 +95,32 @@ def locked(
     patience: float = 0.0,   # seconds to wait for it
     children: bool = True,   # a child forked inside holds it as well, until it ends; False: it is free when the block ends
 ):
-    "Hold a file's lock. Raises `BadInput` that names who holds it; the lock of a dead process is gone with it."
+    "Hold a file's lock. Raises `BadInput` that names who holds it, and for a file that is no lock; the lock of a dead process is gone with it."
     import fcntl
     path, end = Path(path), time.monotonic() + patience
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as f:
+    with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as f:
+        said = f.read(1000)   # before anything is emptied: the file may be another's, under this name
+        if said and not _WRITER.fullmatch(said.strip()): raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
         while True:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError as e:
                 if e.errno not in (errno.EAGAIN, errno.EACCES): raise
                 f.seek(0)
-                if time.monotonic() >= end: raise BadInput(f"{what} is being written by {f.read().strip() or 'another process'}: expected to be the only one") from None
+                if time.monotonic() >= end:
+                    writer = _WRITER.fullmatch(f.read(1000).strip())
+                    raise BadInput(f"{what} is being written by {writer[1] if writer else 'another process'}: expected to be the only one") from None
             time.sleep(0.1)
+        f.seek(0)
         f.truncate(0)
-        f.write(f"process {os.getpid()} on {platform.node()}")
+        f.write(f"process {os.getpid()} on {platform.node()} ({process_identity()})")
         f.flush()
         try: yield   # closing the file lets go, unless a forked child still has it open
         finally:
             with contextlib.suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
             if not children: fcntl.flock(f, fcntl.LOCK_UN)
+
+_WRITER = re.compile(r"(process (\d{1,9}) on ([^\n(]*?))(?: \(([^\n]*)\))?")   # who it is in words, its number, its machine; how to tell it from a later one with its number
 
 LOCKS = (".lock", ".run.lock")   # of who trains, and of who executes the notebook
 QUIET = 15 * 60   # seconds without a new byte after which a writer on another machine counts as gone
@@ -123,13 +130,15 @@ def writer_of(folder: str | Path) -> str | None:
     for lock in LOCKS:
         try: said, since = read_regular(Path(folder) / lock, tail=1000).decode(errors="replace").strip(), (Path(folder) / lock).stat().st_mtime
         except (BadInput, OSError): continue   # a lock is a file
-        if not (m := re.fullmatch(r"process (\d{1,9}) on (.*)", said)): continue
-        if m[2] != platform.node():
-            if fresh(folder): return said
-            continue
-        with contextlib.suppress(psutil.Error):   # no such process
-            process = psutil.Process(int(m[1]))
-            if process.create_time() < since + 2 and process.status() != psutil.STATUS_ZOMBIE: return said   # a younger process has the number of a dead one
+        if not (m := _WRITER.fullmatch(said)): continue
+        if m[3] != platform.node():
+            if fresh(folder): return m[1]
+        elif m[4] is not None:
+            if process_alive(m[4]): return m[1]
+        else:
+            with contextlib.suppress(psutil.Error):   # no such process
+                process = psutil.Process(int(m[2]))   # of a version that wrote no more; a process that is younger than the lock has the number of a dead one
+                if process.create_time() < since + 2 and process.status() != psutil.STATUS_ZOMBIE: return m[1]
     return None
 
 def _times(folder: str | Path) -> list[float]:
@@ -255,7 +264,7 @@ def _notebook_parts(file: Path) -> tuple[dict, list]: # metadata, cells; no cell
         with contextlib.suppress(ValueError, RecursionError):
             meta = _dict(json.loads(b"{" + end[at:]).get("metadata"))
             if _dict(meta.get("papermill")).get("exception") in (False, None): return meta, []
-    nb = _dict(json.loads(read_regular(file)))
+    nb = _dict(json.loads(read_regular(file, 1 << 29)))
     return _dict(nb.get("metadata")), _list(nb.get("cells"))
 
 def read_run(
