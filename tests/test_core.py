@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import dmp_wb as wb
 from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, process_alive, process_identity, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
 from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, mirror, one_line_errors, printable, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
+from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, mirror, one_line_errors, printable, process_alive, process_identity, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
 from dmp_wb.folders import RunFacts, runs_table
 from dmp_wb.runs import RunState, figures_table
 from dmp_wb.sweeps import Sweep, View
@@ -164,3 +165,18 @@ def test_tables_of_runs_and_sweeps_show_hostile_names_and_errors_escaped(tmp_pat
     figures = {"a": {"frechet": 1.0, "interval": [0, 1]}, HOSTILE: {"frechet": 1.0, "interval": [0, 1]}}
     shown = figures_table({"figures": figures, "num_images": 8, "guidance_scale": 1.5, "sampler": HOSTILE, "num_inference_steps": 2})
     assert printable(shown, keep="\n") == shown and shown.count("\n") == 3
+
+
+def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = process_identity(child.pid)
+    assert process_alive(identity) and process_alive(process_identity()) and json.loads(json.dumps(identity)) == identity and "\n" not in identity
+    with mock.patch("psutil.Process.create_time", lambda self: 0.0), mock.patch("psutil.boot_time", lambda: 0.0), mock.patch("time.time", lambda: 0.0):
+        assert process_alive(identity) and process_identity(child.pid) == identity       # whatever the clock says
+    for other in ("", "process", "process x ticks 1 boot 2", f"process {child.pid} ticks 1 boot 2", identity + "0", identity.replace("boot ", "boot 0"), None, 7, {"pid": child.pid}): assert not process_alive(other)
+    child.stdin.close()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
+    assert not process_alive(identity)                                                   # dead, though its parent has not looked
+    child.wait()
+    assert not process_alive(identity)
+    with pytest.raises(ProcessLookupError, match=f"no process {child.pid}"): process_identity(child.pid)
