@@ -189,6 +189,12 @@ class Run:
         "The final figures; empty while the run is not finished."
         return read_json(self.folder / "summary.json") if (self.folder / "summary.json").exists() else {}
     @property
+    def steps_done(self) -> int:
+        "Of a finished run all; of any other those that its newest checkpoint holds."
+        if self.finished: return self.summary["steps"]
+        checkpoints = list_checkpoints(self.folder)
+        return _step(checkpoints[-1]) if checkpoints else 0
+    @property
     def experiment(self) -> Experiment: return load_experiment(self.folder / "config.yaml")
 
     def metrics(self) -> dict[str, list[float | None]]:

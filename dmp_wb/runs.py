@@ -102,7 +102,7 @@ def _engine():
         "papermill's client, which lets others hear the notebook's progress bars, stops when it is told to, and says why a kernel died."
         terminal: Any = None
         standby: Any = None
-        stopping = False
+        stopping = interrupted = False
 
         def create_kernel_manager(self):
             km = super().create_kernel_manager()
@@ -114,11 +114,11 @@ def _engine():
             return super().process_message(msg, cell, cell_index)
 
         def execute_cell(self, cell, cell_index, **kwargs):
-            if self.stopping: raise Stopped("asked to stop")
+            if self.stopping: raise self.end()
             self.terminal.cell(cell_index, len(self.nb.cells))
             try: return super().execute_cell(cell, cell_index, **kwargs)
             except DeadKernelError:
-                if self.stopping: raise Stopped("asked to stop") from None
+                if self.stopping: raise self.end() from None
                 what = death(self.km.provisioner.process and self.km.provisioner.process.poll(), LOG_FILE if self.standby else "")
                 if cell.execution_count is None: cell.execution_count = 1 + sum(c.cell_type == "code" and c.execution_count is not None for c in self.nb.cells[:cell_index])   # it may die before it says so
                 cell.outputs.append(new_output("error", ename="DeadKernelError", evalue=what, traceback=[what]))
@@ -130,6 +130,18 @@ def _engine():
             process = getattr(self.km and self.km.provisioner, "process", None)
             if process is None: raise Stopped("asked to stop")   # before the kernel is there
             process.send_signal(signal.SIGTERM)
+
+        def end(self) -> BaseException: return KeyboardInterrupt() if self.interrupted else Stopped("asked to stop")
+
+        def interrupt(self, number=None, frame=None):
+            "The first Ctrl-C stops as SIGTERM does; the second ends papermill, and the kernel with it, at once."
+            if self.interrupted: raise KeyboardInterrupt
+            self.interrupted = True
+            os.write(2, b"\nstopping the notebook, a training with a checkpoint; Ctrl-C again stops at once\n")
+            with suppress(Stopped):
+                self.stop()
+                return
+            raise KeyboardInterrupt   # there is no kernel yet
 
     class RunEngine(NBClientEngine):
         "Executes run notebooks; hands any other notebook to papermill's own engine."
@@ -150,17 +162,18 @@ def _engine():
                                 stdout_file=stdout_file, stderr_file=stderr_file, coalesce_streams=True, **kwargs)
             client.extra_arguments = ["--log-level=ERROR"]   # ipykernel warns on the terminal that it uses TCP on loopback
             client.terminal, client.standby = terminal or TerminalBars(), standby
-            main = threading.current_thread() is threading.main_thread()
-            before = signal.signal(signal.SIGTERM, client.stop) if main else None
+            main = threading.current_thread() is threading.main_thread()   # where alone signals can be caught
+            handlers = {signal.SIGTERM: client.stop, **({signal.SIGINT: client.interrupt} if terminal is None else {})} if main else {}
+            before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
                 with _environment(**({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {})):
                     try: client.execute()
                     except DeadKernelError:   # papermill asks it for its language at the end; the cell has the error already
                         if not nb_man.nb.metadata.papermill.exception: raise
-                if client.stopping: raise Stopped("asked to stop")   # also when the last cell went well: a training that was stopped returns
+                if client.stopping: raise client.end()   # also when the last cell went well: a training that was stopped returns
                 return nb_man.nb
             finally:
-                if main: signal.signal(signal.SIGTERM, before)
+                for number, handler in before.items(): signal.signal(number, handler)
                 client.terminal.close()
                 if output: write_page(nb_man.nb, Path(output).with_suffix(".html"))
 
