@@ -519,7 +519,8 @@ def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → j
     file = folder / ".sweep" / "slurm.json"
     ids, noted = {}, read_json(file) if file.exists() else {}
     for name, state in states.items():
-        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and (job := state.job or noted.get(name)): ids[name] = job
+        job = state.job or noted.get(name)
+        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and isinstance(job, str) and re.fullmatch(r"\d+(_\d+)?", job): ids[name] = job   # no other word reaches squeue
     if not ids: return {}
     import submitit
     stand = job_states(ids.values())
