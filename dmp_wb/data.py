@@ -275,6 +275,7 @@ def _side(config: DataConfig) -> int:
 def hub_data(config: DataConfig) -> ImageFiles:
     "A `datasets` data set: from the hub, saved by `save_to_disk`, or any folder that library can load. Raises `BadInput` for columns that are not there and labels out of range."
     import datasets
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False   # older versions run a script that comes with the data
     path, side = Path(config.name), _side(config)
     try:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists(): ds = datasets.load_from_disk(path)
@@ -448,8 +449,8 @@ def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
     try: import transformers
     except ImportError: raise BadInput("data.text_encoder needs the package transformers: pip install transformers") from None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)   # T5's encoder is a class of its own
         encoder, info = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")

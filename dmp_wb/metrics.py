@@ -522,7 +522,7 @@ class VisionFeatures(Extractor):
         usual, kinds, (mean, std), size = self.FAMILIES[family]
         self.name, model = f"{family}:{model}" if model else family, str(model or usual)
         try:
-            config = transformers.AutoConfig.from_pretrained(model)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
             if config.model_type not in kinds: raise ValueError(f"found a {config.model_type}")
             cls = transformers.CLIPVisionModelWithProjection if family == "clip" else transformers.AutoModel
             self.network, info = cls.from_pretrained(model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
