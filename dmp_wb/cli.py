@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from .core import BadInput, one_line_errors
+from .core import BadInput, one_line_errors, printable
 
 # %% ../nbs/16_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -51,7 +51,7 @@ def new(
     "Make a project: a folder with the run notebooks and experiments to edit. In it, and below it, bare names lead to its own files first."
     from dmp_wb.projects import new_project
     written, kept = new_project(folder, add)
-    print(f"{folder}: {len(written)} files written" + "".join(f"\n  kept as it is: {path}, which is not the one that ships" for path in kept))
+    print(f"{printable(folder)}: {len(written)} files written" + "".join(f"\n  kept as it is: {printable(path)}, which is not the one that ships" for path in kept))
     print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "") + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
 
@@ -95,12 +95,12 @@ def latents(
     else:
         config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional, image_column=image_column, label_column=label_column, caption_column=caption_column,
                             vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images, num_workers=num_workers)
-        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, device, (rank, world), lambda line: print(line, file=sys.stderr, flush=True))
+        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, device, (rank, world), lambda line: print(printable(line), file=sys.stderr, flush=True))
     if cache is not None and (world == 1 or num_processes == 1):
         skipped = sum(len(e["skipped"]) for e in cache.facts["shards"])
         size_gib = sum(e["bytes"] for e in cache.facts["shards"]) / 2**30
-        print(f"{folder}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
-              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={folder}")
+        print(f"{printable(folder)}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
+              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={printable(folder)}")
 
 @app.command()
 def sample(
@@ -127,7 +127,7 @@ def sample(
     (rank, world), device = _share(num_processes, cpu)
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
     done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, device, npz)
-    if done is not None: print(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else ""))
+    if done is not None: print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
 def _share(num_processes: int, cpu: bool) -> tuple[tuple[int, int], str]:
     "This process's number and how many there are, as a launcher or `_in_parallel` says, and its device."
@@ -261,9 +261,10 @@ def run(
         options[key] = typed(value)
     done = sweep(notebook, fixed, grid, None, file, name, folder, jobs, cluster, keep_finished, **options)
     failed = done.failed
-    for run, state in failed.items(): print(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}", file=sys.stderr)
+    for run, state in failed.items():
+        print(printable(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}"), file=sys.stderr)
     for run, state in done.states().items():
-        if state.status == "stopped" and state.error: print(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on", file=sys.stderr)
+        if state.status == "stopped" and state.error: print(printable(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on"), file=sys.stderr)
     if failed or not done.finished: raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #a0d9b83d
@@ -282,7 +283,7 @@ def list_runs(
     runs, faults = list_runs(folder, where or [], sort)
     if as_json: print(json.dumps([r.plain() for r in runs], indent=2, default=str))
     else: print(runs_table(runs, column or []))
-    for name, why in faults.items(): print(f"left out {name}: {why}", file=sys.stderr)
+    for name, why in faults.items(): print(printable(f"left out {name}: {why}"), file=sys.stderr)
 
 # %% ../nbs/16_cli.ipynb #8b454893
 @app.command()
@@ -314,7 +315,7 @@ def compare(
         except PapermillExecutionError as e: failed = e
         write_atomic(output, page.read_bytes())
     if failed: raise BadInput(f"the comparison failed: {failed.ename}: {failed.evalue}; {short(output)} has the cell and its traceback")
-    print(f"{short(output)}: {output.stat().st_size / 2**20:.1f} MB")
+    print(f"{printable(short(output))}: {output.stat().st_size / 2**20:.1f} MB")
 
 # %% ../nbs/16_cli.ipynb #1f742ad9
 def main():

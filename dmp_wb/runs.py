@@ -31,7 +31,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .core import PROGRESS_MIME, BadInput, mirror, one_line_errors, read_json, runs_root, write_atomic, write_json, write_progress
+from .core import PROGRESS_MIME, BadInput, mirror, one_line_errors, printable, read_json, runs_root, write_atomic, write_json, write_progress
 from .folders import locked
 
 # %% ../nbs/15_runs.ipynb #5834bcf2
@@ -415,7 +415,7 @@ def execute_run(
             end: dict[str, Any] = {"status": FINISHED}
         except Stopped: end = {"status": STOPPED}
         except Exception as e:
-            print(one_line(e), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
+            print(printable(one_line(e)), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
             end = {"status": FAILED, "error": one_line(e), "cell": getattr(e, "exec_count", None)}
         write_state(folder, dataclasses.replace(state, seconds=round(time.monotonic() - begun, 3), **end))
         return end["status"]
@@ -447,10 +447,10 @@ def figures_table(
         rows.append({"model": name, "Fréchet distance": f"{f['frechet']:.3f}", "95 % interval": span(f["interval"]),
                      f"difference to {first}": f"{f['difference']:+.3f}" if compared else "–",
                      "95 % interval of it": span(f["difference_interval"], "+") if compared else "–", **({"accuracy": f"{100 * f['accuracy']:.1f} %"} if "accuracy" in f else {})})
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    table = [[printable(cell) for cell in row] for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
-    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {evaluation['sampler']} with {evaluation['num_inference_steps']} steps)"])
+    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {printable(evaluation['sampler'])} with {evaluation['num_inference_steps']} steps)"])
 
 if __name__ == "__main__" and globals().get("__spec__"):   # under `python -m`; a notebook has no __spec__
     import sys

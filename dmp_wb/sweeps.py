@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .core import BadInput, MissingFile, in_kernel, named_files, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
+from .core import BadInput, MissingFile, in_kernel, named_files, printable, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
 from .folders import locked
 from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, one_line,
                          read_state, write_state)
@@ -277,7 +277,7 @@ class Worker:
                 execute_run(folder, notebook, job_id(), ticket=self.ticket)
                 status = 0
             except Stopped: status = 0   # before the run had begun: it waits
-            except BaseException as e: print(one_line(e), file=sys.stderr)
+            except BaseException as e: print(printable(one_line(e)), file=sys.stderr)
             finally:
                 with contextlib.suppress(Exception): sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
@@ -584,13 +584,13 @@ class View:
 
     def lines(self, states: dict[str, RunState], height: int | None = None) -> list[tuple[str, str]]: # status, text
         width = max(len(self._name(n)) for n in states)
-        rows = [(s.status, f"{self._name(n):<{width}}  {line_of(self.sweep.folder / n, s)}") for n, s in states.items()]
+        rows = [(s.status, printable(f"{self._name(n):<{width}}  {line_of(self.sweep.folder / n, s)}")) for n, s in states.items()]
         if height and len(rows) > height:   # what matters first, in the order of the runs
             keep = sorted(sorted(range(len(rows)), key=lambda i: (RUNNING, FAILED, STOPPED, FINISHED, WAITING).index(rows[i][0]))[:height - 1])
             rows = [rows[i] for i in keep] + [("", f"… and {len(rows) - len(keep)} more")]
-        return [*rows, ("", str(self.sweep))]
+        return [*rows, ("", printable(self.sweep))]
 
-    def _name(self, name: str) -> str: return self.sweep.folder.name if name == "." else name
+    def _name(self, name: str) -> str: return printable(self.sweep.folder.name if name == "." else name)
 
     def show(self, states: dict[str, RunState], last: bool = False):
         if self.live:
@@ -605,7 +605,7 @@ class View:
             elif bundle != self.told: self.shown.update(bundle, raw=True)
             self.told = bundle
         else:
-            say = lambda line: print(line, file=sys.stderr, flush=True)
+            say = lambda line: print(printable(line), file=sys.stderr, flush=True)
             also = time.monotonic() - self.spoken > 30
             for name, s in states.items():
                 if s.status != self.told.get(name, WAITING) or also and s.status == RUNNING: say(f"{self._name(name)}  {line_of(self.sweep.folder / name, s)}")

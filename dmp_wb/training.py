@@ -52,7 +52,7 @@ from torch.distributed.tensor import DTensor
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, assets_folder, atomic_folder, one_line_errors, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
+from .core import BadInput, assets_folder, atomic_folder, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
 from .distributed import check_launch, launched, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
 from .dit import DiT
@@ -425,6 +425,7 @@ def append_row(run: Run, row: dict):
 
 def note_skipped(run: Run, line: str):
     "Tell of an image that was skipped, and keep the line in the run folder."
+    line = printable(line)   # names of files may hold line breaks
     print(line, file=sys.stderr, flush=True)
     with open(run.folder / "skipped-images.txt", "a", encoding="utf-8") as f: f.write(line + "\n")
 
