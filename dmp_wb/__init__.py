@@ -24,7 +24,7 @@ _PUBLIC = {
     "sweep": "sweeps",
     "BadInput": "core",
 }
-_MODULES = ("core", "folders", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "compare", "launching", "runs", "slurm", "sweeps", "projects", "cli")
+_MODULES = ("core", "values", "folders", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "compare", "launching", "runs", "slurm", "sweeps", "projects", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
-from .core import PROGRESS_VARIABLE, BadInput, MissingFile, mirror, read_json, read_progress, short, write_atomic, write_json
+from .core import PROGRESS_VARIABLE, BadInput, MissingFile, mirror, process_identity, read_json, read_progress, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCH_VARIABLE, LAUNCHER_FILE
 from .training import absolute_paths, asked_to_stop, check_folder, new_run, share_of_batch
 
@@ -113,8 +113,8 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp: return _launch(exp, run, n, config_file, Path(tmp))
 
 def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path) -> Run:
-    me, log = psutil.Process(), run.folder / "launch.log"
-    write_json(tmp / LAUNCHER_FILE, {"pid": me.pid, "create_time": me.create_time()})
+    log = run.folder / "launch.log"
+    write_json(tmp / LAUNCHER_FILE, process_identity())
     write_atomic(tmp / f"{exp.name}.yaml", to_yaml(exp))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--main_process_port", "0", *(["--config_file", str(config_file)] if config_file else []),
                "-m", "dmp_wb.training", str(tmp / f"{exp.name}.yaml"), "--folder", str(run.folder)]
