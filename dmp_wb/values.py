@@ -88,7 +88,7 @@ def parse_yaml(
     import yaml
     tree = _Tree()
     try:
-        for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)): tree.take(event)
+        for event in yaml.parse(str(text), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)): tree.take(event)
     except BadInput as e: raise BadInput(f"{what} is not valid YAML: {e}") from None
     except (yaml.YAMLError, UnicodeError) as e: raise BadInput(f"{what} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
     return tree.root
