@@ -16,13 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .core import BadInput, MissingFile, control_characters, expanded, named_files, unknown
-from .data import DataConfig
-from .dit import ModelConfig
-from .multitask import MultitaskConfig
-from .objectives import ObjectiveConfig
-from .patching import DMPConfig
-from .routing import DTRConfig
-from .schedules import ScheduleConfig
+from .settings import DataConfig, DMPConfig, DTRConfig, ModelConfig, MultitaskConfig, ObjectiveConfig, ScheduleConfig
 from .values import Written, convert, literal, parse_yaml, plain, read_yaml, refer, unquoted
 
 # %% ../nbs/08_config.ipynb #7b3e4004
@@ -121,6 +115,7 @@ class Experiment:
         if t.keep_best: need(t.checkpoint_every % t.log_every == 0, "train.checkpoint_every", t.checkpoint_every, f"a multiple of train.log_every {t.log_every} with train.keep_best, which looks for a line of each checkpoint's step")
         if t.on_nonfinite not in ON_NONFINITE: raise unknown("train.on_nonfinite", t.on_nonfinite, ON_NONFINITE)
         need(t.nonfinite_limit >= 1, "train.nonfinite_limit", t.nonfinite_limit, "at least 1")
+        self.schedule.check()
         self.data.check()
         if self.method == "pretrain": self.model.check()
         self.objective.check()

@@ -15,6 +15,7 @@ import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .core import BadInput, MissingFile
 
@@ -33,7 +34,10 @@ def quoted(text: str) -> Written:
 
 class _Tree:
     "Builds plain lists and dictionaries of `Written` from the events of a YAML parser, step by step: no depth of nesting fills the stack."
-    def __init__(self): self.stack, self.anchors, self.root, self.documents = [], {}, None, 0
+    def __init__(self):
+        self.stack: list[dict[str, Any]] = []
+        self.anchors: dict[str, tuple[Any, int]] = {}
+        self.root, self.documents = None, 0
 
     def add(self, value, size: int, anchor: str | None):
         if anchor: self.anchors[anchor] = value, size
@@ -63,7 +67,8 @@ class _Tree:
         if isinstance(event, yaml.ScalarEvent): self.add(_scalar(event), 1, event.anchor)
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in self.anchors: raise BadInput(f"the alias *{event.anchor} has no anchor before it")
-            self.add(*self.anchors[event.anchor], None)
+            value, size = self.anchors[event.anchor]
+            self.add(value, size, None)
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             if event.tag: raise BadInput(f"it has the tag {event.tag}: expected plain values")
             if len(self.stack) >= LIMITS["levels"]: raise BadInput(f"it is nested more than {LIMITS['levels']} levels deep")
@@ -127,7 +132,7 @@ def plain(value):
 
 def plain_number(value):
     "A NumPy number, or an array or tensor of no dimensions, as Python's; arrays as lists; anything else as it is."
-    if isinstance(value, (str, bytes, bool, int, float, type(None))): return value
+    if isinstance(value, (str, bytes)) or type(value) in (bool, int, float, type(None)): return value   # np.float64 is a float
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): return value.item()
     return value.tolist() if hasattr(value, "tolist") and hasattr(value, "ndim") else value
 

@@ -1,4 +1,8 @@
 "What people write is what is held: YAML, key=value words, references, words in quotes."
+import dataclasses
+import json
+import subprocess
+import sys
 import typing
 
 import numpy as np
@@ -9,7 +13,7 @@ from hypothesis import strategies as st
 
 from dmp_wb.config import KEYS, Experiment, load_experiment, to_yaml
 from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.dit import ModelConfig
+from dmp_wb.settings import DMPConfig, DTRConfig, ModelConfig
 from dmp_wb.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted
 
 TEXTS = ["01", "1.10", "1e3", "12:30", "no", "v2 #3", "0123", "2024_05", "photos #1", "0x1f", "true", "null", "1_000", ".5", "a: b", "[a]", "{a", "- x", "*x", "&x", "2026-02-30", "=", " x ", "it's", "ünï", "+1"]
@@ -145,3 +149,47 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch):
 def test_words_are_split_as_a_shell_splits_them():
     assert split_words("""a=1  b='my photos' c="x y"z name=v2\\ #3 d=it's\\ 'e f' # g""".replace("it's", "its")) == ["a=1", "b=my photos", "c=x yz", "name=v2 #3", "d=its e f", "#", "g"]
     with pytest.raises(BadInput, match="expected a quote at both ends"): split_words("a='b")
+
+
+WITHOUT_TORCH = '''
+import sys
+from dmp_wb.core import BadInput
+def fails(f, *args):
+    try: f(*args)
+    except (BadInput, SystemExit): return
+    raise AssertionError(f"{f} {args} is accepted")
+import dmp_wb as wb
+from dmp_wb.config import load_experiment, to_yaml
+to_yaml(load_experiment("digits-dmp", ["optim.lr=2e-4"]))
+for wrong in ("optim.lr=x", "objective.weighting=x", "multitask.method=Nope", "schedule.name=x", "patch.mode=x", "routing.kind=x", "model.name=x", "data.channels=2", "train.steps=0"): fails(load_experiment, "digits-pretrain", [wrong])
+load_experiment("digits-dmp", ["multitask.method=PCGrad"])
+wb.DMPConfig(num_prompts=4).check(), wb.DTRConfig().check(), wb.ModelConfig(name="DiT-S/2").check(), wb.Experiment
+found = sorted(m for m in ("torch", "diffusers", "transformers", "accelerate", "torchjd", "numpy") if m in sys.modules)
+assert not found, found
+'''
+
+
+def test_an_experiment_is_read_and_a_wrong_value_refused_without_torch():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_names_that_settings_know_are_those_that_there_are():
+    import torchjd.aggregation as A
+
+    from dmp_wb import data, dit, multitask, objectives, patching, routing, schedules, settings
+    assert multitask.aggregators() == sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
+    assert all(map(callable, objectives.WEIGHTINGS.values())) and objectives.WEIGHTINGS is settings.WEIGHTINGS
+    for module, names in ((dit, "ModelConfig SIZES NAMES Size"), (patching, "DMPConfig MODES GATE_INPUTS INITS"), (routing, "DTRConfig KINDS"), (data, "DataConfig"), (objectives, "ObjectiveConfig PREDICTION_TYPES"),
+                          (multitask, "MultitaskConfig"), (schedules, "ScheduleConfig SCHEDULES SAMPLERS")):
+        for name in names.split(): assert getattr(module, name) is getattr(settings, name)   # where older code and pickles look for them
+
+
+def test_settings_take_numbers_of_numpy_and_hold_those_of_python():
+    patch = DMPConfig(num_prompts=np.int64(4), top_k=torch.tensor(2), depth=[np.int32(0), 1], importance_weight=np.float32(0.5), noisy_gating=np.bool_(True))
+    patch.check()
+    assert json.dumps(dataclasses.asdict(patch)) and patch.patched_blocks(3) == [0, 1] and type(patch.num_prompts) is int and patch.noisy_gating is True
+    route = DTRConfig(sharing_ratio=np.float64(0.5), seed=np.int64(3), num_train_timesteps=np.int16(100))
+    route.check()
+    assert json.dumps(dataclasses.asdict(route))
+    with pytest.raises(BadInput, match="num_prompts is 2.5"): DMPConfig(num_prompts=np.float64(2.5)).check()
