@@ -217,3 +217,18 @@ def test_a_mistake_in_a_notebook_is_one_line_without_a_traceback(kind):
     shell.user_ns["kind"] = kind
     shell.run_cell("def deep():\n    try: 1 / 0\n    except ZeroDivisionError as e: raise kind('x is 1: expected 2\\x1b[2J') from e\ndeep()")
     assert shown == [f"\x1b[31m{kind.__name__}\x1b[0m: x is 1: expected 2\\x1b[2J"]
+
+
+def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    identity = process_identity(child.pid)
+    assert process_alive(identity) and process_alive(process_identity()) and json.loads(json.dumps(identity)) == identity and "\n" not in identity
+    with mock.patch("psutil.Process.create_time", lambda self: 0.0), mock.patch("psutil.boot_time", lambda: 0.0), mock.patch("time.time", lambda: 0.0):
+        assert process_alive(identity) and process_identity(child.pid) == identity       # whatever the clock says
+    for other in ("", "process", "process x ticks 1 boot 2", f"process {child.pid} ticks 1 boot 2", identity + "0", identity.replace("boot ", "boot 0"), None, 7, {"pid": child.pid}): assert not process_alive(other)
+    child.stdin.close()
+    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
+    assert not process_alive(identity)                                                   # dead, though its parent has not looked
+    child.wait()
+    assert not process_alive(identity)
+    with pytest.raises(ProcessLookupError, match=f"no process {child.pid}"): process_identity(child.pid)
