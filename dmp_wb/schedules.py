@@ -137,7 +137,7 @@ def sampler(
     base = noise_schedule(schedule, num_train_timesteps)
     T: int = base.config.num_train_timesteps
     steps: Any = num_inference_steps
-    if isinstance(steps, Integral) and not isinstance(steps, bool):
+    if isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool):
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
         steps = int(steps)
     elif name != "ddpm":
