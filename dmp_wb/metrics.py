@@ -1019,7 +1019,10 @@ def guidance_sweep(
 ) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference", "settings" that are not the default ones, and what `evaluate` gives
     "Samples from the same seeds at each guidance scale, and their metrics. A text-conditioned run draws the captions of its data. Raises `BadInput` without scales."
     if isinstance(scales, str) or not isinstance(scales, Iterable): raise BadInput(f"scales are {said(scales)}: expected guidance scales, as [1, 1.5, 2]")
-    scales = [real_number("guidance scale", s, 0) for s in scales]
+    given, scales = list(scales), []
+    for s in given:
+        try: scales.append(real_number("guidance scale", s, 0))
+        except BadInput: raise BadInput(f"guidance scale {said(s)}: expected a number ≥ 0") from None
     if not scales: raise BadInput("scales are empty: expected guidance scales, as 1 1.5 2")
     num_images, batch_size, seed, note = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1), whole_number("seed", seed), yes_or_no("note", note)
     run, decode, given = None, lambda x: x, {"prediction_type": "epsilon", **(sampling or {})}
