@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'NAMED', 'PROJECT_VARIABLE', 'PROGRESS_MIME', 'PROGRESS_VARIABLE', 'printable', 'control_characters',
-           'BadInput', 'MissingFile', 'unknown', 'system_error', 'system_errors', 'one_line_errors', 'has_controls',
-           'check_plain', 'open_plain', 'open_to_append', 'append_text', 'write_atomic', 'write_json', 'read_json',
-           'read_regular', 'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder', 'shipped_folder', 'foreign',
-           'safe_path', 'named_files', 'project_root', 'short', 'runs_root', 'expanded', 'git_commit', 'in_kernel',
-           'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar', 'write_progress', 'FileBar', 'read_progress',
-           'progress', 'mirror', 'process_identity', 'process_alive']
+           'BadInput', 'MissingFile', 'unknown', 'said', 'whole_number', 'real_number', 'yes_or_no', 'system_error',
+           'system_errors', 'one_line_errors', 'has_controls', 'check_plain', 'open_plain', 'open_to_append',
+           'append_text', 'write_atomic', 'write_json', 'read_json', 'read_regular', 'sha256_of', 'atomic_folder',
+           'seed_of', 'assets_folder', 'shipped_folder', 'foreign', 'safe_path', 'named_files', 'project_root', 'short',
+           'runs_root', 'expanded', 'git_commit', 'in_kernel', 'progress_numbers', 'progress_line', 'NotebookBar',
+           'LogBar', 'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror', 'process_identity',
+           'process_alive']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -18,6 +19,8 @@ import errno
 import hashlib
 import io
 import json
+import math
+import operator
 import os
 import re
 import secrets
@@ -78,6 +81,47 @@ def unknown(
     hint = f"did you mean {near[0]!r}? " if near else ""
     listed = (", ".join(known[:40]) or "none") + (f", … ({len(known)} in all)" if len(known) > 40 else "")
     return BadInput(f"unknown {kind} {str(word)!r}: {hint}known: {listed}")
+
+# %% ../nbs/00_core.ipynb #e0a7c51d
+def said(value) -> str:
+    "What a user gave, for a message: one line, not too long."
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+def _is_bool(value) -> bool: return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+def _is_array(value) -> bool: return bool(getattr(value, "ndim", None))
+
+def whole_number(
+    name: str,                  # of the argument, for the message
+    value,                      # Python's, NumPy's, or a tensor of no dimensions
+    least: int | None = None,
+) -> int:
+    "A whole number as Python's own. Raises `BadInput` for what is none, 2.0 and True among them, and for one below `least`."
+    try: number = None if _is_bool(value) or _is_array(value) else operator.index(value)
+    except TypeError: number = None
+    if number is None: raise BadInput(f"{name} is {said(value)}: expected a whole number")
+    if least is not None and number < least: raise BadInput(f"{name} is {number}: expected at least {least}")
+    return number
+
+def real_number(
+    name: str,
+    value,                      # Python's, NumPy's, or a tensor of no dimensions
+    least: float | None = None,
+) -> float:
+    "A finite number as Python's own. Raises `BadInput` for what is none, text and True among them, and for one below `least`."
+    wanted = "a number" if least is None else f"a number ≥ {least:g}"
+    try: number = None if _is_bool(value) or isinstance(value, (str, bytes)) or _is_array(value) else float(value)
+    except (TypeError, ValueError, OverflowError): number = None
+    if number is None or not math.isfinite(number) or least is not None and number < least: raise BadInput(f"{name} is {said(value)}: expected {wanted}")
+    return number
+
+def yes_or_no(
+    name: str,
+    value,
+) -> bool:
+    "True or False as Python's own. Raises `BadInput` for anything else, as the text “no”, which Python takes for true."
+    if not _is_bool(value) or _is_array(value): raise BadInput(f"{name} is {said(value)}: expected True or False")
+    return bool(value)
 
 # %% ../nbs/00_core.ipynb #a7cf0a40
 _EXPECTED = {   # of what the system refuses

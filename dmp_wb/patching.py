@@ -14,6 +14,7 @@ import dataclasses
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, writ
 from .dit import plain_state_dict, read_state_dict
 from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, weights_loaded
 from .schedules import check_timesteps
-from .settings import DMPConfig   # noqa: F401, GATE_INPUTS, INITS, MODES
+from .settings import GATE_INPUTS, INITS, MODES, DMPConfig   # noqa: F401
 
 # %% ../nbs/03_patching.ipynb #936534d8
 NOISE_FLOOR = 0.01   # of the noise's standard deviation
