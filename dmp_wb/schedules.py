@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 import diffusers   # its attributes are imported on first use, and some schedulers bring scipy.stats
 
@@ -132,21 +133,33 @@ def sampler(
     **kwargs,                                    # further arguments of that scheduler
 ):
     "A diffusers scheduler whose timesteps are set; raises `BadInput` for an unknown name or a number of steps outside 1…T."
-    if name not in SAMPLERS: raise unknown("sampler", name, SAMPLERS)
+    if not isinstance(name, str) or name not in SAMPLERS: raise unknown("sampler", name, SAMPLERS)
     base = noise_schedule(schedule, num_train_timesteps)
     T: int = base.config.num_train_timesteps
     steps: Any = num_inference_steps
-    if isinstance(num_inference_steps, Integral):
+    if isinstance(steps, Integral) and not isinstance(steps, bool):
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
-    elif name != "ddpm": raise BadInput(f"num_inference_steps is {steps!r}: expected a number; only the sampler ddpm takes sections, {name} does not")
+        steps = int(steps)
+    elif name != "ddpm":
+        sections = f"; only the sampler ddpm takes sections, {name} does not" if isinstance(steps, (str, list, tuple)) else ""
+        raise BadInput(f"num_inference_steps is {steps!r}: expected a whole number{sections}")
     cls, defaults = SAMPLERS[name]
     uneven = name == "ddim" and T % steps != 0
     if uneven: cls, defaults = "DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero")
+    if steps == T and defaults.get("timestep_spacing") == "linspace": defaults = {**defaults, "timestep_spacing": "trailing"}   # linspace takes one of T + 1 places for each step, and so a timestep twice
     kept = ("num_train_timesteps",) if name == "flow-euler" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")   # the straight path has no betas
     scheduler = getattr(diffusers, cls)(**{k: base.config[k] for k in kept}, **{**defaults, **kwargs})
     if uneven: scheduler.set_timesteps(timesteps=[round(T * i / steps) - 1 for i in range(steps, 0, -1)])
-    elif name != "ddpm": scheduler.set_timesteps(steps)
-    else:
+    elif name == "ddpm":
         scheduler.alphas_cumprod = (1 - betas(schedule, T)).cumprod(0)
         scheduler.set_timesteps(timesteps=respace(T, steps)[::-1])
+    elif name == "heun" and scheduler.config.timestep_spacing == "trailing" and not any(k.endswith("_sigmas") for k in kwargs): scheduler.set_timesteps(timesteps=_trailing(T, steps))
+    else: scheduler.set_timesteps(steps)
+    if name not in ("ddpm", "ddim") or uneven:
+        noise = scheduler.sigmas if name != "heun" else torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])   # heun looks twice at each but the first
+        if not (noise.isfinite().all() and (noise.diff() < 0).all()): raise BadInput(f"num_inference_steps is {steps}: expected fewer, with these settings {name} visits a timestep twice")
     return scheduler
+
+def _trailing(T: int, steps: int) -> list[int]:
+    "Timesteps from T−1 down at one stride. diffusers takes the same, but where the stride is no whole number rounding may give it one more, −1."
+    return (np.arange(T, 0, -T / steps).round() - 1)[:steps].astype(int).tolist()

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, mirror, one_line_errors, printable, process_alive, process_identity, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
+from dmp_wb.core import BadInput, LogBar, MissingFile, atomic_folder, one_line_errors, process_alive, process_identity, progress, progress_line, project_root, read_json, read_progress, runs_root, seed_of, unknown, write_atomic, write_json
+from dmp_wb.core import mirror, printable
 from dmp_wb.folders import RunFacts, runs_table
 from dmp_wb.runs import RunState, figures_table
 from dmp_wb.sweeps import Sweep, View
