@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME_DATA', 'SAME_LOSS', 'Compared', 'labelled', 'open_compared', 'config_in_use', 'differences', 'written', 'Cell',
            'html_table', 'glance_table', 'differences_table', 'evaluations', 'metrics_table', 'Drawn', 'image_shape',
-           'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep', 'gates_of', 'masks_of',
-           'Looked', 'comparable', 'look_at', 'sample_columns']
+           'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep', 'gates_of',
+           'route_words', 'masks_of', 'Looked', 'comparable', 'look_at', 'sample_columns']
 
 # %% ../nbs/15_compare.ipynb #1be0edcb
 import contextlib
@@ -31,7 +31,7 @@ from .folders import LOWER_IS_BETTER, METRICS, RunFacts, ago, find_runs, flat, r
 from .metrics import classifier_accuracy, frechet_bootstrap, inception_weights, load_extractor, reference_statistics
 from .objectives import ObjectiveConfig, diffusion_losses, make_tables
 from .patching import get_patch, patches_of
-from .routing import get_router, routing_mask
+from .routing import DTRConfig, get_router, routing_mask
 from .sampling import balanced_labels, captions_of, sample, sample_decoder, usual_sampler
 from .schedules import timestep_intervals
 from .training import model_inputs
@@ -339,6 +339,10 @@ def gates_of(
     if not patches_of(backbone) or not (patch := get_patch(backbone)).gated: return None
     labels = {"class_labels": torch.full((len(timesteps),), class_label)} if patch.config.gate_input == "condition" and anatomy_of(backbone).num_classes(backbone) else {}
     with torch.no_grad(): return patch.gates(timesteps, **labels).float().cpu()
+
+def route_words(c: DTRConfig) -> str:
+    "The settings that decide the masks of a route, for a title."
+    return f"β = {c.sharing_ratio:g}, " + (f"α = {c.alpha:g}" if c.kind == "dtr" else f"{c.kind}, seed {c.seed}")
 
 def masks_of(backbone: nn.Module, timesteps) -> dict[str, torch.Tensor] | None: # “N channels” → [T, C]
     "The masks of a routed model, for each width of its blocks; None for one that is not routed."
