@@ -207,7 +207,8 @@ class Run:
 
     def curve(self, column: str) -> dict[str, list[float]]:
         "`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none."
-        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if row.get(column) is not None and "step" in row]
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not abs(v) > 1e300   # a file may hold anything; nan is a hole in the curve
+        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if number(row.get(column)) and number(row.get("step"))]
         return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
 
     def note(self, **figures):

@@ -526,8 +526,9 @@ def read_progress(
     file: str | os.PathLike,  # what `$DMP_WB_PROGRESS` was for the process that is watched
 ) -> dict | None: # as `progress_numbers`; None while there are none
     "The numbers of another process's bar."
-    try: return json.loads(Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    try: found = json.loads(read_regular(file, 1 << 20))
+    except (ValueError, RecursionError): return None   # not there, or somebody else's
+    return found if isinstance(found, dict) else None
 
 def progress(
     iterable=None,          # what to go through, or None to call `.update()` by hand

@@ -469,9 +469,13 @@ class RunState:
 def read_state(folder: str | Path) -> RunState | None:
     "The state of a run folder; None if it is no run of a sweep."
     file = Path(folder) / STATE_FILE
-    if not file.exists(): return None
+    if not os.path.lexists(file): return None
     given, known = read_json(file), {f.name for f in dataclasses.fields(RunState)}
     if not isinstance(given, dict) or "notebook" not in given: raise BadInput(f"{file} does not describe a run: expected what `dmp-wb run` writes")
+    kinds: dict[str, Any] = {"parameters": dict, "attempts": int, "cell": (int, type(None)), "seconds": (int, float, type(None))} | dict.fromkeys(("error", "started", "job"), (str, type(None)))
+    for key, value in given.items():
+        if key in known and not isinstance(value, kinds.get(key, str)): raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected what `dmp-wb run` writes")
+    if given.get("status", WAITING) not in (WAITING, RUNNING, FINISHED, FAILED, STOPPED): raise BadInput(f"{file}: status is {given['status'][:80]!r}: expected what `dmp-wb run` writes")
     return RunState(**{k: v for k, v in given.items() if k in known})
 
 def write_state(folder: str | Path, state: RunState) -> Path: return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))
@@ -493,7 +497,7 @@ def execute_run(
         except BadInput: return ""   # another process was quicker
         state = read_state(folder)
         if state is None or ticket is not None and state.ticket != ticket or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job): return ""   # a job that Slurm requeued finds its own run
-        with suppress(FileNotFoundError): (folder / PROGRESS_FILE).unlink()
+        with suppress(OSError): (folder / PROGRESS_FILE).unlink()
         state = dataclasses.replace(state, status=RUNNING, job=job, attempts=state.attempts + 1, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), error=None, cell=None)
         begun = time.monotonic()
         try:
@@ -507,6 +511,7 @@ def execute_run(
         except Exception as e:
             print(printable(one_line(e)), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
             end = {"status": FAILED, "error": one_line(e), "cell": getattr(e, "exec_count", None)}
+        with suppress(OSError): (folder / PROGRESS_FILE).unlink()   # it says nothing any more
         write_state(folder, dataclasses.replace(state, seconds=round(time.monotonic() - begun, 3), **end))
         return end["status"]
 
