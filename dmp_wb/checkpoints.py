@@ -284,6 +284,6 @@ def _from_pipeline(folder: Path) -> nn.Module:
 def _from_hub(repo_id: str) -> nn.Module:
     said = []
     for part in BACKBONE_PARTS:
-        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part)
+        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)
         except (OSError, ValueError) as e: said.append(" ".join(str(e).split())[:200])
     raise BadInput(f"{repo_id!r} is neither a run nor a diffusers pipeline on the hub that could be reached: {said[0]}")

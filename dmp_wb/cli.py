@@ -6,6 +6,7 @@
 __all__ = ['app', 'new', 'train', 'latents', 'sample', 'evaluate', 'guidance', 'run', 'list_runs', 'compare', 'main']
 
 # %% ../nbs/16_cli.ipynb #aeae0b54
+import contextlib
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from .core import BadInput, one_line_errors, printable
+from .core import BadInput, one_line_errors, printable, safe_path
 
 # %% ../nbs/16_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -140,7 +141,7 @@ def _share(num_processes: int, cpu: bool) -> tuple[tuple[int, int], str]:
 def _in_parallel(processes: int):
     "Run this very command line in several processes, each with its number; exit with the first status that is not zero."
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    env = [{"OMP_NUM_THREADS": threads, **os.environ, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
+    env = [{"OMP_NUM_THREADS": threads, **os.environ, **safe_path(), "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
     children = [subprocess.Popen([sys.executable, "-m", "dmp_wb", *sys.argv[1:]], env=e) for e in env]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try: statuses = [child.wait() for child in children]
@@ -286,6 +287,26 @@ def list_runs(
     for name, why in faults.items(): print(printable(f"left out {name}: {why}"), file=sys.stderr)
 
 # %% ../nbs/16_cli.ipynb #8b454893
+def _absolute(given: str) -> str:
+    "What is given as a path by its full path, after a colon (label:run, extractor:file) as well."
+    start, colon, path = given.rpartition(":") if not Path(given).exists() else ("", "", given)
+    return f"{start}{colon}{Path(path).resolve()}" if path and Path(path).exists() else given
+
+@contextlib.contextmanager
+def _same_places():
+    "Inside, a kernel with another working folder finds the runs, the weights and the packages that this process finds."
+    from dmp_wb.core import assets_folder, foreign, project_root, runs_root
+    paths = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if assets_folder().parent.parent == Path.cwd(): paths.append(str(Path.cwd()))
+    given = {"DMP_WB_RUNS": str(runs_root().resolve()), **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}), **({} if foreign(project_root()) else {"DMP_WB_PROJECT": str(project_root())})}
+    before = {k: os.environ.get(k) for k in given}
+    os.environ.update(given)
+    try: yield
+    finally:
+        for k, v in before.items():
+            if v is None: os.environ.pop(k, None)
+            else: os.environ[k] = v
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Training runs, by folder or name; the first is what the others are compared with. label:run names one.", autocompletion=_complete_runs)],
@@ -296,6 +317,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id]; digits or inception, as the images ask for, if not given.")] = "",
     reference: Annotated[str, typer.Option(help="Real images; what the first run trained on, if not given.")] = "",
+    notebook: Annotated[str | None, typer.Option(help="A notebook of your own in place of the one that ships: a file, or a bare name in nbs/runs/. It is executed.", autocompletion=_complete_named("runs"))] = None,
 ):
     "Runs side by side on one page: settings, metrics with intervals, samples from the same seeds, curves, gates and masks."
     import tempfile
@@ -305,13 +327,17 @@ def compare(
 
     from dmp_wb.compare import open_compared
     from dmp_wb.core import named_files, short, write_atomic
+    from dmp_wb.sweeps import find_notebook
     if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
     open_compared(runs)   # a wrong name is told before a kernel starts
-    given = {"runs": [str(Path(r).resolve()) if Path(r).exists() else r for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
-             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": extractor, "reference": reference}
+    file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]   # to compare is to read: a notebook that lies about is code
+    given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
+             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor), "reference": _absolute(reference)}
     with tempfile.TemporaryDirectory() as work:
         page, failed = Path(work) / "compare.html", None
-        try: papermill.execute_notebook(named_files("runs")["compare"], page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False)
+        elsewhere = {"cwd": work} if notebook is None else {}   # a kernel takes modules from its working folder, which may be anybody's
+        try:
+            with _same_places(): papermill.execute_notebook(file, page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False, **elsewhere)
         except PapermillExecutionError as e: failed = e
         write_atomic(output, page.read_bytes())
     if failed: raise BadInput(f"the comparison failed: {failed.ename}: {failed.evalue}; {short(output)} has the cell and its traceback")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'NAMED', 'PROJECT_VARIABLE', 'PROGRESS_MIME', 'PROGRESS_VARIABLE', 'printable', 'BadInput', 'MissingFile',
-           'unknown', 'one_line_errors', 'check_plain', 'open_plain', 'open_to_append', 'append_text', 'write_atomic',
-           'write_json', 'read_json', 'read_regular', 'sha256_of', 'atomic_folder', 'seed_of', 'assets_folder',
-           'shipped_folder', 'foreign', 'named_files', 'project_root', 'short', 'runs_root', 'git_commit', 'in_kernel',
-           'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar', 'write_progress', 'FileBar', 'read_progress',
-           'progress', 'mirror', 'process_identity', 'process_alive']
+           'unknown', 'one_line_errors', 'has_controls', 'check_plain', 'open_plain', 'open_to_append', 'append_text',
+           'write_atomic', 'write_json', 'read_json', 'read_regular', 'sha256_of', 'atomic_folder', 'seed_of',
+           'assets_folder', 'shipped_folder', 'foreign', 'safe_path', 'named_files', 'project_root', 'short',
+           'runs_root', 'git_commit', 'in_kernel', 'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar',
+           'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror', 'process_identity', 'process_alive']
 
 # %% ../nbs/00_core.ipynb #be2f40e4
 import contextlib
@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 from html import escape
 from pathlib import Path
 
@@ -84,6 +85,10 @@ def one_line_errors():
         sys.exit(130)
 
 # %% ../nbs/00_core.ipynb #7e2b90c4
+def has_controls(text: str) -> bool:
+    "Whether a text holds control characters, line breaks of any kind among them, or halves of characters."
+    return any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)
+
 def check_plain(
     path: str | os.PathLike,  # where a file is going to be written
 ):
@@ -249,7 +254,7 @@ def shipped_folder(
     package = assets_folder().parent
     return inside if (inside := package / "nbs" / kind).is_dir() else package.parent / "nbs" / kind
 
-PROJECT_VARIABLE = "DMP_WB_PROJECT"   # a project that is used whoever owns it
+PROJECT_VARIABLE = "DMP_WB_PROJECT"   # a project that is used wherever one stands, whoever owns it
 
 def foreign(path: str | os.PathLike) -> str | None:
     "Why what is at a path may come from somebody else, in words; None if it belongs to this user and others cannot write it."
@@ -265,6 +270,10 @@ def _tell_once(line: str):
     if line not in _told: print(line, file=sys.stderr)
     _told.add(line)
 
+def safe_path() -> dict[str, str]: # environment variables
+    "For a Python process of this package's own: it must not take modules from the working folder, which may be anybody's, unless the package itself lies there."
+    return {} if assets_folder().parent.parent == Path.cwd() else {"PYTHONSAFEPATH": "1"}
+
 def named_files(
     kind: str,             # a key of `NAMED`
     project: bool = True,  # False: those that ship alone, for commands that only read
@@ -273,29 +282,26 @@ def named_files(
     found = {file.stem: file for file in sorted(shipped_folder(kind).glob(f"*{NAMED[kind]}"))}
     folder = project_root() / "nbs" / kind
     if not project or not folder.is_dir() or folder.resolve() == shipped_folder(kind).resolve(): return found
-    if not _named() and (why := foreign(folder.parent) or foreign(folder)):
+    named = bool(os.environ.get(PROJECT_VARIABLE))
+    if not named and (why := foreign(folder.parent.parent) or foreign(folder.parent) or foreign(folder)):
         _tell_once(f"note: {short(folder)} is not used, it {why}: expected one's own, or {PROJECT_VARIABLE}={project_root()} to use it")
         return found
     for file in sorted(folder.glob(f"*{NAMED[kind]}")):
         if not file.is_file(): continue   # a pipe, or a link that leads nowhere
-        if not _named() and (why := foreign(file)): _tell_once(f"note: {short(file)} is not used, it {why}")
+        if not named and (why := foreign(file)): _tell_once(f"note: {short(file)} is not used, it {why}")
         else: found[file.stem] = file
     return found
-
-def _named() -> bool:
-    "Whether the user has said that the project is to be used."
-    return bool(given := os.environ.get(PROJECT_VARIABLE)) and Path(given).resolve() == project_root()
 
 def project_root(
     start: str | os.PathLike | None = None,  # where to look from; the working directory if None
 ) -> Path:
-    "The nearest folder, upwards, that holds `nbs/experiments`; the starting folder if there is none before one of another user, or that all users can write."
+    "`$DMP_WB_PROJECT`, or the nearest folder, upwards, that holds `nbs/experiments`; the starting folder if there is none before one of another user, or that all users can write."
+    if start is None and (named := os.environ.get(PROJECT_VARIABLE)): return Path(named).resolve()
     start, stop = Path(start or Path.cwd()).resolve(), None
-    named = Path(os.environ[PROJECT_VARIABLE]).resolve() if os.environ.get(PROJECT_VARIABLE) else None
     for folder in (start, *start.parents):
-        if stop is None and folder != named and (why := foreign(folder)): stop = f"{folder} {why}"
+        if stop is None and (why := foreign(folder)): stop = f"{folder} {why}"
         if not (folder / "nbs" / "experiments").is_dir(): continue
-        if stop is None or folder == named: return folder
+        if stop is None: return folder
         _tell_once(f"note: the project {folder} is not used, {stop}: expected one's own, or {PROJECT_VARIABLE}={folder} to use it")
         break
     return start
@@ -385,7 +391,7 @@ class NotebookBar(tqdm):
         colour = "#2a9d8f" if done >= 1 else "#4c78a8"
         html = ('<div style="font: 13px monospace; white-space: nowrap">'
                 '<span style="display: inline-block; width: 12em; height: .8em; border: 1px solid #8888; vertical-align: middle; margin-right: .7em">'
-                f'<span style="display: block; width: {100 * done:.1f}%; height: 100%; background: {colour}"></span></span>{escape(text)}</div>')
+                f'<span style="display: block; width: {100 * done:.1f}%; height: 100%; background-color: {colour}"></span></span>{escape(text)}</div>')
         bundle = {"text/plain": text, "text/html": html, PROGRESS_MIME: data}
         from IPython.display import display
         if self._shown is None: self._shown = display(bundle, raw=True, display_id=True)

@@ -22,7 +22,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
-from .core import PROGRESS_VARIABLE, BadInput, MissingFile, mirror, process_identity, read_json, read_progress, short, write_atomic, write_json
+from .core import BadInput, MissingFile, PROGRESS_VARIABLE, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCH_VARIABLE, LAUNCHER_FILE
 from .training import absolute_paths, asked_to_stop, check_folder, new_run, share_of_batch
 
@@ -118,10 +118,10 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
     write_atomic(tmp / f"{exp.name}.yaml", to_yaml(exp))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--main_process_port", "0", *(["--config_file", str(config_file)] if config_file else []),
                "-m", "dmp_wb.training", str(tmp / f"{exp.name}.yaml"), "--folder", str(run.folder)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | {LAUNCH_VARIABLE: str(tmp), PROGRESS_VARIABLE: str(tmp / "progress.json"), "PYTHONUNBUFFERED": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | {**safe_path(), LAUNCH_VARIABLE: str(tmp), PROGRESS_VARIABLE: str(tmp / "progress.json"), "PYTHONUNBUFFERED": "1"}
     if exp.train.cpu: env["CUDA_VISIBLE_DEVICES"] = ""
     if exp.train.cpu or not torch.accelerator.is_available(): env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))   # accelerate would say 1
-    with open(log, "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
+    with os.fdopen(open_to_append(log), "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
         err.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {n} processes\n".encode())
         err.flush()
         start = err.tell()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILE_KEYS', 'GRACE', 'PATIENCE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'typed', 'safe',
            'check_name', 'check_values', 'with_overrides', 'plan', 'read_sweep', 'warm', 'Worker', 'job_id', 'Sweep',
-           'sweep', 'fingerprint', 'sort_out', 'tidy', 'drop_pickles', 'keep_copy', 'make_executor', 'gpu_share',
-           'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job', 'bury',
-           'fails_by_itself', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
+           'sweep', 'fingerprint', 'sort_out', 'tidy', 'keep_copy', 'make_executor', 'check_inside', 'clear_jobs',
+           'gpu_share', 'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job',
+           'bury', 'fails_by_itself', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .core import BadInput, MissingFile, in_kernel, named_files, printable, process_alive, process_identity, progress_line, read_json, read_progress, read_regular, runs_root, short, unknown, write_atomic, write_json
+from .core import BadInput, MissingFile, check_plain, has_controls, in_kernel, named_files, open_to_append, printable, process_alive, process_identity, progress_line, read_json, read_progress, read_regular, runs_root, short, unknown, write_atomic, write_json
 from .folders import clear_leftovers, locked
 from .runs import (FAILED, FINISHED, LOG_FILE, NOTEBOOK_FILE, PROGRESS_FILE, RUNNING, STATE_FILE, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, one_line,
                          read_state, write_state)
@@ -98,8 +98,8 @@ def safe(text: str) -> str:
 def check_name(name: str, what: str) -> str:
     "Raise `BadInput` for the name of a run or sweep that would leave the folder it belongs in."
     parts = PurePosixPath(name).parts
-    if not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or "\0" in name or any(p.startswith(".") for p in parts):
-        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot")
+    if not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or has_controls(name) or any(p.startswith(".") for p in parts):
+        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot and no control characters")
     return PurePosixPath(name).as_posix()
 
 def check_values(given: dict, what: str) -> dict:
@@ -262,7 +262,7 @@ class Worker:
                 signal.signal(signal.SIGTERM, _raise_stopped)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if hasattr(signal, "SIGUSR2"): signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # for the job as a whole
-                log = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                log = open_to_append(folder / LOG_FILE)
                 for stream in (1, 2): os.dup2(log, stream)
                 execute_run(folder, notebook, job_id(), ticket=self.ticket)
                 status = 0
@@ -352,6 +352,7 @@ def sweep(
     planned = plan(notebook, parameters, grid, runs)
     folder = Path(folder) if folder else runs_root() / check_name(str(name if name is not None else Path(planned[0].notebook).stem), "the name of the sweep")
     folder = folder.resolve()
+    check_inside(folder, [p.name for p in planned])
     try:
         with locked(folder / ".sweep" / "lock", f"sweep {short(folder)}"): return _sweep(folder, planned, jobs, cluster, keep_finished, slurm)
     except OSError as e:
@@ -360,6 +361,7 @@ def sweep(
 def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_finished: bool, slurm: dict) -> Sweep:
     ticket, result = uuid.uuid4().hex, Sweep(folder, [p.name for p in planned])
     executor = make_executor(folder / ".sweep" / "jobs", cluster, jobs, slurm)
+    clear_jobs(folder / ".sweep" / "jobs", cluster)
     wanted = {p.name: RunState(str(p.notebook), p.parameters, *fingerprint(p), cluster=cluster, ticket=ticket) for p in planned}
     todo, under_way = sort_out(folder, wanted, keep_finished)
     tidy(folder, cluster)
@@ -400,7 +402,7 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
         finally:
             if local:
                 end_jobs(list(active.values()))
-                drop_pickles(folder)
+                with contextlib.suppress(OSError, BadInput): clear_jobs(folder / ".sweep" / "jobs", cluster)
             view.show(result.states(), last=True)
     if stopper.asked:
         if not local: print(f"the jobs go on; run the same again to watch them, or end them: scancel {' '.join(sorted({j.job_id.split('_')[0] for j in active.values()}))}", file=sys.stderr)
@@ -440,16 +442,10 @@ def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> 
     return todo, jobs
 
 def tidy(folder: Path, cluster: str):
-    "Remove what earlier calls, killed ones too, left in the folder of a sweep. Jobs on a cluster still need their files."
+    "Remove what earlier calls, killed ones too, left in the folder of a sweep. Jobs on a cluster still need their copies of notebooks."
     clear_leftovers(folder / ".sweep", ("sweep.json", "slurm.json"))
     if cluster != "local" or (folder / ".sweep" / "slurm.json").exists(): return
-    drop_pickles(folder)   # a worker that has the number of a dead one would take its orders
     for file in (folder / ".sweep").glob("*-" + 16 * "[0-9a-f]" + ".ipynb"): file.unlink(missing_ok=True)
-
-def drop_pickles(folder: Path):
-    "Remove what submitit wrote for local workers that have ended."
-    for file in (folder / ".sweep" / "jobs").glob("*.pkl"):
-        with contextlib.suppress(OSError): file.unlink()
 
 def keep_copy(notebook: Path, folder: Path) -> Path:
     "The notebook as it is now: a job may start much later."
@@ -466,6 +462,29 @@ def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     return executor
+
+def check_inside(folder: Path, names: list[str]):
+    "Raise `BadInput` for a sweep whose files or runs lie elsewhere: a folder that came from others may hold links."
+    for place in (folder / ".sweep", folder / ".sweep" / "jobs"):
+        if place.is_symlink() or place.exists() and not place.is_dir(): raise BadInput(f"{place} is a {'link' if place.is_symlink() else 'file'}: expected a folder of the sweep itself")
+    for name in names:
+        if (folder / name).resolve() != folder / name: raise BadInput(f"run {folder / name} is a link: expected a folder of the sweep itself")
+        for file in (LOG_FILE, NOTEBOOK_FILE, STATE_FILE, PROGRESS_FILE): check_plain(folder / name / file)
+
+def clear_jobs(folder: Path, cluster: str):
+    """Leave in `.sweep/jobs` only what jobs need that are under way on a cluster.
+
+    submitit gives a job its work as a pickle under the job's number, and a pickle is code: in a folder that came from others one may wait there already. Raises `BadInput` for links.
+    """
+    pickles = {}
+    for file in folder.glob("*"):
+        check_plain(file)   # logs are written here
+        if file.suffix == ".pkl": pickles[file] = m[1] if (m := re.fullmatch(r"(\d+(_\d+)?)_(submitted|\d+_result)\.pkl", file.name)) else ""
+        elif file.stat().st_nlink > 1: file.unlink()   # a log that has a name elsewhere as well
+    wait = job_states(j for j in pickles.values() if j) if shutil.which("squeue") else {}
+    if cluster == "slurm" and "UNKNOWN" in wait.values(): raise BadInput("squeue does not say which jobs are under way: expected Slurm to answer")
+    for file, job in pickles.items():
+        if wait.get(job, "GONE") in OVER or cluster == "local" and wait[job] == "UNKNOWN": file.unlink()
 
 def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
     "The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough. None: as they are."

@@ -24,7 +24,6 @@ import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -52,7 +51,7 @@ from torch.distributed.tensor import DTensor
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, load_checkpoint, load_model, newest_checkpoint, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, assets_folder, atomic_folder, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
+from .core import BadInput, append_text, assets_folder, atomic_folder, git_commit, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
 from .distributed import check_launch, launched, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
 from .dit import DiT
@@ -409,10 +408,8 @@ def check_folder(run: Run, exp: Experiment):
 def versions() -> dict[str, str]:
     "What a run was made with: Python, packages, machine, and the git commit of the working folder."
     from dmp_wb import __version__
-    try: commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError): commit = ""
     return {"dmp_wb": __version__, "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__, "platform": f"{platform.system()} {platform.machine()}", "git_commit": commit}
+            "accelerate": accelerate.__version__, "platform": f"{platform.system()} {platform.machine()}", "git_commit": git_commit()}
 
 def write_config(run: Run, exp: Experiment):
     "Write config.yaml, with what the run is made with as comments."
@@ -421,13 +418,13 @@ def write_config(run: Run, exp: Experiment):
 
 def append_row(run: Run, row: dict):
     "One line of metrics.jsonl."
-    with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(row) + "\n")
+    append_text(run.folder / "metrics.jsonl", json.dumps(row) + "\n")
 
 def note_skipped(run: Run, line: str):
     "Tell of an image that was skipped, and keep the line in the run folder."
     line = printable(line)   # names of files may hold line breaks
     print(line, file=sys.stderr, flush=True)
-    with open(run.folder / "skipped-images.txt", "a", encoding="utf-8") as f: f.write(line + "\n")
+    append_text(run.folder / "skipped-images.txt", line + "\n")
 
 def count_skipped(run: Run) -> int:
     "Images that any process of any session of a run has skipped."
