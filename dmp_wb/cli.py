@@ -371,4 +371,5 @@ def compare(
 # %% ../nbs/16_cli.ipynb #1f742ad9
 def main():
     "The command line; `BadInput` becomes one line."
+    os.environ["DMP_WB_COMMAND"] = shlex.join(["dmp-wb", *sys.argv[1:]])   # for the page of a run that fails
     with one_line_errors(): app()

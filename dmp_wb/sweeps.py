@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILE_KEYS', 'GRACE', 'PATIENCE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'typed', 'safe',
            'check_name', 'check_values', 'with_overrides', 'plan', 'read_sweep', 'warm', 'Worker', 'job_id', 'Sweep',
-           'sweep', 'fingerprint', 'sort_out', 'tidy', 'drop_pickles', 'keep_copy', 'make_executor', 'check_inside',
-           'clear_jobs', 'gpu_share', 'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again',
-           'bury_job', 'bury', 'fails_by_itself', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
+           'sweep', 'fingerprint', 'sort_out', 'tidy', 'keep_copy', 'make_executor', 'check_inside', 'clear_jobs',
+           'gpu_share', 'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again', 'bury_job',
+           'bury', 'fails_by_itself', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -402,7 +402,7 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
         finally:
             if local:
                 end_jobs(list(active.values()))
-                drop_pickles(folder)
+                with contextlib.suppress(OSError, BadInput): clear_jobs(folder / ".sweep" / "jobs", cluster)
             view.show(result.states(), last=True)
     if stopper.asked:
         if not local: print(f"the jobs go on; run the same again to watch them, or end them: scancel {' '.join(sorted({j.job_id.split('_')[0] for j in active.values()}))}", file=sys.stderr)
@@ -442,16 +442,10 @@ def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> 
     return todo, jobs
 
 def tidy(folder: Path, cluster: str):
-    "Remove what earlier calls, killed ones too, left in the folder of a sweep. Jobs on a cluster still need their files."
+    "Remove what earlier calls, killed ones too, left in the folder of a sweep. Jobs on a cluster still need their copies of notebooks."
     clear_leftovers(folder / ".sweep", ("sweep.json", "slurm.json"))
     if cluster != "local" or (folder / ".sweep" / "slurm.json").exists(): return
-    drop_pickles(folder)   # a worker that has the number of a dead one would take its orders
     for file in (folder / ".sweep").glob("*-" + 16 * "[0-9a-f]" + ".ipynb"): file.unlink(missing_ok=True)
-
-def drop_pickles(folder: Path):
-    "Remove what submitit wrote for local workers that have ended."
-    for file in (folder / ".sweep" / "jobs").glob("*.pkl"):
-        with contextlib.suppress(OSError): file.unlink()
 
 def keep_copy(notebook: Path, folder: Path) -> Path:
     "The notebook as it is now: a job may start much later."
