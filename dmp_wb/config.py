@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .core import BadInput, MissingFile, control_characters, expanded, named_files, unknown
+from .core import BadInput, MissingFile, expanded, has_controls, named_files, unknown
 from .settings import DataConfig, DMPConfig, DTRConfig, ModelConfig, MultitaskConfig, ObjectiveConfig, ScheduleConfig
 from .values import Written, convert, literal, parse_yaml, plain, read_yaml, refer, split_words, unquoted
 
@@ -257,7 +257,7 @@ def _typed(key: str, value, origin: str):
     except ValueError: raise wrong(_kind_name(KEYS[key])) from None   # a BadInput of `convert` is one too
     for part in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(part, float) and not math.isfinite(part): raise BadInput(f"{origin}: {key} is {part}: expected a finite number")
-        if isinstance(part, str) and (bad := control_characters(part)): raise wrong(f"no control characters, as {bad[0]!r}")
+        if isinstance(part, str) and has_controls(part): raise wrong("no control characters")
     return value
 
 def _literal(value): return literal(value) if isinstance(value, str) else value

@@ -55,8 +55,8 @@ class Tables(nn.Module):
         for name, table in {"a": a, "b": b, "snr": a**2 / b**2, **more}.items(): self.register_buffer(name, table.float(), persistent=False)
 
     def at(self, name: str, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        "The named coefficient at timesteps [B], shaped to broadcast over `like` [B, …]."
-        return getattr(self, name)[timesteps].view(-1, *(1,) * (like.ndim - 1))
+        "The named coefficient at timesteps [B], shaped to broadcast over `like` [B, …] and on its device."
+        return getattr(self, name).to(like.device)[timesteps.to(like.device)].view(-1, *(1,) * (like.ndim - 1))
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         "x_t = a_t x0 + b_t ε."
@@ -143,7 +143,7 @@ def variational_bound(
     mean = posterior_mean(get("sqrt_recip_bar") * x_t - get("sqrt_recipm1_bar") * epsilon)
     kl = _gaussian_kl(posterior_mean(x0), get("posterior_log_variance"), mean, log_variance)
     nll = _discretised_nll(x0, mean, 0.5 * log_variance)
-    return torch.where(timesteps == 0, _pixel_mean(nll), _pixel_mean(kl)) / math.log(2)
+    return torch.where(timesteps.to(nll.device) == 0, _pixel_mean(nll), _pixel_mean(kl)) / math.log(2)
 
 # %% ../nbs/05_objectives.ipynb #f6576de8
 def diffusion_losses(
@@ -154,24 +154,25 @@ def diffusion_losses(
     schedule: str | ScheduleConfig | Tables = "linear",
     weighting: str = "constant", # a name in `WEIGHTINGS`
     prediction_type: str = "epsilon",  # what the model predicts, one of `PREDICTION_TYPES`
-) -> dict[str, torch.Tensor]: # "mse", "vb" and "loss", each [B] float32
+) -> dict[str, torch.Tensor]: # "mse", "vb" and "loss", each [B] float32, on the device of `model_output`
     "Squared error of the prediction (unweighted), variational term (zeros if the variance is fixed), and loss = w(t)·mse + vb. Raises `BadInput` for unknown names, timesteps out of range and other numbers of channels."
     if weighting not in WEIGHTINGS: raise unknown("weighting", weighting, WEIGHTINGS)
     if prediction_type not in PREDICTION_TYPES: raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
     if isinstance(schedule, Tables): tables = schedule   # the loop: timesteps are its own, and checking them would wait for the GPU
     else:
-        tables = make_tables(schedule, prediction_type).to(x0.device)
+        tables = make_tables(schedule, prediction_type).to(model_output.device)
         if timesteps.is_floating_point(): raise BadInput(f"timesteps are {timesteps.dtype}: expected integers")
         check_timesteps(timesteps, tables.num_train_timesteps)
     learned = model_output.shape[1] == 2 * x0.shape[1]
     if not learned and model_output.shape[1] != x0.shape[1]:
         raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, or {2 * x0.shape[1]} with a learned variance")
     if learned and prediction_type == "flow_prediction": raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, flow matching has no variance to learn")
-    model_output, x0, noise = model_output.float(), x0.float(), noise.float()
+    device = model_output.device   # where its graph is, whatever the others lie on
+    model_output, x0, noise, timesteps = model_output.float(), x0.to(device).float(), noise.to(device).float(), timesteps.to(device)
     prediction, *variance = model_output.split(x0.shape[1], dim=1)
     mse = _pixel_mean((tables.target(x0, noise, timesteps, prediction_type) - prediction) ** 2)
     vb = torch.zeros_like(mse)
     if learned:
         x_t = tables.add_noise(x0, noise, timesteps)
         vb = variational_bound(tables, tables.epsilon(prediction.detach(), x_t, timesteps, prediction_type), variance[0], x0, x_t, timesteps)
-    return {"mse": mse, "vb": vb, "loss": WEIGHTINGS[weighting](tables.snr[timesteps], timesteps, prediction_type) * mse + vb}
+    return {"mse": mse, "vb": vb, "loss": WEIGHTINGS[weighting](tables.snr.to(device)[timesteps], timesteps, prediction_type) * mse + vb}

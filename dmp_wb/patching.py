@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NOISE_FLOOR', 'CARD', 'PATCH_NAME', 'CONFIG_FILE', 'WEIGHTS_FILE', 'KEPT_FILES', 'REFERENCE_NAMES', 'top_k_softmax',
-           'probability_in_top_k', 'squared_variation', 'Gate', 'PromptPatch', 'Patches', 'patch', 'patches_of',
-           'get_patch', 'unpatch', 'use_patches', 'patch_disabled', 'save_patch', 'load_patch', 'load_reference_patch']
+           'probability_in_top_k', 'squared_variation', 'Gate', 'Prompts', 'Newest', 'PromptPatch', 'Patches', 'patch',
+           'patches_of', 'get_patch', 'unpatch', 'use_patches', 'patch_disabled', 'save_patch', 'load_patch',
+           'load_reference_patch']
 
 # %% ../nbs/03_patching.ipynb #91487aea
 import contextlib
@@ -13,6 +14,7 @@ import dataclasses
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from .anatomy import Size, anatomy_of
 from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
-from .hooks import Call, Operation, attach, hooks_of
+from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, weights_loaded
 from .schedules import check_timesteps
 from .settings import GATE_INPUTS, INITS, MODES, DMPConfig   # noqa: F401
 
@@ -82,10 +84,35 @@ patch = wb.load_patch(pipe.{{ part }}, "{{ repo }}")   # in place; wb.unpatch(pi
 {% endfor %}"""
 
 class Gate(nn.Module):
-    "The gates' weight and bias; no nn.Linear, so that nothing that looks for those in a backbone (LoRA, quantisation, layerwise casting) takes it for one."
+    """The gates' weight and bias; no nn.Linear, so that nothing that looks for those in a backbone (LoRA, quantisation, layerwise casting) takes it for one.
+
+    It is called, and so are `Prompts` and `PromptPatch`, for the sake of hooks that load weights when a module is called and take them away after.
+    """
     def __init__(self, width: int, prompts: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(prompts, width)), nn.Parameter(torch.zeros(prompts))
+
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, prompts], [prompts], at least float32
+        "The logits without the block's number, from u [B, D_t]; and what they gain for each number."
+        weight, bias = _wide(self.weight), _wide(self.bias)
+        return F.linear(u.to(weight), weight[:, :-1], bias), weight[:, -1].clone()
+
+class Prompts(nn.ParameterList):
+    "The prompts [prompts, D] of blocks that differ."
+    __call__ = nn.Module.__call__
+    def forward(self) -> list[torch.Tensor]: return [_as_they_are(p) for p in self]
+
+def _autocasts(device: torch.device) -> bool: return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+def _wide(x: torch.Tensor) -> torch.Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def _as_they_are(p: torch.Tensor) -> torch.Tensor:
+    "A view that outlives the moment when a hook gives the parameter other data."
+    return p.view_as(p) if torch.is_grad_enabled() else p.detach()
+
+class Newest:
+    "What the newest forward pass left: its gates by number of prompts, and its load balance loss."
+    def __init__(self): self.left: tuple[dict[int, torch.Tensor], torch.Tensor | None] | None = None
 
 class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"], paper_url="https://arxiv.org/abs/2405.17825"):
     """The learnable part of DMP on a frozen backbone.
@@ -105,7 +132,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         self._hub_mixin_config = None   # the mixin would write it as a second config file
         anatomy = anatomy_of(model)
         grids, widths = anatomy.block_grids(model, config.input_size), anatomy.block_widths(model)
-        self.config, self.name, self.key, self.enabled = config, name, f"patch {name}", True
+        self.config, self.name, self.key = config, name, f"patch {name}"
         self.blocks = config.patched_blocks(len(grids))
         self.rank = 0 if config.mode == "prepend" else 1
         self.grids = [grids[i] for i in self.blocks]
@@ -119,7 +146,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
         shapes = [(n, widths[i]) for i, n in zip(self.blocks, counts)]
         if len(set(shapes)) == 1: self.prompts = nn.Parameter(torch.zeros(len(shapes), *shapes[0]))
-        else: self.prompts = nn.ParameterList(torch.zeros(*shape) for shape in shapes)
+        else: self.prompts = Prompts(torch.zeros(*shape) for shape in shapes)
         # gates of equally many prompts are one; rows of the weight: where each lies
         self.counts = counts
         self.groups = {n: [p for p, m in enumerate(counts) if m == n] for n in sorted(set(counts), reverse=True)}
@@ -129,8 +156,8 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         self.w_noise = nn.Parameter(torch.zeros(anatomy.embedding_width(model), ends[-1])) if config.noisy_gating else None
         self.reset_parameters()
         object.__setattr__(self, "model", model)       # past nn.Module, which would make it our submodule
-        object.__setattr__(self, "_call", None)        # the newest forward pass
-        object.__setattr__(self, "_baked", None)
+        self.off, self.tables = Scoped(), Scoped()     # what the `with` blocks of `patch_disabled` and `baked` say
+        self.threads, self.newest = PerThread(Newest), Newest()   # of each thread, and of all
 
     def reset_parameters(self):
         "Zero everywhere, or the released code's random start: Xavier-uniform prompts, gate and noise."
@@ -141,6 +168,18 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
             with torch.no_grad(): p.uniform_(-bound, bound)
         if self.gate is not None: nn.init.xavier_uniform_(self.gate.weight)
         if self.w_noise is not None: nn.init.xavier_uniform_(self.w_noise)
+
+    @property
+    def enabled(self) -> bool:
+        "Whether it acts, here and now: `use_patches` chose it, and this thread is not inside `patch_disabled`."
+        return self.key not in hooks_of(self.model).resting and not self.rests_here()
+
+    @enabled.setter
+    def enabled(self, on: bool):
+        hooks = hooks_of(self.model)
+        hooks.rest(*hooks.resting - {self.key}, *([] if on else [self.key]))
+
+    def rests_here(self) -> bool: return bool(self.off.value)
 
     @property
     def gated(self) -> bool: return self.config.gate_input != "none"
@@ -173,13 +212,12 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
         Raises `BadInput` for a timestep out of range, and for a condition that needs inputs that were not given.
         """
-        anatomy, weight = anatomy_of(self.model), self._weight()
+        anatomy, device = anatomy_of(self.model), self._device()
         t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching)
-        if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=weight.device).reshape(-1)
+        if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=device).reshape(-1)
         scale = anatomy.timestep_scale(self.model)
-        t = torch.atleast_1d(t.to(weight.device))
-        u = self._gate_input(t if scale == 1 else t / scale, inputs)
-        return self._stack(self._gates(u, len(t), noisy=False)[0])
+        t = torch.atleast_1d(t.to(device))
+        with weights_loaded(self.model): return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
 
     def entropy(self, timesteps, class_labels=None, **inputs) -> torch.Tensor: # [B, patched blocks], in nats; log(prompts) when the gate is uniform
         "Entropy of the gate at each timestep and block."
@@ -187,29 +225,52 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     def _weight(self) -> torch.Tensor: return self.gate.weight if self.gated else next(iter(self.prompts))
 
-    def _gate_input(self, timestep: torch.Tensor, inputs: dict) -> torch.Tensor | None: # [B, D_t]
-        "u: the timestep's embedding or the full condition, as the backbone makes it."
+    def _device(self) -> torch.device:
+        "Where its weights are; the CPU where accelerate keeps them and loads them as they are called."
+        device = self._weight().device
+        return torch.device("cpu") if device.type == "meta" and is_offloaded(self) else device
+
+    def _gate_input(self, model: nn.Module, timestep: torch.Tensor, inputs: dict) -> torch.Tensor | None: # [B, D_t]
+        "u: the timestep's embedding or the full condition, as the backbone makes it; in float32 where its weights are, also under autocast."
         if not self.gated: return None
-        anatomy = anatomy_of(self.model)
-        if self.config.gate_input == "timestep" or anatomy.condition is None: u = anatomy.embed_timestep(self.model, timestep)
-        else:
-            move = lambda v: v.to(timestep.device) if isinstance(v, torch.Tensor) else {k: move(w) for k, w in v.items()} if isinstance(v, dict) else v
+        anatomy, device = anatomy_of(model), timestep.device
+        wide = _autocasts(device) and next(model.parameters()).dtype in (torch.float32, torch.float64)
+        with torch.autocast(device.type, enabled=False) if wide else contextlib.nullcontext():
+            if self.config.gate_input == "timestep" or anatomy.condition is None: return anatomy.embed_timestep(model, timestep)
+
+            def move(v):
+                if isinstance(v, dict): return {k: move(w) for k, w in v.items()}
+                if not isinstance(v, torch.Tensor): return v
+                return v.to(device, torch.float32 if wide and v.dtype in (torch.float16, torch.bfloat16) else v.dtype)
             used = {k: move(inputs[k]) for k in anatomy.condition_inputs if inputs.get(k) is not None}
-            try: u = anatomy.condition(self.model, timestep, used)
+            try: return anatomy.condition(model, timestep, used)
             except (KeyError, TypeError, AttributeError) as e:   # an input that the model needs is missing
                 if set(anatomy.condition_inputs) <= used.keys(): raise
-                raise BadInput(f"the gates look at the condition of {type(self.model).__name__}: expected {', '.join(anatomy.condition_inputs)}; got {', '.join(used) or 'none of them'}") from e
-        return u.to(self.gate.weight.dtype)
+                raise BadInput(f"the gates look at the condition of {type(model).__name__}: expected {', '.join(anatomy.condition_inputs)}; got {', '.join(used) or 'none of them'}") from e
 
-    def _gates(self, u: torch.Tensor | None, batch: int, noisy: bool) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
-        "By number of prompts, the gates [B, blocks of that number, prompts]; and the load balance loss."
-        if u is None: return {n: self._weight().new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
-        weight, block_weight = self.gate.weight[:, :-1], self.gate.weight[:, -1]
-        shared = F.linear(u, weight, self.gate.bias)                                    # one matmul for all blocks
-        std = F.softplus(u @ self.w_noise) + NOISE_FLOOR if noisy and self.w_noise is not None else None
+    def _gates_at(self, timestep: torch.Tensor, inputs: dict) -> dict[int, torch.Tensor]:
+        "The gates without noise, outside of a forward pass; `timestep` as the model takes it."
+        return self(self._gate_input(self.model, timestep, inputs), len(timestep), False)[0]
+
+    def forward(
+        self,
+        u: torch.Tensor | None,  # [B, D_t]; None without a gate
+        batch: int,
+        noisy: bool,
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor]]:
+        "By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss; and the prompts [prompts, D] of every patched block."
+        prompts = self.prompts() if isinstance(self.prompts, Prompts) else _as_they_are(self.prompts)
+        device = prompts[0].device if u is None else u.device
+        with torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext():
+            return *self._gates(u, batch, noisy, prompts[0]), prompts
+
+    def _gates(self, u: torch.Tensor | None, batch: int, noisy: bool, like: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+        if u is None: return {n: like.new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
+        shared, block_weight = self.gate(u)                                    # one matmul for all blocks
+        std = F.softplus(u.to(shared) @ _wide(self.w_noise).to(shared)) + NOISE_FLOOR if noisy and self.w_noise is not None else None
         gates, loads, k = {}, [], self.config.top_k
         for n, group in self.groups.items():
-            block = torch.tensor([self.blocks[p] for p in group], dtype=u.dtype, device=u.device)
+            block = torch.tensor([self.blocks[p] for p in group], dtype=shared.dtype, device=shared.device)
             logits = shared[:, None, self.rows[n]] + block[:, None] * block_weight[self.rows[n]]
             if std is not None:
                 clean, spread = logits, std[:, None, self.rows[n]].expand_as(logits)
@@ -223,29 +284,36 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         by_block = {p: F.pad(gates[n][:, slot], (0, self.num_prompts - n)) for n, group in self.groups.items() for slot, p in enumerate(group)}
         return torch.stack([by_block[p] for p in range(self.num_blocks)], dim=1)
 
+    def _newest_pass(self) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
+        "Gates and load balance loss of this thread's newest forward pass; where it had none, as when a pool of threads runs the model, of the newest of all."
+        return self.threads.here.left or self.newest.left or (None, None)
+
     @property
     def last_gates(self) -> torch.Tensor | None: # [B or 1, patched blocks, prompts]
-        "The gates of the newest forward pass; one row if its batch shared the timestep."
-        return None if self._call is None else self._stack(self._call.state[self.key][0])
+        "The gates of this thread's newest forward pass (of the newest of all, if it had none); one row if its batch shared the timestep."
+        gates = self._newest_pass()[0]
+        return None if gates is None else self._stack(gates)
 
     def balance_loss(self) -> torch.Tensor: # scalar
         "Importance balance of the newest forward pass: CV² of I = Σ over blocks of g, per (sample, prompt)."
-        if not self.gated or self._call is None: return self._weight().new_zeros(())
-        losses = [squared_variation(g.float().sum(dim=1)) for g in self._call.state[self.key][0].values()]
+        gates = self._newest_pass()[0]
+        if not self.gated or gates is None: return self._weight().new_zeros(())
+        losses = [squared_variation(g.float().sum(dim=1)) for g in gates.values()]
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def gate_statistics(self) -> dict[str, torch.Tensor]: # scalars
         """Of the newest forward pass: `gate_entropy`, in nats, mean over samples and blocks, and `prompt_use`, the share of prompts in use:
         exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike. Empty for a patch without a gate."""
-        if not self.gated or self._call is None: return {}
-        gates = [g.detach().float() for g in self._call.state[self.key][0].values()]
+        newest = self._newest_pass()[0]
+        if not self.gated or newest is None: return {}
+        gates = [g.detach().float() for g in newest.values()]
         entropy = lambda g: torch.special.entr(g).sum(-1)
         return {"gate_entropy": torch.cat([entropy(g).flatten() for g in gates]).mean(),
                 "prompt_use": torch.cat([entropy(g.mean(0)).exp() / g.shape[-1] for g in gates]).mean()}
 
     def load_loss(self) -> torch.Tensor: # scalar
         "Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k; zero without noise, without top_k and outside training."
-        load = None if self._call is None else self._call.state[self.key][1]
+        load = self._newest_pass()[1]
         return self._weight().new_zeros(()) if load is None else load
 
     # --- a table of gates, for sampling
@@ -257,25 +325,26 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         """Inside this context the gates are looked up in a table made once, to equal outputs.
 
         For sampling: the timestep's embedding and the matmul fall away. A timestep outside the table is a `BadInput`.
+        It holds for the thread or asyncio task that is inside; others go on without a table.
         """
         if self.config.gate_input == "condition": raise BadInput("gate_input is 'condition': expected 'timestep', a table by timestep cannot hold gates that look at more")
         anatomy = anatomy_of(self.model)
-        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten().to(self._weight().device)
+        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten().to(self._device())
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
         if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
             yield self
             return
         asked = anatomy.as_called(self.model, t)   # rounded as the pipeline rounds them
         asked = asked[asked.double().argsort()]
-        with torch.no_grad():   # row by row, as a forward pass with one timestep computes them
-            rows = [self._gates(self._gate_input(v[None], {}), 1, noisy=False)[0] for v in asked]
-        outer = self._baked
-        object.__setattr__(self, "_baked", (asked.double(), {n: torch.cat([r[n] for r in rows]) for n in self.groups}))
-        try: yield self
-        finally: object.__setattr__(self, "_baked", outer)
+        with torch.no_grad(), weights_loaded(self.model):   # row by row, as a forward pass with one timestep computes them
+            rows = [self._gates_at(v[None], {}) for v in asked]
+        with self.tables.set((asked.double(), {n: torch.cat([r[n] for r in rows]) for n in self.groups})): yield self
 
-    def _look_up(self, timestep: torch.Tensor) -> dict[int, torch.Tensor]:
-        known, table = self._baked
+    @property
+    def _baked(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]] | None: return self.tables.value
+
+    def _look_up(self, timestep: torch.Tensor, baked: tuple) -> dict[int, torch.Tensor]:
+        known, table = baked
         t, known = timestep.double(), known.to(timestep.device)
         place = torch.searchsorted(known, t.contiguous() * (1 - 1e-6)).clamp(max=len(known) - 1)
         if not torch.compiler.is_compiling():
@@ -287,42 +356,42 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     # --- what the hooks call
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
-        blocks = list(anatomy_of(model).blocks(model))
-        wanted = {i: blocks[i] for i in self.blocks}
-        if self.config.mode == "prepend": wanted[len(blocks) - 1] = blocks[-1]   # where the prompts leave
-        return list(wanted.items())
+        blocks = list(enumerate(anatomy_of(model).blocks(model)))
+        return blocks[self.blocks[0]:] if self.config.mode == "prepend" else [blocks[i] for i in self.blocks]
 
     def start(self, call: Call):
         anatomy = anatomy_of(self.model)
         if self.config.mode == "prepend":
-            if call.prompts[0]: raise BadInput("two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
-            call.prompts = (self.num_prompts, self.blocks[0])
+            others = [o.name for o in call.operations if isinstance(o, PromptPatch) and o.config.mode == "prepend"]
+            if len(others) > 1: raise BadInput("two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
+            if call.leading is not None and any(isinstance(n, tuple) for n in call.leading):
+                raise BadInput("mode is 'prepend' and the texts of this batch have different lengths: expected equal ones, or a patch with mode 'add'")
         elif anatomy.called_grid is not None:
             grid = anatomy.called_grid(self.model, call.inputs)
             if grid is not None and grid != self.grids[0]: raise self._other_size(grid, 0)
-        weight = self._weight()
-        if weight.device.type == "meta" and call.timestep.device.type != "meta": raise BadInput(f"the weights of this {type(self.model).__name__} and its patch are offloaded one by one: expected enable_model_cpu_offload, which moves them together")
-        t = call.timestep.to(weight.device)   # with CPU offload the weights are still on the CPU here; the tokens move the gates
-        if self._baked is not None and not self.training: call.state[self.key] = self._look_up(t), None
+        t, table, load = call.timestep.to(call.device), self.tables.value, None
+        if table is not None and not self.training: gates, prompts = self._look_up(t, table), self(None, 0, False)[2]
         else:
             if self.training: t = t.expand(call.batch)   # in training every sample has its own noise and its part in the balance
-            call.state[self.key] = self._gates(self._gate_input(t, call.inputs), len(t), noisy=self.training)
-        object.__setattr__(self, "_call", call)
+            gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
+        call.state[self.key] = gates, prompts
+        self.newest.left = self.threads.here.left = gates, load
 
     def _other_size(self, grid: Size, position: int) -> BadInput:
         size = lambda g: f"{math.prod(g)} tokens ({' × '.join(map(str, g))})"
         return BadInput(f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for {size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
 
-    def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        if index not in self.blocks: return x
+    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]: # [B or 1, n, 1], [n, D], as x
         position = self.blocks.index(index)
+        gates, pools = call.state[self.key]
         n = self.counts[position]
-        gate = call.state[self.key][0][n][:, self.groups[n].index(position), :, None].to(x)   # [B or 1, n, 1]
-        prompts = self.prompts[position].to(x)
-        if self.config.mode == "prepend":
-            text, old = call.text_before(index), n if position else 0
-            return torch.cat([x[:, :text], (gate * prompts).expand(len(x), -1, -1), x[:, text + old:]], dim=1)
-        first = call.text_before(index) + call.prompts_before(index)
+        return gates[n][:, self.groups[n].index(position), :, None].to(x), pools[position].to(x)
+
+    def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
+        if self.config.mode == "prepend": return self._prepend(index, x, call)
+        position, text = self.blocks.index(index), call.text_before(index)
+        gate, prompts = self._prompts_of(index, x, call)
+        n, first = len(prompts), call.longest_text_before(index) + call.prompts
         grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first,)
         tokens = math.prod(grid)
         if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]): raise self._other_size(grid, position)
@@ -330,15 +399,31 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         added = gate * prompts
         if n < tokens: added = added[:, torch.arange(tokens, device=x.device) * n // tokens]
         if x.ndim == 4: return x + added.transpose(1, 2).unflatten(2, x.shape[2:])
+        if isinstance(text, tuple):   # every sample's image where its own text ends
+            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin)) for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
         return x + F.pad(added, (0, 0, first, 0))
 
+    def _prepend(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
+        "Prompts are there inside the blocks alone: what a ControlNet adds between two blocks, and blocks that are skipped, find the tokens that they know."
+        if index in self.blocks:
+            gate, prompts = self._prompts_of(index, x, call)
+            lead: torch.Tensor | None = (gate * prompts).expand(len(x), -1, -1)
+        else:   # beyond the depth they go on as the last block left them; a block that a checkpoint runs again gets the same once more
+            if call.runs(): call.entered[index] = call.left
+            lead = call.entered[index]
+        call.prompts = 0 if lead is None else self.num_prompts
+        text = call.longest_text_before(index)
+        return x if lead is None else torch.cat([x[:, :text], lead, x[:, text:]], dim=1)
+
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        if self.config.mode == "add" or index != len(anatomy_of(self.model).blocks(self.model)) - 1: return x
-        text = call.text_before(index)
-        return torch.cat([x[:, :text], x[:, text + self.num_prompts:]], dim=1) if text else x[:, self.num_prompts:]
+        if self.config.mode == "add" or not call.prompts: return x
+        text, n = call.longest_text_before(index), call.prompts
+        if call.runs(): call.left = x[:, text:text + n]
+        call.prompts = 0
+        return torch.cat([x[:, :text], x[:, text + n:]], dim=1) if text else x[:, n:]
 
     def __getstate__(self):
-        return {**self.__dict__, "_call": None, "_baked": None}   # tensors inside a graph can be neither copied nor pickled
+        return {**self.__dict__, "newest": Newest()}   # tensors inside a graph can be neither copied nor pickled
 
     # --- huggingface_hub's conventions: save_pretrained, push_to_hub and the model card are the mixin's
     def _save_pretrained(self, save_directory: Path): _write_files(self, save_directory)
@@ -394,8 +479,9 @@ def patch(
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name): raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
     p = PromptPatch(model, config or DMPConfig(), name)
     first = next(model.parameters())
+    device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(model, "device", first.device)   # with group offloading where the model computes
     dtype = getattr(model, "dtype", first.dtype)
-    p.to(device=first.device, dtype=dtype if dtype.is_floating_point else None)
+    p.to(device=device, dtype=dtype if dtype.is_floating_point else None)
     p.train(model.training)
     attach(model, p)
     if not len(patches):
@@ -439,22 +525,23 @@ def unpatch(
     return model
 
 def use_patches(model: nn.Module, *names: str):
-    "Switch: exactly the patches of these names act from now on. Raises `BadInput` for an unknown name, and changes nothing then."
+    """Switch: exactly the patches of these names act from now on, in all threads; a forward pass that is under way goes on as it began.
+
+    Raises `BadInput` for an unknown name, and changes nothing then.
+    """
     wanted = [get_patch(model, name) for name in names]
-    for p in patches_of(model).values(): p.enabled = p in wanted
+    hooks_of(model).rest(*(p.key for p in patches_of(model).values() if p not in wanted))
 
 @contextlib.contextmanager
 def patch_disabled(
     model: nn.Module,
     name: str | None = None,  # of one patch; all if None
 ):
-    "Inside this context the model acts as if it were not patched."
+    "Inside this context the model acts as if it were not patched: for the thread or asyncio task that is inside, as with `torch.no_grad`."
     off = [get_patch(model, name)] if name is not None else list(patches_of(model).values()) or [get_patch(model)]
-    before = [p.enabled for p in off]
-    for p in off: p.enabled = False
-    try: yield model
-    finally:
-        for p, enabled in zip(off, before): p.enabled = enabled
+    with contextlib.ExitStack() as stack:
+        for p in off: stack.enter_context(p.off.set(True))
+        yield model
 
 # %% ../nbs/03_patching.ipynb #3efcc91b
 CONFIG_FILE, WEIGHTS_FILE, KEPT_FILES = "adapter_config.json", "adapter_model.safetensors", ("README.md", ".gitattributes")

@@ -71,15 +71,19 @@ class Router(Operation):
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]: return list(enumerate(anatomy_of(model).routed(model)))
 
     def start(self, call: Call):
-        t = call.timestep if self.scale == 1 else call.timestep.float() * self.scale   # not in bf16, which would round to the nearest four
+        t = call.timestep.to(call.device)
+        if self.scale != 1: t = t.float() * self.scale   # not in bf16, which would round to the nearest four
         call.state[self.key] = {"timesteps": t, "masks": {}, "kept": {}}
 
-    def _mask(self, x: torch.Tensor, first: int, state: dict) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
+    def _mask(self, x: torch.Tensor, first: int | tuple[int, ...], state: dict) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
         channels = x.shape[-1 if x.ndim == 3 else 1]
         if channels not in state["masks"]: state["masks"][channels] = _masks(state["timesteps"], channels, self.config)
         m = state["masks"][channels].to(x)
         if x.ndim == 4: return m[:, :, None, None]
         if not first: return m[:, None]
+        if isinstance(first, tuple):   # every sample's text has its own length
+            text = torch.arange(x.shape[1], device=x.device) < torch.tensor(first, device=x.device)[:, None]
+            return torch.where(text[:, :, None], torch.ones((), device=x.device, dtype=x.dtype), m[:, None])
         image = m[:, None].expand(-1, x.shape[1] - first, -1)
         return torch.cat([image.new_ones(len(m), first, channels), image], dim=1)
 
@@ -92,6 +96,8 @@ class Router(Operation):
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         kept, rest = call.state[self.key]["kept"].pop(index)
         return torch.addcmul(x, kept, rest)
+
+    def forget(self, index: int, call: Call): call.state[self.key]["kept"].pop(index, None)
 
 def route(
     model: nn.Module,                 # a supported backbone; changed in place

@@ -49,11 +49,13 @@ def betas(
 def snr(
     schedule: str | ScheduleConfig = "linear",
     timesteps: torch.Tensor | None = None,  # [B] integers in 0…T−1; all of them if None
-) -> torch.Tensor: # [B] float32
+) -> torch.Tensor: # [B] float32, on the device of the timesteps
     "Signal-to-noise ratio ᾱ/(1−ᾱ) at the given timesteps."
     bar = (1 - betas(schedule)).cumprod(0)
     ratio = (bar / (1 - bar)).float()
-    return ratio if timesteps is None else ratio[check_timesteps(timesteps, len(bar))]
+    if timesteps is None: return ratio
+    t = check_timesteps(timesteps, len(bar))
+    return ratio.to(t.device)[t]
 
 def check_timesteps(
     timesteps,                  # integers or floats, any shape
@@ -117,7 +119,7 @@ def sampler(
     base = noise_schedule(schedule, num_train_timesteps)
     T: int = base.config.num_train_timesteps
     steps: Any = num_inference_steps
-    if isinstance(steps, Integral) and not isinstance(steps, bool):
+    if isinstance(num_inference_steps, Integral) and not isinstance(num_inference_steps, bool):
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
         steps = int(steps)
     elif name != "ddpm":

@@ -199,7 +199,7 @@ class MultitaskConfig:
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
     name: str = "digits"              # a name in `DATASETS`, a folder of images, a folder that `datasets` wrote, a latent cache, or owner/name of a data set on the hub
-    split: str = "train"              # of a `datasets` data set
+    split: str = "train"              # of a data set, or a folder, that has splits; all: every image, whatever its split
     size: int | None = None           # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
     conditional: bool = True          # use labels if there are any: a folder's first subfolders, a data set's label column

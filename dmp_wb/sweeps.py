@@ -6,8 +6,9 @@
 __all__ = ['FILE_KEYS', 'GRACE', 'find_notebook', 'cells_of', 'parameters_of', 'Planned', 'word', 'override', 'typed', 'safe',
            'check_name', 'check_values', 'with_overrides', 'kinds_of', 'plan', 'read_sweep', 'process_identity',
            'alive', 'warm', 'Worker', 'job_id', 'Sweep', 'sweep', 'fingerprint', 'sort_out', 'keep_copy',
-           'make_executor', 'gpu_share', 'count_gpus', 'cores', 'submit', 'note_jobs', 'cluster_jobs', 'queued_again',
-           'bury_job', 'bury', 'why_not_started', 'end_jobs', 'Stopper', 'line_of', 'View']
+           'make_executor', 'check_inside', 'clear_jobs', 'gpu_share', 'count_gpus', 'cores', 'submit', 'note_jobs',
+           'cluster_jobs', 'queued_again', 'bury_job', 'bury', 'why_not_started', 'end_jobs', 'Stopper', 'line_of',
+           'View']
 
 # %% ../nbs/15_sweeps.ipynb #1d86cc46
 import ast
@@ -30,9 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .core import BadInput, MissingFile, expanded, in_kernel, named_files, printable, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
+from .core import BadInput, MissingFile, check_plain, expanded, has_controls, in_kernel, named_files, open_to_append, printable, progress_line, read_json, read_progress, runs_root, short, unknown, write_atomic, write_json
 from .folders import locked
-from .runs import (FAILED, FINISHED, LOG_FILE, PROGRESS_FILE, RUNNING, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, one_line,
+from .runs import (FAILED, FINISHED, LOG_FILE, NOTEBOOK_FILE, PROGRESS_FILE, RUNNING, STATE_FILE, STOPPED, WAITING, RunState, Stopped, checksum, die_with_parent, execute_run, one_line,
                          read_state, write_state)
 from .slurm import OVER, JobWatch, ending, job_states, notice, queue_again, slurm_executor
 from .values import NULLS, Written, given_as, plain, python_numbers, read_yaml, refer, split_words, unquoted
@@ -104,8 +105,8 @@ def safe(text: str) -> str:
 def check_name(name: str, what: str) -> str:
     "Raise `BadInput` for the name of a run or sweep that would leave the folder it belongs in."
     parts = PurePosixPath(name).parts
-    if not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or "\0" in name or any(p.startswith(".") for p in parts):
-        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot")
+    if not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or has_controls(name) or any(p.startswith(".") for p in parts):
+        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot and no control characters")
     return PurePosixPath(name).as_posix()
 
 def check_values(given: dict, what: str) -> dict:
@@ -293,7 +294,7 @@ class Worker:
                 signal.signal(signal.SIGTERM, _raise_stopped)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 if hasattr(signal, "SIGUSR2"): signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # for the job as a whole
-                log = os.open(folder / LOG_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+                log = open_to_append(folder / LOG_FILE)
                 for stream in (1, 2): os.dup2(log, stream)
                 execute_run(folder, notebook, job_id(), ticket=self.ticket)
                 status = 0
@@ -379,6 +380,7 @@ def sweep(
     planned = plan(notebook, parameters, grid, runs)
     folder = expanded(folder) if folder else runs_root() / check_name(str(name if name is not None else Path(planned[0].notebook).stem), "the name of the sweep")
     folder = folder.resolve()
+    check_inside(folder, [p.name for p in planned])
     try:
         with locked(folder / ".sweep" / "lock", f"sweep {short(folder)}"): return _sweep(folder, planned, jobs, cluster, keep_finished, slurm)
     except OSError as e:
@@ -387,6 +389,7 @@ def sweep(
 def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_finished: bool, slurm: dict) -> Sweep:
     ticket, result = uuid.uuid4().hex, Sweep(folder, [p.name for p in planned])
     executor = make_executor(folder / ".sweep" / "jobs", cluster, jobs, slurm)
+    clear_jobs(folder / ".sweep" / "jobs", cluster)
     wanted = {p.name: RunState(str(p.notebook), p.parameters, *fingerprint(p), cluster=cluster, ticket=ticket) for p in planned}
     todo, under_way = sort_out(folder, wanted, keep_finished)
     copies = {p.notebook: keep_copy(p.notebook, folder / ".sweep") for p in planned}
@@ -464,8 +467,7 @@ def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> 
 def keep_copy(notebook: Path, folder: Path) -> Path:
     "The notebook as it is now: a job may start much later."
     text = notebook.read_text(encoding="utf-8")
-    file = folder / f"{notebook.stem}-{checksum(text)}.ipynb"
-    return file if file.exists() else write_atomic(file, text)
+    return write_atomic(folder / f"{notebook.stem}-{checksum(text)}.ipynb", text)   # whatever has that name already: the folder may have come from elsewhere
 
 # %% ../nbs/15_sweeps.ipynb #ac32fce5
 def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
@@ -477,6 +479,29 @@ def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
     executor = submitit.LocalExecutor(folder)
     executor.update_parameters(timeout_min=60 * 24 * 365)
     return executor
+
+def check_inside(folder: Path, names: list[str]):
+    "Raise `BadInput` for a sweep whose files or runs lie elsewhere: a folder that came from others may hold links."
+    for place in (folder / ".sweep", folder / ".sweep" / "jobs"):
+        if place.is_symlink() or place.exists() and not place.is_dir(): raise BadInput(f"{place} is a {'link' if place.is_symlink() else 'file'}: expected a folder of the sweep itself")
+    for name in names:
+        if (folder / name).resolve() != folder / name: raise BadInput(f"run {folder / name} is a link: expected a folder of the sweep itself")
+        for file in (LOG_FILE, NOTEBOOK_FILE, STATE_FILE, PROGRESS_FILE): check_plain(folder / name / file)
+
+def clear_jobs(folder: Path, cluster: str):
+    """Leave in `.sweep/jobs` only what jobs need that are under way on a cluster.
+
+    submitit gives a job its work as a pickle under the job's number, and a pickle is code: in a folder that came from others one may wait there already. Raises `BadInput` for links.
+    """
+    pickles = {}
+    for file in folder.glob("*"):
+        check_plain(file)   # logs are written here
+        if file.suffix == ".pkl": pickles[file] = m[1] if (m := re.fullmatch(r"(\d+(_\d+)?)_(submitted|\d+_result)\.pkl", file.name)) else ""
+        elif file.stat().st_nlink > 1: file.unlink()   # a log that has a name elsewhere as well
+    wait = job_states(j for j in pickles.values() if j) if shutil.which("squeue") else {}
+    if cluster == "slurm" and "UNKNOWN" in wait.values(): raise BadInput("squeue does not say which jobs are under way: expected Slurm to answer")
+    for file, job in pickles.items():
+        if wait.get(job, "GONE") in OVER or cluster == "local" and wait[job] == "UNKNOWN": file.unlink()
 
 def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
     "The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough. None: as they are."
@@ -516,7 +541,8 @@ def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → j
     file = folder / ".sweep" / "slurm.json"
     ids, noted = {}, read_json(file) if file.exists() else {}
     for name, state in states.items():
-        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and (job := state.job or noted.get(name)): ids[name] = job
+        job = state.job or noted.get(name)
+        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and isinstance(job, str) and re.fullmatch(r"\d+(_\d+)?", job): ids[name] = job   # no other word reaches squeue
     if not ids: return {}
     import submitit
     stand = job_states(ids.values())
