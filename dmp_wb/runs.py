@@ -36,6 +36,7 @@ from typing import Any
 
 from .core import BadInput, PROGRESS_MIME, check_plain, mirror, one_line_errors, open_plain, printable, read_json, runs_root, write_atomic, write_json, write_progress
 from .folders import locked
+from .values import split_words
 
 # %% ../nbs/15_runs.ipynb #5834bcf2
 RUN_VARIABLE = "DMP_WB_RUN"        # tells the kernel the folder of the output notebook
@@ -355,8 +356,8 @@ def as_text(*lines: str):
 def listed(
     values: str | list | tuple | None,  # a notebook parameter: a list, or one string of words from `papermill -p`
 ) -> list[str]:
-    "A parameter that is a list, also when the command line made one string of it."
-    return values.split() if isinstance(values, str) else [str(v) for v in values or []]
+    "A parameter that is a list, also when the command line made one string of it; quotes in it hold a word with blanks together, as in a shell."
+    return split_words(values) if isinstance(values, str) else [str(v) for v in values or []]
 
 def save_figure(figure, folder: str | Path, name: str):
     "Save a matplotlib figure as `figures/<name>.png` in a run folder, and return the picture for display (with any backend, unlike the figure)."
