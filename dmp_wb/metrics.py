@@ -39,7 +39,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, runs_root, seed_of, sha256_of, short, unknown, write_json
-from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
+from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, read_cache_facts, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
@@ -699,7 +699,7 @@ def _original(config: DataConfig) -> DataConfig:
     "The data set as images: what a latent cache was made of, and nothing encoded."
     file = data_path(config.name) / CACHE_FILE
     if file.is_file():
-        facts = read_json(file)
+        facts = read_cache_facts(file.parent)
         split = cached_split(config, file.parent, facts)
         config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
