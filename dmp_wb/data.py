@@ -7,10 +7,10 @@ __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES
            'FACTS', 'ENTRY', 'LEFTOVER', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'DataConfig',
            'Source', 'ImageData', 'digits', 'data_path', 'BadImage', 'open_regular', 'read_image', 'centre_crop',
            'to_tensor', 'split_kind', 'folder_splits', 'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder',
-           'image_files', 'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'load_images', 'EpochOrder',
-           'LatentCoder', 'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages',
-           'read_entry', 'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split', 'LatentCache',
-           'load_data']
+           'image_files', 'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'only_split', 'load_images',
+           'EpochOrder', 'LatentCoder', 'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder',
+           'EncodedImages', 'read_entry', 'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split',
+           'LatentCache', 'load_data']
 
 # %% ../nbs/07_data.ipynb #2426e789
 import bisect
@@ -619,6 +619,15 @@ def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong): raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to {len(names) - 1}")
     return torch.from_numpy(values.astype(np.int64)), list(names)
+
+def only_split(
+    name: str,  # of data, as in `DataConfig`
+) -> str: # train, where there may be others
+    "The split that a data set was saved as, for who names it without a split."
+    with contextlib.suppress(BadInput):
+        state = read_json(data_path(name) / "state.json")
+        if isinstance(state, dict) and isinstance(state.get("_split"), str): return state["_split"]
+    return DataConfig.split
 
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
