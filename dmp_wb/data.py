@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES', 'METADATA_FILES', 'SAVED_FILES', 'TEXT_INPUTS',
-           'FACTS', 'ENTRY', 'LEFTOVER', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'DataConfig',
-           'Source', 'ImageData', 'digits', 'data_path', 'BadImage', 'open_regular', 'read_image', 'centre_crop',
-           'to_tensor', 'split_kind', 'folder_splits', 'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder',
-           'image_files', 'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'only_split', 'load_images',
-           'EpochOrder', 'LatentCoder', 'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder',
-           'EncodedImages', 'read_entry', 'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split',
-           'LatentCache', 'load_data']
+           'FACTS', 'ENTRY', 'LEFTOVER', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'Source',
+           'ImageData', 'digits', 'data_path', 'BadImage', 'open_regular', 'read_image', 'centre_crop', 'to_tensor',
+           'split_kind', 'folder_splits', 'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder', 'image_files',
+           'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'only_split', 'load_images', 'EpochOrder',
+           'LatentCoder', 'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages',
+           'read_entry', 'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split', 'LatentCache',
+           'load_data']
 
 # %% ../nbs/07_data.ipynb #2426e789
 import bisect
@@ -38,35 +38,9 @@ from safetensors.torch import save
 from torch import nn
 
 from .core import BadInput, MissingFile, open_plain, progress, read_json, seed_of, sha256_of, unknown, write_atomic, write_json
+from .settings import DataConfig
 
 # %% ../nbs/07_data.ipynb #8f7c5b09
-@dataclass
-class DataConfig:
-    "Which images, and what becomes of them before the model sees them."
-    name: str = "digits"              # a name in `DATASETS`, a folder of images, a folder that `datasets` wrote, a latent cache, or owner/name of a data set on the hub
-    split: str = "train"              # of a data set, or a folder, that has splits; all: every image, whatever its split
-    size: int | None = None           # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
-    channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
-    conditional: bool = True          # use labels if there are any: a folder's first subfolders, a data set's label column
-    flip: bool = False                # mirror half of the images, anew each epoch
-    image_column: str = "image"       # of a `datasets` data set
-    label_column: str = "label"
-    caption_column: str | None = None # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
-    vae: str | None = None            # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
-    text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
-    text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
-    max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
-    num_workers: int | None = None    # processes that read images; None: 0 for data in memory, up to 4 for files
-
-    def check(self):
-        "Raise `BadInput` for values that cannot work; returns itself."
-        if self.size is not None and self.size < 1: raise BadInput(f"data.size is {self.size}: expected the side in pixels")
-        if self.channels not in (1, 3): raise BadInput(f"data.channels is {self.channels}: expected 1 or 3")
-        if self.max_bad_images < 0: raise BadInput(f"data.max_bad_images is {self.max_bad_images}: expected 0 or more")
-        if self.num_workers is not None and self.num_workers < 0: raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
-        if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
-        return self
-
 class Source:
     "What a training loop asks of data. Batches are made on the CPU, perhaps in workers; `encode` does on the device what is left to do."
     shape: tuple[int, int, int]           # [C, H, W] of what the model sees
@@ -524,6 +498,7 @@ def _typed(config: DataConfig, columns: dict[str, list]):
 def _rows_of(config: DataConfig):
     "The rows of a data set, all splits in a dictionary where it has some; raises `BadInput` for what `datasets` cannot load."
     import datasets
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False   # older versions run a script that comes with the data
     path = data_path(config.name)
     local = path.is_dir()
     if local:
@@ -766,8 +741,8 @@ def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
     try: import transformers
     except ImportError: raise BadInput("data.text_encoder needs the package transformers: pip install transformers") from None
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer")
-        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", trust_remote_code=False)
         cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)   # T5's encoder is a class of its own
         encoder, info = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32, output_loading_info=True)
         if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
