@@ -74,7 +74,7 @@ def latents(
     vae: Annotated[str, typer.Option(help="A diffusers AutoencoderKL, or a pipeline that holds one; local or on the hub.")],
     size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
     channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
-    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
     image_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "image",
     label_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "label",
     caption_column: Annotated[str | None, typer.Option(help="Encode these captions as well.")] = None,
