@@ -6,6 +6,7 @@
 __all__ = ['app', 'new', 'train', 'latents', 'sample', 'evaluate', 'guidance', 'run', 'list_runs', 'compare', 'main']
 
 # %% ../nbs/16_cli.ipynb #aeae0b54
+import contextlib
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from .core import BadInput, one_line_errors
+from .core import BadInput, one_line_errors, printable, safe_path
 
 # %% ../nbs/16_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -51,7 +52,7 @@ def new(
     "Make a project: a folder with the run notebooks and experiments to edit. In it, and below it, bare names lead to its own files first."
     from dmp_wb.projects import new_project
     written, kept = new_project(folder, add)
-    print(f"{folder}: {len(written)} files written" + "".join(f"\n  kept as it is: {path}, which is not the one that ships" for path in kept))
+    print(f"{printable(folder)}: {len(written)} files written" + "".join(f"\n  kept as it is: {printable(path)}, which is not the one that ships" for path in kept))
     print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "") + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
 
@@ -96,12 +97,13 @@ def latents(
     else:
         config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional, image_column=image_column, label_column=label_column, caption_column=caption_column,
                             vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images, num_workers=num_workers)
-        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, usual_device("cpu" if cpu else "auto"), (rank, world), lambda line: print(line, file=sys.stderr, flush=True))
+        say = lambda line: print(printable(line), file=sys.stderr, flush=True)
+        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, usual_device("cpu" if cpu else "auto"), (rank, world), say)
     if cache is not None and (world == 1 or num_processes == 1):
         skipped = sum(len(e["skipped"]) for e in cache.facts["shards"])
         size_gib = sum(e["bytes"] for e in cache.facts["shards"]) / 2**30
-        print(f"{folder}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
-              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={folder}")
+        print(f"{printable(folder)}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
+              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={printable(folder)}")
 
 @app.command()
 def sample(
@@ -128,7 +130,7 @@ def sample(
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
     from dmp_wb.sampling import sample_run
     done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
-    if done is not None: print(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else ""))
+    if done is not None: print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
 def _share(num_processes: int) -> tuple[int, int]:
     "This process's number and how many there are, as a launcher or `_in_parallel` says."
@@ -145,7 +147,7 @@ def _in_parallel(processes: int):
         if os.getppid() != me: os._exit(1)   # it died before they were tied to it
 
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    env = [{"OMP_NUM_THREADS": threads, **os.environ, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
+    env = [{"OMP_NUM_THREADS": threads, **os.environ, **safe_path(), "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     children: list[subprocess.Popen] = []
     try:
@@ -285,9 +287,10 @@ def run(
         options[key] = typed(value)
     done = sweep(notebook, fixed, grid, None, file, name, folder, jobs, cluster, keep_finished, **options)
     failed = done.failed
-    for run, state in failed.items(): print(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}", file=sys.stderr)
+    for run, state in failed.items():
+        print(printable(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}"), file=sys.stderr)
     for run, state in done.states().items():
-        if state.status == "stopped" and state.error: print(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on", file=sys.stderr)
+        if state.status == "stopped" and state.error: print(printable(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on"), file=sys.stderr)
     if failed or not done.finished: raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #a0d9b83d
@@ -306,9 +309,29 @@ def list_runs(
     runs, faults = list_runs(folder, where or [], sort)
     if as_json: print(json.dumps([r.plain() for r in runs], indent=2, default=str))
     else: print(runs_table(runs, column or []))
-    for name, why in faults.items(): print(f"left out {name}: {why}", file=sys.stderr)
+    for name, why in faults.items(): print(printable(f"left out {name}: {why}"), file=sys.stderr)
 
 # %% ../nbs/16_cli.ipynb #8b454893
+def _absolute(given: str) -> str:
+    "What is given as a path by its full path, after a colon (label:run, extractor:file) as well."
+    start, colon, path = given.rpartition(":") if not Path(given).exists() else ("", "", given)
+    return f"{start}{colon}{Path(path).resolve()}" if path and Path(path).exists() else given
+
+@contextlib.contextmanager
+def _same_places():
+    "Inside, a kernel with another working folder finds the runs, the weights and the packages that this process finds."
+    from dmp_wb.core import assets_folder, foreign, project_root, runs_root
+    paths = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if assets_folder().parent.parent == Path.cwd(): paths.append(str(Path.cwd()))
+    given = {"DMP_WB_RUNS": str(runs_root().resolve()), **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}), **({} if foreign(project_root()) else {"DMP_WB_PROJECT": str(project_root())})}
+    before = {k: os.environ.get(k) for k in given}
+    os.environ.update(given)
+    try: yield
+    finally:
+        for k, v in before.items():
+            if v is None: os.environ.pop(k, None)
+            else: os.environ[k] = v
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Training runs, by folder or name; the first is what the others are compared with. label:run names one.", autocompletion=_complete_runs)],
@@ -319,6 +342,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id]; digits or inception, as the images ask for, if not given.")] = "",
     reference: Annotated[str, typer.Option(help="Real images; what the first run trained on, if not given.")] = "",
+    notebook: Annotated[str | None, typer.Option(help="A notebook of your own in place of the one that ships: a file, or a bare name in nbs/runs/. It is executed.", autocompletion=_complete_named("runs"))] = None,
 ):
     "Runs side by side on one page: settings, metrics with intervals, samples from the same seeds, curves, gates and masks."
     import tempfile
@@ -328,17 +352,21 @@ def compare(
 
     from dmp_wb.compare import open_compared
     from dmp_wb.core import named_files, short, write_atomic
+    from dmp_wb.sweeps import find_notebook
     if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
     open_compared(runs)   # a wrong name is told before a kernel starts
-    given = {"runs": [str(Path(r).resolve()) if Path(r).exists() else r for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
-             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": extractor, "reference": reference}
+    file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]   # to compare is to read: a notebook that lies about is code
+    given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
+             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor), "reference": _absolute(reference)}
     with tempfile.TemporaryDirectory() as work:
         page, failed = Path(work) / "compare.html", None
-        try: papermill.execute_notebook(named_files("runs")["compare"], page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False)
+        elsewhere = {"cwd": work} if notebook is None else {}   # a kernel takes modules from its working folder, which may be anybody's
+        try:
+            with _same_places(): papermill.execute_notebook(file, page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False, **elsewhere)
         except PapermillExecutionError as e: failed = e
         write_atomic(output, page.read_bytes())
     if failed: raise BadInput(f"the comparison failed: {failed.ename}: {failed.evalue}; {short(output)} has the cell and its traceback")
-    print(f"{short(output)}: {output.stat().st_size / 2**20:.1f} MB")
+    print(f"{printable(short(output))}: {output.stat().st_size / 2**20:.1f} MB")
 
 # %% ../nbs/16_cli.ipynb #1f742ad9
 def main():

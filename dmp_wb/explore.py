@@ -379,14 +379,14 @@ class RunExplorer(Explorer):
         rows = []
         for name, m in found.items():
             state = "files are gone" if m is None else "no such column yet" if not m else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}"
-            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{state}</td><td>{self._measured(name) if m is not None else ''}</td></tr>")
+            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
         self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)
         self.curves.value = buffer.getvalue()
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
-        self.pictures.children = [_labelled(f"{html.escape(name)}, {file.stem}", widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
         if self.picture.value == "newest samples":
             for tile in self.pictures.children: tile.children[1].add_class("dmp-wb-pixels")

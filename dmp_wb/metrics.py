@@ -42,7 +42,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size, unwrap_model
 from .checkpoints import Run, load_model, open_run, usual_device
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, real_number, runs_root, said, seed_of, sha256_of, short, unknown, whole_number, write_json, yes_or_no
-from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, ImageFiles, SkippedImages, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
+from .data import BadImage, CACHE_FILE, ConsecutiveBatches, DATASETS, DataConfig, IMAGE_SUFFIXES, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
@@ -547,7 +547,7 @@ class VisionFeatures(Extractor):
         usual, kinds, (mean, std), size = self.FAMILIES[family]
         self.name, model = f"{family}:{model}" if model else family, str(model or usual)
         try:
-            config = transformers.AutoConfig.from_pretrained(model)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
             if config.model_type not in kinds: raise ValueError(f"found a {config.model_type}")
             cls = transformers.CLIPVisionModelWithProjection if family == "clip" else transformers.AutoModel
             self.network, info = cls.from_pretrained(model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
@@ -742,10 +742,11 @@ def open_samples(samples: torch.Tensor | str | Path | Images) -> Images:
 
 def _original(config: DataConfig) -> DataConfig:
     "The data set as images: what a latent cache was made of, and nothing encoded."
-    file = Path(config.name) / CACHE_FILE
+    file = data_path(config.name) / CACHE_FILE
     if file.is_file():
         facts = read_json(file)
-        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **facts["source"])
+        split = cached_split(config, file.parent, facts)
+        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
     return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
 

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['timestep_clusters', 'clusters_cost', 'balanced_timesteps', 'interval_of', 'interval_losses', 'UncertaintyWeighting',
-           'aggregators', 'make_aggregator', 'aggregator_state', 'restore_aggregator', 'balanced_backward',
-           'MultitaskConfig', 'make_clusters', 'task_affinity', 'spread_affinity', 'save_affinity', 'load_affinity',
-           'mask_overlap', 'gate_similarity']
+           'make_aggregator', 'aggregator_state', 'restore_aggregator', 'balanced_backward', 'make_clusters',
+           'task_affinity', 'spread_affinity', 'save_affinity', 'load_affinity', 'mask_overlap', 'gate_similarity']
 
 # %% ../nbs/06_multitask.ipynb #7475f20b
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from torch import nn
 from .core import BadInput, MissingFile, progress, said, seed_of, unknown, write_atomic
 from .objectives import Tables, diffusion_losses, make_tables
 from .schedules import ScheduleConfig, timestep_intervals
+from .settings import MultitaskConfig, aggregators
 
 # %% ../nbs/06_multitask.ipynb #22fc4f77
 def _doubles(values) -> torch.Tensor: # float64 on the CPU, from any device: not every one has float64
@@ -105,11 +104,6 @@ class UncertaintyWeighting(nn.Module):
         return 0.5 * ((-self.s).exp() * losses + self.s).sum()
 
 # %% ../nbs/06_multitask.ipynb #9553f453
-def aggregators() -> list[str]:
-    "The names of torchjd's aggregators."
-    import torchjd.aggregation as A
-    return sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
-
 def make_aggregator(
     name: str,  # as torchjd spells it: "PCGrad", "NashMTL", "UPGrad", …
     k: int,     # tasks
@@ -150,20 +144,6 @@ def balanced_backward(
     jac_to_grad(params, aggregator)
 
 # %% ../nbs/06_multitask.ipynb #6d0f43e3
-@dataclass
-class MultitaskConfig:
-    "How the losses of timestep intervals are brought together."
-    method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
-    clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
-    k: int = 8                   # intervals
-    uw_lr: float = 0.025         # learning rate of the weights that uw learns
-
-    def check(self):
-        "Raise `BadInput` for unknown names and numbers that make no sense."
-        if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
-        if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
-        if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
-
 def make_clusters(
     config: MultitaskConfig,
     tables: Tables,          # of the schedule

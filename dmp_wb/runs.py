@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['RUN_VARIABLE', 'PROGRESS_FILE', 'LOG_FILE', 'PAGE_STYLE', 'STATE_FILE', 'NOTEBOOK_FILE', 'WAITING', 'RUNNING',
-           'FINISHED', 'FAILED', 'STOPPED', 'bar_in', 'TerminalBars', 'ProgressFile', 'Stopped', 'death', 'write_page',
-           'here', 'listed', 'save_figure', 'die_with_parent', 'Standby', 'RunState', 'read_state', 'write_state',
-           'checksum', 'execute_run', 'one_line', 'figures_table']
+           'FINISHED', 'FAILED', 'STOPPED', 'bar_in', 'TerminalBars', 'ProgressFile', 'Stopped', 'death', 'harmless',
+           'write_page', 'here', 'as_text', 'listed', 'save_figure', 'saved_figure', 'save_arrays', 'die_with_parent',
+           'Standby', 'RunState', 'read_state', 'write_state', 'checksum', 'execute_run', 'one_line', 'figures_table']
 
 # %% ../nbs/15_runs.ipynb #2bbc3bed
+import base64
 import copy
 import ctypes
 import dataclasses
@@ -31,7 +32,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .core import PROGRESS_MIME, BadInput, mirror, one_line_errors, read_json, runs_root, write_atomic, write_json, write_progress
+from .core import PROGRESS_MIME, BadInput, check_plain, mirror, one_line_errors, open_plain, printable, read_json, runs_root, write_atomic, write_json, write_progress
 from .folders import locked
 
 # %% ../nbs/15_runs.ipynb #5834bcf2
@@ -102,7 +103,7 @@ def _engine():
         "papermill's client, which lets others hear the notebook's progress bars, stops when it is told to, and says why a kernel died."
         terminal: Any = None
         standby: Any = None
-        stopping = False
+        stopping = interrupted = False
 
         def create_kernel_manager(self):
             km = super().create_kernel_manager()
@@ -114,11 +115,11 @@ def _engine():
             return super().process_message(msg, cell, cell_index)
 
         def execute_cell(self, cell, cell_index, **kwargs):
-            if self.stopping: raise Stopped("asked to stop")
+            if self.stopping: raise self.end()
             self.terminal.cell(cell_index, len(self.nb.cells))
             try: return super().execute_cell(cell, cell_index, **kwargs)
             except DeadKernelError:
-                if self.stopping: raise Stopped("asked to stop") from None
+                if self.stopping: raise self.end() from None
                 what = death(self.km.provisioner.process and self.km.provisioner.process.poll(), LOG_FILE if self.standby else "")
                 if cell.execution_count is None: cell.execution_count = 1 + sum(c.cell_type == "code" and c.execution_count is not None for c in self.nb.cells[:cell_index])   # it may die before it says so
                 cell.outputs.append(new_output("error", ename="DeadKernelError", evalue=what, traceback=[what]))
@@ -131,11 +132,25 @@ def _engine():
             if process is None: raise Stopped("asked to stop")   # before the kernel is there
             process.send_signal(signal.SIGTERM)
 
+        def end(self) -> BaseException: return KeyboardInterrupt() if self.interrupted else Stopped("asked to stop")
+
+        def interrupt(self, number=None, frame=None):
+            "The first Ctrl-C stops as SIGTERM does; the second ends papermill, and the kernel with it, at once."
+            if self.interrupted: raise KeyboardInterrupt
+            self.interrupted = True
+            os.write(2, b"\nstopping the notebook, a training with a checkpoint; Ctrl-C again stops at once\n")
+            with suppress(Stopped):
+                self.stop()
+                return
+            raise KeyboardInterrupt   # there is no kernel yet
+
     class RunEngine(NBClientEngine):
         "Executes run notebooks; hands any other notebook to papermill's own engine."
         @classmethod
         def execute_notebook(cls, nb, kernel_name, output_path=None, **kwargs):
-            if output_path and _is_run(nb): Path(output_path).parent.mkdir(parents=True, exist_ok=True)   # papermill wants the folder to be there
+            if output_path and _is_run(nb):
+                Path(output_path).parent.mkdir(parents=True, exist_ok=True)   # papermill wants the folder to be there
+                check_plain(output_path)   # it would write through a link
             return super().execute_notebook(nb, kernel_name, output_path=output_path, **kwargs)
 
         @classmethod
@@ -150,17 +165,18 @@ def _engine():
                                 stdout_file=stdout_file, stderr_file=stderr_file, coalesce_streams=True, **kwargs)
             client.extra_arguments = ["--log-level=ERROR"]   # ipykernel warns on the terminal that it uses TCP on loopback
             client.terminal, client.standby = terminal or TerminalBars(), standby
-            main = threading.current_thread() is threading.main_thread()
-            before = signal.signal(signal.SIGTERM, client.stop) if main else None
+            main = threading.current_thread() is threading.main_thread()   # where alone signals can be caught
+            handlers = {signal.SIGTERM: client.stop, **({signal.SIGINT: client.interrupt} if terminal is None else {})} if main else {}
+            before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
                 with _environment(**({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {})):
                     try: client.execute()
                     except DeadKernelError:   # papermill asks it for its language at the end; the cell has the error already
                         if not nb_man.nb.metadata.papermill.exception: raise
-                if client.stopping: raise Stopped("asked to stop")   # also when the last cell went well: a training that was stopped returns
+                if client.stopping: raise client.end()   # also when the last cell went well: a training that was stopped returns
                 return nb_man.nb
             finally:
-                if main: signal.signal(signal.SIGTERM, before)
+                for number, handler in before.items(): signal.signal(number, handler)
                 client.terminal.close()
                 if output: write_page(nb_man.nb, Path(output).with_suffix(".html"))
 
@@ -181,6 +197,60 @@ def _environment(**variables: str):
         for k, v in before.items():
             if v is None: os.environ.pop(k, None)
             else: os.environ[k] = v
+
+# %% ../nbs/15_runs.ipynb #0a91d4ce
+_TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong
+    sub summary sup table tbody td tfoot th thead tr u ul var wbr""".split())
+_ATTRIBUTES = {"class", "id", "title", "style", "align", "valign", "colspan", "rowspan", "alt", "width", "height", "href", "src", "open", "start", "border", "scope", "role"}
+_CSS = set("""color background background-color border border-bottom border-left border-right border-top border-collapse border-color border-radius border-style border-width display float clear
+    font font-family font-size font-style font-variant font-variant-numeric font-weight height width max-height max-width min-height min-width letter-spacing line-height list-style-type margin margin-bottom
+    margin-left margin-right margin-top opacity overflow overflow-x overflow-y overflow-wrap padding padding-bottom padding-left padding-right padding-top text-align text-decoration text-indent
+    vertical-align white-space word-break""".split())
+_PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
+_LINK = re.compile(r"https?://[^\s\x00-\x20]+|mailto:[^\s\x00-\x20]+|#[^\s\x00-\x20]*|[\w%~+-][\w./%~+-]*(#[\w%~+-]*)?")
+
+def harmless(
+    html: str,
+    folders: tuple[Path, ...] = (),   # where pictures that are named by file may lie
+) -> str:
+    """HTML for a page, of which nothing is left that runs, loads, leads away or asks for anything.
+
+    Tags, attributes and styles that text, tables and pictures need stay, and links that a reader has to click. The pictures are in the page: those named by file are read, from the folders alone.
+    """
+    from bleach.css_sanitizer import CSSSanitizer
+    from bleach.sanitizer import Cleaner
+    def allowed(tag, name, value):
+        if name == "href": return tag == "a" and bool(_LINK.fullmatch(value))
+        if name == "src": return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*$", value))
+        if name == "style": return not re.search(r"url|image|expression|[\\@]", value, re.IGNORECASE)
+        return name in _ATTRIBUTES or name.startswith("aria-")
+    html = re.sub(r"(?is)<svg\b.*?</svg\s*>", lambda m: _svg_picture(m[0]), html)
+    html = re.sub(r"(?is)<(script|style|iframe|object|noscript|template|textarea|title)\b.*?</\1\s*>", "", html)   # with what is in them; the cleaner would leave that as text
+    html = re.sub(r'(<img\b[^>]*?\bsrc=")(?!data:)([^"]+)(")', lambda m: f"{m[1]}{_in_page(m[2], folders)}{m[3]}", html)
+    return Cleaner(_TAGS, allowed, {"http", "https", "mailto", "data"}, strip=True, css_sanitizer=CSSSanitizer(allowed_css_properties=_CSS)).clean(html)
+
+def _svg_picture(svg: str) -> str:
+    "A drawing as a picture, in which no browser runs or loads anything."
+    if "xmlns=" not in svg: svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+    return f'<img alt="drawing" src="data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}">'
+
+def _in_page(name: str, folders: tuple[Path, ...]) -> str:
+    "The content of a picture's file as a URL; empty if it is none, or does not lie in one of the folders."
+    from urllib.parse import unquote
+    for folder in folders:
+        try:
+            file = (folder / unquote(name)).resolve()
+            if not file.is_relative_to(folder.resolve()) or file.suffix.lower() not in _PICTURES: continue
+            with os.fdopen(open_plain(file, os.O_RDONLY), "rb") as f: return f"data:image/{_PICTURES[file.suffix.lower()]};base64,{base64.b64encode(f.read()).decode()}"
+        except (OSError, ValueError): continue   # `BadInput` is one
+    return ""
+
+def _still(output):
+    "An output without what a browser would run, and with its drawing as a picture."
+    if (data := output.get("data")) is None: return output
+    for kind in ("application/javascript", "application/vnd.jupyter.widget-view+json"): data.pop(kind, None)
+    if drawing := data.pop("image/svg+xml", None): data["text/html"] = _svg_picture("".join(drawing))
+    return output if data else None
 
 # %% ../nbs/15_runs.ipynb #1d6d57a5
 PAGE_STYLE = """
@@ -213,10 +283,10 @@ def write_page(
     notebook = copy.deepcopy(notebook)
     done = lambda o: (bar := o.get("data", {}).get(PROGRESS_MIME)) and bar["total"] and bar["n"] >= bar["total"]
     for cell in notebook.cells:
-        if "outputs" in cell: cell.outputs = [o for o in cell.outputs if not done(o)]
-    exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True)
+        if "outputs" in cell: cell.outputs = [still for o in cell.outputs if not done(o) and (still := _still(o)) is not None]
+    exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True)
     heading = next((line[2:] for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")), Path(path).stem)
-    body, _ = exporter.from_notebook_node(notebook)
+    body = harmless(exporter.from_notebook_node(notebook)[0], (Path(path).parent, Path.cwd()))
     given = [f"<li><code>{escape(k)}</code>: {escape(' '.join(map(str, v)) if isinstance(v, list) else str(v)) or 'empty'}</li>" for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items()]
     said = f"<p>given:</p><ul>{''.join(given)}</ul>" if given else ""
     body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>", lambda table: f"<details><summary>Parameters ({len(given) or 'none'} given)</summary>{said}{table[0]}</details>", body, count=1, flags=re.DOTALL)
@@ -224,7 +294,7 @@ def write_page(
     if code:
         from pygments.formatters import HtmlFormatter
         style += HtmlFormatter().get_style_defs(".highlight") + "@media (prefers-color-scheme: dark) {" + HtmlFormatter(style="monokai").get_style_defs(".highlight") + "}"
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
     return write_atomic(path, f'''<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(heading)}</title><style>{style}</style></head><body><main>
@@ -243,6 +313,11 @@ def here(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+def as_text(*lines: str):
+    "Lines of plain text for display, several as a list. What files, errors and names say may be anybody's: it is shown as it stands, and is no markup."
+    from IPython.display import HTML
+    return HTML(f"<p>{escape(lines[0])}</p>" if len(lines) == 1 else f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
+
 def listed(
     values: str | list | tuple | None,  # a notebook parameter: a list, or one string of words from `papermill -p`
 ) -> list[str]:
@@ -253,9 +328,24 @@ def save_figure(figure, folder: str | Path, name: str):
     "Save a matplotlib figure as `figures/<name>.png` in a run folder, and return the picture for display (with any backend, unlike the figure)."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
+    name = re.sub(r"[^\w.,+= -]", "-", name).lstrip(".") or "figure"   # labels of runs are part of it
     write_atomic(Path(folder) / "figures" / f"{name}.png", buffer.getvalue())
     from IPython.display import Image
     return Image(data=buffer.getvalue(), format="png", alt=name.replace("-", " "))
+
+def saved_figure(folder: str | Path, name: str):
+    "A figure of a run folder for display; None if there is none. Raises `BadInput` for a link, which may lead to any file."
+    from IPython.display import Image
+    try: fd = open_plain(Path(folder) / "figures" / f"{name}.png", os.O_RDONLY)
+    except (FileNotFoundError, NotADirectoryError): return None
+    with os.fdopen(fd, "rb") as f: return Image(data=f.read(), format="png", alt=name.replace("-", " "))
+
+def save_arrays(path: str | Path, **arrays) -> Path:
+    "Write numpy arrays as a compressed .npz, whole or not at all."
+    import numpy as np
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return write_atomic(path, buffer.getvalue())
 
 # %% ../nbs/15_runs.ipynb #9b99a2ed
 def die_with_parent():
@@ -379,9 +469,13 @@ class RunState:
 def read_state(folder: str | Path) -> RunState | None:
     "The state of a run folder; None if it is no run of a sweep."
     file = Path(folder) / STATE_FILE
-    if not file.exists(): return None
+    if not os.path.lexists(file): return None
     given, known = read_json(file), {f.name for f in dataclasses.fields(RunState)}
     if not isinstance(given, dict) or "notebook" not in given: raise BadInput(f"{file} does not describe a run: expected what `dmp-wb run` writes")
+    kinds: dict[str, Any] = {"parameters": dict, "attempts": int, "cell": (int, type(None)), "seconds": (int, float, type(None))} | dict.fromkeys(("error", "started", "job"), (str, type(None)))
+    for key, value in given.items():
+        if key in known and not isinstance(value, kinds.get(key, str)): raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected what `dmp-wb run` writes")
+    if given.get("status", WAITING) not in (WAITING, RUNNING, FINISHED, FAILED, STOPPED): raise BadInput(f"{file}: status is {given['status'][:80]!r}: expected what `dmp-wb run` writes")
     return RunState(**{k: v for k, v in given.items() if k in known})
 
 def write_state(folder: str | Path, state: RunState) -> Path: return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))
@@ -403,7 +497,7 @@ def execute_run(
         except BadInput: return ""   # another process was quicker
         state = read_state(folder)
         if state is None or ticket is not None and state.ticket != ticket or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job): return ""   # a job that Slurm requeued finds its own run
-        with suppress(FileNotFoundError): (folder / PROGRESS_FILE).unlink()
+        with suppress(OSError): (folder / PROGRESS_FILE).unlink()
         state = dataclasses.replace(state, status=RUNNING, job=job, attempts=state.attempts + 1, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), error=None, cell=None)
         begun = time.monotonic()
         try:
@@ -415,8 +509,9 @@ def execute_run(
             end: dict[str, Any] = {"status": FINISHED}
         except Stopped: end = {"status": STOPPED}
         except Exception as e:
-            print(one_line(e), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
+            print(printable(one_line(e)), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
             end = {"status": FAILED, "error": one_line(e), "cell": getattr(e, "exec_count", None)}
+        with suppress(OSError): (folder / PROGRESS_FILE).unlink()   # it says nothing any more
         write_state(folder, dataclasses.replace(state, seconds=round(time.monotonic() - begun, 3), **end))
         return end["status"]
 
@@ -447,10 +542,10 @@ def figures_table(
         rows.append({"model": name, "Fréchet distance": f"{f['frechet']:.3f}", "95 % interval": span(f["interval"]),
                      f"difference to {first}": f"{f['difference']:+.3f}" if compared else "–",
                      "95 % interval of it": span(f["difference_interval"], "+") if compared else "–", **({"accuracy": f"{100 * f['accuracy']:.1f} %"} if "accuracy" in f else {})})
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    table = [[printable(cell) for cell in row] for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
-    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {evaluation['sampler']} with {evaluation['num_inference_steps']} steps)"])
+    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {printable(evaluation['sampler'])} with {evaluation['num_inference_steps']} steps)"])
 
 if __name__ == "__main__" and globals().get("__spec__"):   # under `python -m`; a notebook has no __spec__
     import sys

@@ -522,7 +522,8 @@ def _finish(folder: Path, num_images: int, npz: bool) -> Path | None:
     with contextlib.ExitStack() as stack:
         try: stack.enter_context(run_lock(folder))
         except BadInput: return None
-        for left in folder.glob(".*.tmp"): left.unlink(missing_ok=True)   # all images are there, so nobody writes
+        for left in folder.glob(".*.tmp"):   # all images are there, so nobody writes
+            if re.fullmatch(r"\.(\d{6,}\.png|samples\.npz|sampling\.json)\.\w+\.tmp", left.name) and not left.is_dir(): left.unlink(missing_ok=True)   # of this program, whatever else lies here
         if npz and not (folder / SAMPLES_FILE).exists(): _write_npz(folder, num_images)
     return folder
 
