@@ -685,7 +685,7 @@ def _folder_images(folder: Path) -> Images:
     return Images(f"the images in {folder}", len(files), shape, batches)
 
 # what zipfile, its decompressors and NumPy raise for archives and headers that are damaged, encrypted, of another method, or nested too deeply
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, RecursionError, MemoryError, OverflowError, struct.error)
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, MemoryError, OverflowError, struct.error)
 _MOST_PACKED = 1100   # bytes that one byte of a zip can hold
 
 @contextlib.contextmanager
@@ -693,7 +693,9 @@ def _npy(file: Path, name: str = "arr_0"):
     "An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype). Raises for a header that promises other than the file can hold, before anything is made of it."
     with zipfile.ZipFile(file) as z, z.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
-        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try: shape, fortran, dtype = read(stream)
+        except Exception as e: raise ValueError(f"its header is no NumPy header ({type(e).__name__})") from None   # what Python's own parser raises has no end
         if fortran and len(shape) > 1: raise BadInput(f"{name} of {file} is in Fortran order: expected C order")
         held, promised = z.getinfo(f"{name}.npy").file_size - stream.tell(), math.prod(map(int, shape)) * dtype.itemsize
         if dtype.hasobject or min(shape, default=0) < 0: raise ValueError(f"it is {dtype} {list(shape)}")

@@ -356,7 +356,7 @@ def sample(
             images.append((step.x_t.clamp(-1, 1) if clamp else step.x_t).cpu())
         bar.n = walk.num_images
     found = torch.cat(images)
-    if (bad := _not_finite(found)) is not None: warnings.warn(f"image {bad} is not finite: {walk.fault(bad)}", stacklevel=2)
+    if (bad := _not_finite(found)) is not None: warnings.warn(f"image {bad} is not finite: {walk.fault(bad)}", stacklevel=3)
     if keep is None: return found
     return found, Trajectory(numbers, torch.tensor([kept[n][0][0] for n in numbers]), *(torch.stack([torch.cat([part[i] for part in kept[n]]) for n in numbers]) for i in (1, 2)))
 

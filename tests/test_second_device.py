@@ -3,6 +3,7 @@ import ast
 import os
 import subprocess
 import sys
+import sysconfig
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def outcomes(tmp_path_factory):
     if not any(map(which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
         if os.environ.get("DMP_WB_REQUIRE_COMPILER"): pytest.fail("no C++ compiler on this machine: apt-get install g++")
         pytest.skip("no C++ compiler on this machine: apt-get install g++")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists(): pytest.skip("no headers of this Python: apt-get install python3-dev")
     report = tmp_path_factory.mktemp("second") / "report.xml"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", str(HERE / "on_second_device.py")], cwd=HERE.parent,
                           env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, capture_output=True, text=True)
