@@ -97,7 +97,8 @@ def read_json(path: str | os.PathLike):
     path = Path(path)
     if not path.is_file(): raise MissingFile(f"no file {path}: expected a JSON file")
     try: return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e: raise BadInput(f"{path} is not valid JSON: {e}") from None
+    except (ValueError, RecursionError) as e: raise BadInput(f"{path} is not valid JSON: {e}") from None
+    except OSError as e: raise BadInput(f"{path} cannot be read: {e.strerror or e}") from None
 
 def sha256_of(path: str | os.PathLike) -> str: # 64 hex digits
     "The checksum of a file, read in pieces."

@@ -6,7 +6,7 @@
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'TEXT_INPUTS', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'DataConfig',
            'Source', 'ImageData', 'digits', 'BadImage', 'read_image', 'centre_crop', 'to_tensor', 'ImageFiles',
            'SkippedImages', 'image_folder', 'image_files', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder',
-           'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache',
+           'draw_latents', 'load_vae', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache',
            'ConsecutiveBatches', 'LatentCache', 'load_data']
 
 # %% ../nbs/07_data.ipynb #2426e789
@@ -32,6 +32,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .core import BadInput, MissingFile, progress, read_json, seed_of, sha256_of, unknown, write_atomic, write_json
+from .patching import fingerprint
 
 # %% ../nbs/07_data.ipynb #8f7c5b09
 @dataclass
@@ -410,13 +411,6 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
         return LatentCoder(vae, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
-
-def fingerprint(model: nn.Module) -> str:
-    "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 # %% ../nbs/07_data.ipynb #acf6bcc1
 class TextCoder(nn.Module):
