@@ -225,12 +225,13 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
         Raises `BadInput` for a timestep out of range, and for a condition that needs inputs that were not given.
         """
-        anatomy, device = anatomy_of(self.model), self._device()
-        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching)
-        if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=device).reshape(-1)
+        anatomy = anatomy_of(self.model)
+        t = torch.atleast_1d(check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching))
         scale = anatomy.timestep_scale(self.model)
-        t = torch.atleast_1d(t.to(device))
-        with weights_loaded(self.model): return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
+        with weights_loaded(self.model):
+            t = t.to(self._device())
+            if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
+            return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
 
     def entropy(self, timesteps, class_labels=None, **inputs) -> torch.Tensor: # [B, patched blocks], in nats; log(prompts) when the gate is uniform
         "Entropy of the gate at each timestep and block."
@@ -342,14 +343,14 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         """
         if self.config.gate_input == "condition": raise BadInput("gate_input is 'condition': expected 'timestep', a table by timestep cannot hold gates that look at more")
         anatomy = anatomy_of(self.model)
-        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten().to(self._device())
+        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten()
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
         if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
             yield self
             return
-        asked = anatomy.as_called(self.model, t)   # rounded as the pipeline rounds them
-        asked = asked[asked.double().argsort()]
         with torch.no_grad(), weights_loaded(self.model):   # row by row, as a forward pass with one timestep computes them
+            asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
+            asked = asked[asked.double().argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
         with self.tables.set((asked.double(), {n: torch.cat([r[n] for r in rows]) for n in self.groups})): yield self
 
@@ -751,7 +752,7 @@ def save_patch(
         theirs = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
         if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES} or theirs and CONFIG_FILE not in theirs):
             raise BadInput(f"{folder} exists and is not a patch folder: expected a new name")
-        with atomic_folder(folder) as tmp:
+        with weights_loaded(p.model, *p.modules()), atomic_folder(folder) as tmp:
             for extra in theirs & set(KEPT_FILES): shutil.copy2(folder / extra, tmp / extra)
             _write_files(p, tmp, state_dict)
     return folder
