@@ -213,9 +213,10 @@ def test_a_clock_that_is_set_changes_no_state(made, monkeypatch):
     assert states() == {"x": "running"}
 
 
-def test_deep_folders_and_folders_that_cannot_be_read(made, runs_folder, monkeypatch):
+def test_deep_folders_and_folders_that_cannot_be_read(made, runs_folder, monkeypatch, request):
     made("good")
     deep = runs_folder
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", str(runs_folder / "d")], check=True))   # pytest's own way of removing gives up at such depths
     for _ in range(1200):
         deep = deep / "d"
         if len(str(deep)) > 3500: break
@@ -225,8 +226,9 @@ def test_deep_folders_and_folders_that_cannot_be_read(made, runs_folder, monkeyp
     def scan(path):
         if str(path).endswith("shut"): raise PermissionError(errno.EACCES, "Permission denied", path)
         return scandir(path)
-    monkeypatch.setattr(os, "scandir", scan)
-    runs, faults = list_runs()
+    with monkeypatch.context() as m:
+        m.setattr(os, "scandir", scan)
+        runs, faults = list_runs()
     assert [r.name for r in runs] == ["good"] and faults == {"shut": "Permission denied"}
 
 
