@@ -74,7 +74,7 @@ def latents(
     vae: Annotated[str, typer.Option(help="A diffusers AutoencoderKL, or a pipeline that holds one; local or on the hub.")],
     size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
     channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
-    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
     image_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "image",
     label_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "label",
     caption_column: Annotated[str | None, typer.Option(help="Encode these captions as well.")] = None,
@@ -271,6 +271,7 @@ def run(
 ):
     "Execute a run notebook, or a batch of them: each run has its folder with the notebook, its page and its results. Run it again to go on after a failure or an interruption."
     from dmp_wb.sweeps import sweep, typed
+    from dmp_wb.values import unquoted
     if notebook is None and file is None: raise BadInput("no notebook is named: expected dmp-wb run NOTEBOOK, or --file")
     fixed, grid = {}, {}
     for words in parameter or []:
@@ -278,8 +279,8 @@ def run(
         if not key: raise BadInput("-p has no key: expected -p KEY VALUE")
         if key in fixed or key in grid: raise BadInput(f"parameter {key} is given more than once: expected -p {key} VALUE VALUE for several values")
         if not values: raise BadInput(f"-p {key} has no value: expected -p {key} VALUE")
-        if len(values) == 1: fixed[key] = typed(values[0])
-        else: grid[key] = [typed(v) for v in values]
+        if len(values) == 1: fixed[key] = unquoted(values[0])   # its type is that of the key
+        else: grid[key] = [unquoted(v) for v in values]
     options = {k: v for k, v in {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "timeout_min": timeout_min, "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task, "mem_gb": mem_gb}.items() if v is not None}
     for item in slurm or []:
         key, given, value = item.partition("=")
@@ -371,4 +372,5 @@ def compare(
 # %% ../nbs/16_cli.ipynb #1f742ad9
 def main():
     "The command line; `BadInput` becomes one line."
+    os.environ["DMP_WB_COMMAND"] = shlex.join(["dmp-wb", *sys.argv[1:]])   # for the page of a run that fails
     with one_line_errors(): app()

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .core import BadInput, MissingFile, control_characters, expanded, named_files, unknown
+from .core import BadInput, MissingFile, expanded, has_controls, named_files, unknown
 from .settings import DataConfig, DMPConfig, DTRConfig, ModelConfig, MultitaskConfig, ObjectiveConfig, ScheduleConfig
-from .values import Written, convert, literal, parse_yaml, plain, read_yaml, refer, unquoted
+from .values import Written, convert, literal, parse_yaml, plain, read_yaml, refer, split_words, unquoted
 
 # %% ../nbs/08_config.ipynb #7b3e4004
 CONFIG_FORMAT = 1   # grows when a key changes its meaning
@@ -257,7 +257,7 @@ def _typed(key: str, value, origin: str):
     except ValueError: raise wrong(_kind_name(KEYS[key])) from None   # a BadInput of `convert` is one too
     for part in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(part, float) and not math.isfinite(part): raise BadInput(f"{origin}: {key} is {part}: expected a finite number")
-        if isinstance(part, str) and (bad := control_characters(part)): raise wrong(f"no control characters, as {bad[0]!r}")
+        if isinstance(part, str) and has_controls(part): raise wrong("no control characters")
     return value
 
 def _literal(value): return literal(value) if isinstance(value, str) else value
@@ -279,7 +279,7 @@ _PATHS = ("base", "data.name", "data.vae", "data.text_encoder", "multitask.clust
 
 def load_experiment(
     experiment: str | Path | Experiment,   # a YAML file, a bare name, or an experiment made in Python
-    overrides: list[str] | tuple[str, ...] = (),  # "optim.lr=2e-4", "train.steps=100", …
+    overrides: list[str] | tuple[str, ...] | str = (),  # "optim.lr=2e-4", "train.steps=100", …; or one text of such words, quoted as in a shell
 ) -> Experiment:
     """An experiment, checked. Each value has the type of its key: text is what was written, whatever it looks like.
 
@@ -294,8 +294,7 @@ def load_experiment(
         if not isinstance(tree, dict): raise BadInput(f"{origin} is not a mapping of keys to values: expected an experiment")
         if "format" in tree and plain(tree["format"]) != CONFIG_FORMAT: raise BadInput(f"{origin} is of config format {plain(tree['format'])}: expected {CONFIG_FORMAT}, which this version of dmp_wb reads")   # before its keys are looked at
         given |= {"name": (literal(Path(origin).stem), origin), **_flatten(tree, origin)}
-    if isinstance(overrides, str): raise BadInput(f"overrides are {overrides!r}: expected a list of key=value words")
-    for item in overrides:
+    for item in split_words(overrides) if isinstance(overrides, str) else overrides:
         new = _override(item)
         given |= new
         final -= set(new)

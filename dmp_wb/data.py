@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES', 'METADATA_FILES', 'SAVED_FILES', 'TEXT_INPUTS',
-           'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'Source', 'ImageData', 'digits', 'data_path',
-           'BadImage', 'open_regular', 'read_image', 'centre_crop', 'to_tensor', 'split_kind', 'folder_splits',
-           'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder', 'image_files', 'metadata_columns',
-           'captioned_folder', 'DataRows', 'hub_data', 'load_images', 'EpochOrder', 'LatentCoder', 'draw_latents',
-           'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'write_cache',
-           'ConsecutiveBatches', 'cached_split', 'LatentCache', 'load_data']
+           'FACTS', 'ENTRY', 'LEFTOVER', 'CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'Source',
+           'ImageData', 'digits', 'data_path', 'BadImage', 'open_regular', 'read_image', 'centre_crop', 'to_tensor',
+           'split_kind', 'folder_splits', 'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder', 'image_files',
+           'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'only_split', 'load_images', 'EpochOrder',
+           'LatentCoder', 'draw_latents', 'load_vae', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'read_entry',
+           'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split', 'LatentCache', 'load_data']
 
 # %% ../nbs/07_data.ipynb #2426e789
 import bisect
@@ -36,7 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .core import BadInput, MissingFile, progress, read_json, seed_of, sha256_of, unknown, write_atomic, write_json
+from .core import BadInput, MissingFile, open_plain, progress, read_json, seed_of, sha256_of, unknown, write_atomic, write_json
+from .patching import fingerprint
 from .settings import DataConfig
 
 # %% ../nbs/07_data.ipynb #8f7c5b09
@@ -594,6 +595,15 @@ def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
     if len(wrong): raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to {len(names) - 1}")
     return torch.from_numpy(values.astype(np.int64)), list(names)
 
+def only_split(
+    name: str,  # of data, as in `DataConfig`
+) -> str: # train, where there may be others
+    "The split that a data set was saved as, for who names it without a split."
+    with contextlib.suppress(BadInput):
+        state = read_json(data_path(name) / "state.json")
+        if isinstance(state, dict) and isinstance(state.get("_split"), str): return state["_split"]
+    return DataConfig.split
+
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
     folder = data_path(config.name)
@@ -694,13 +704,6 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
 
-def fingerprint(model: nn.Module) -> str:
-    "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
 # %% ../nbs/07_data.ipynb #acf6bcc1
 class TextCoder(nn.Module):
     "A frozen text encoder and its tokenizer."
@@ -783,7 +786,127 @@ class EncodedImages(Source):
         return self
 
 # %% ../nbs/07_data.ipynb #5d1a7c07
-_NOTHING = None
+def _is_count(value, least: int = 0) -> bool: return type(value) is int and least <= value < 2**53
+def _is_number(value) -> bool: return type(value) in (int, float) and abs(value) < 1e9
+def _is_text(value) -> bool: return type(value) is str
+def _is_text_or_none(value) -> bool: return value is None or type(value) is str
+
+FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {   # what a cache says of itself: what it may be
+    "data": (_is_text, "a name"), "size": (lambda v: _is_count(v, 1), "pixels"), "channels": (lambda v: v in (1, 3), "1 or 3"),
+    "images": (lambda v: _is_count(v, 1), "a number of images"), "images_per_shard": (lambda v: _is_count(v, 1), "a number of images"),
+    "class_names": (lambda v: type(v) is list and all(map(_is_text, v)) and len({*v}) == len(v), "names, each another"),
+    "latent_shape": (lambda v: type(v) is list and len(v) == 3 and all(_is_count(n, 1) for n in v), "channels, height and width"),
+    "scale": (lambda v: _is_number(v) and v != 0, "a number"), "shift": (_is_number, "a number"),
+    "dtype": (lambda v: _is_text(v) and v in CACHE_DTYPES, "float32, float16 or bfloat16"),
+    "vae": (_is_text, "a name"), "vae_fingerprint": (_is_text, "hex digits"),
+    **{k: (_is_text_or_none, "a name or null") for k in ("text_encoder", "text_fingerprint", "caption_column")},
+    "text_length": (lambda v: v is None or _is_count(v, 1), "a number of tokens or null"),
+    "source": (lambda v: type(v) is dict and v.keys() <= {"split", "image_column"} and all(map(_is_text, v.values())), "a split and a column"),
+}
+ENTRY: dict[str, tuple[Callable[[Any], bool], str]] = {   # the same, of one shard
+    "file": (_is_text, "a file's name"), "images": (_is_count, "a number of images"), "bytes": (lambda v: _is_count(v, 1), "a number of bytes"),
+    "sha256": (lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hex digits"),
+    "skipped": (lambda v: type(v) is dict and all(map(_is_text, v.values())), "names and reasons"),
+}
+
+def _check_facts(file: Path, facts, rules: dict[str, tuple[Callable[[Any], bool], str]]):
+    "Raise `BadInput` for the first thing that a file says and that cannot be."
+    if type(facts) is not dict: raise BadInput(f"{file} holds a {type(facts).__name__}: expected an object, as dmp-wb latents writes it")
+    for key, (good, what) in rules.items():
+        if key not in facts: raise BadInput(f"{file} lacks {key}: expected {what}")
+        if not good(facts[key]): raise BadInput(f"{file}: {key} is {str(facts[key])[:60]!r}: expected {what}")
+
+def read_entry(
+    folder: Path,
+    number: int,   # of the shard
+) -> dict | None: # its file, images, bytes, sha256, and skipped: name → reason; None: it is not done
+    "What is noted of a shard of a cache; raises `BadInput`."
+    file = _shard(folder, number).with_suffix(".json")
+    if not os.path.lexists(file): return None
+    _check_entry(file, entry := read_json(file), number)
+    return entry
+
+def _check_entry(file: Path, entry, number: int):
+    _check_facts(file, entry, ENTRY)
+    if entry["file"] != _shard(Path(), number).name:
+        raise BadInput(f"{file}: shard {number} is {entry['file'][:60]!r}: expected {_shard(Path(), number).name}")
+
+def read_cache_facts(folder: Path) -> dict:
+    "What latents.json says, where that can be true; raises `BadInput`."
+    file = folder / CACHE_FILE
+    facts = read_json(file)
+    if type(facts) is dict and facts.get("format") != CACHE_FORMAT:
+        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected {CACHE_FORMAT}, which this version of dmp_wb reads")
+    if type(facts) is dict: facts.setdefault("source", {})   # older than splits
+    _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"), "null_sha256": (_is_text_or_none, "hex digits or null")})
+    for n, entry in enumerate(facts["shards"]): _check_entry(file, entry, n)
+    counts, sums = [e["images"] for e in facts["shards"]], [e["sha256"] for e in facts["shards"] if e["images"]]
+    if sum(counts) != facts["images"]: raise BadInput(f"{file}: images is {facts['images']}: expected {sum(counts)}, as many as its shards hold")
+    if max(counts) > facts["images_per_shard"]:
+        raise BadInput(f"{file}: shard {counts.index(max(counts))} has {max(counts)} images: expected at most {facts['images_per_shard']}")
+    if twice := next((n for n, checksum in enumerate(sums) if checksum in sums[:n]), None):
+        raise BadInput(f"{file}: two shards have the checksum {sums[twice][:16]}…: expected each image once")
+    return facts
+
+def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[str, torch.Tensor]):
+    "Raise `BadInput` if a shard's tensors are not what the cache says: shapes, types, classes; and if a number is not finite."
+    wrong = lambda what: BadInput(f"{file} {what}; the cache cannot be trained on: remove {file.name}, {file.stem}.json and {CACHE_FILE}, and run dmp-wb latents again")
+    kind, (channels, *side) = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[facts["dtype"]], facts["latent_shape"]
+    expected = {"moments": (kind, [images, 2, 2 * channels, *side])} | ({"class_labels": ("I64", [images])} if facts["class_names"] else {})
+    expected |= {k: (kind if v.is_floating_point() else "I64", [images, *v.shape]) for k, v in null.items()}
+    try:
+        with safe_open(file, "pt") as f:
+            place = (f.metadata() or {}).get("shard", str(number))   # older ones do not say it
+            if place != str(number): raise wrong(f"is shard {place[:20]!r} under another name")
+            found = {k: (f.get_slice(k).get_dtype(), f.get_slice(k).get_shape()) for k in f.keys()}
+            if found != (expected if images else {}):
+                k = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k) or not images)[0]
+                told = lambda t: f"{t[0]} {list(t[1])}" if t else "nothing"
+                raise wrong(f"holds {told(found.get(k))} as {k[:60]}: expected {told(expected.get(k) if images else None)}")
+            for start in range(0, images, 64):
+                part = {k: f.get_slice(k)[start:start + 64] for k in found}
+                if k := next((k for k, v in part.items() if v.is_floating_point() and not v.isfinite().all()), None):
+                    raise wrong(f"holds NaN or infinite numbers in {k}, rows {start} to {start + len(part[k]) - 1}")
+                if (top := float(part["moments"][:, :, channels:].max())) > 40: raise wrong(f"holds log variances up to {top:g}: expected at most 40")
+                if facts["class_names"]:
+                    low, high = (int(v) for v in part["class_labels"].aminmax())
+                    if low < 0 or high >= len(facts["class_names"]):
+                        raise wrong(f"holds class label {low if low < 0 else high}: expected 0 to {len(facts['class_names']) - 1}")
+    except (SafetensorError, OSError) as e:
+        if isinstance(e, BadInput): raise
+        raise wrong(f"is no file of tensors: {' '.join(str(e).split())[:200]}") from None
+
+def _put(write: Callable, file: Path, content):
+    "Write a file of a cache; raises `BadInput` where there is no room for it, or no permission."
+    try: return write(file, content)
+    except BadInput: raise
+    except OSError as e:
+        error = BadInput(f"{file} cannot be written: {e.strerror or e}; the shards that are done stay, run dmp-wb latents again to go on")
+        error.local = True   # other processes may have room
+        raise error from None
+
+LEFTOVER = re.compile(r"\.(shard-\d+\.(safetensors|json)|plan\.json|latents\.json|null\.safetensors|\.verified\.json)\.[^.]+\.tmp")
+
+@contextlib.contextmanager
+def _writing(folder: Path):
+    """Held by each of the processes that write a cache; one that finds no other removes what killed ones left half-written.
+
+    The lock is one of fcntl, which no child has: readers that outlive a killed process do not hold it.
+    """
+    import fcntl
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = open_plain(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except BadInput: raise
+    except OSError as e: raise BadInput(f"{folder} cannot be written: {e.strerror or e}: expected a folder for the latents") from None
+    try:
+        with contextlib.suppress(OSError):   # another process writes here, or the disk knows no locks
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for file in folder.iterdir():
+                if LEFTOVER.fullmatch(file.name): file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError): fcntl.lockf(fd, fcntl.LOCK_SH)
+        yield
+    finally: os.close(fd)
 
 
 # %% ../nbs/07_data.ipynb #b3114ba9
@@ -821,30 +944,38 @@ def write_cache(
             "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift, "latent_shape": list(shape),
             "text_encoder": config.text_encoder if text else None, "text_fingerprint": fingerprint(text.encoder) if text else None,
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None, "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
-    if (folder / PLAN_FILE).exists(): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
-    else: write_json(folder / PLAN_FILE, plan)
-    if text is not None and not (folder / "null.safetensors").exists():
-        empty = text.embed(**{k: v.to(device) for k, v in text.tokens([""]).items()})
-        write_atomic(folder / "null.safetensors", save({k: _narrow(v[0], dtype) for k, v in empty.items()}))
+    if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
+    with _writing(folder):
+        if not (folder / PLAN_FILE).exists(): _put(write_json, folder / PLAN_FILE, plan)
+        if text is not None and not (folder / "null.safetensors").exists():
+            empty = text.embed(**{k: v.to(device) for k, v in text.tokens([""]).items()})
+            _put(write_atomic, folder / "null.safetensors", save({k: _narrow(v[0], dtype) for k, v in empty.items()}))
+        return _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say)
 
-    shards = range((len(data) + images_per_shard - 1) // images_per_shard)
+def _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say) -> "LatentCache | None":
+    "The shards of a part that are not there yet; then, if all are, the note that makes the cache a whole."
+    per_shard, dtype = plan["images_per_shard"], plan["dtype"]
+    shards = range((len(data) + per_shard - 1) // per_shard)
     mine = list(shards)[part[0]::part[1]]
-    todo = [s for s in mine if not _shard(folder, s).with_suffix(".json").exists()]   # written after the shard itself
-    count = lambda numbers: sum(min(images_per_shard, len(data) - s * images_per_shard) for s in numbers)
+    done = {s: entry for s in shards if (entry := read_entry(folder, s)) is not None}   # written after the shard itself
+    todo = [s for s in mine if s not in done]
+    count = lambda numbers: sum(min(per_shard, len(data) - s * per_shard) for s in numbers)
     skipped = SkippedImages(config.max_bad_images, say)
-    for s in shards:   # what earlier runs and other processes have skipped counts too
-        if (file := _shard(folder, s).with_suffix(".json")).exists(): skipped.found |= read_json(file)["skipped"]
+    for entry in done.values(): skipped.found |= entry["skipped"]   # what earlier runs and other processes have skipped counts too
     bar = progress(total=count(mine), initial=count(mine) - count(todo), desc="latents", unit="img", disable=part[0] != 0)
     try:
         for s in todo:
-            _write_shard(folder, s, data, coder, text, range(s * images_per_shard, min((s + 1) * images_per_shard, len(data))), batch_size, config.num_workers, dtype, device, skipped, bar)
+            indices = range(s * per_shard, min((s + 1) * per_shard, len(data)))
+            _write_shard(folder, s, data, coder, text, indices, batch_size, config.num_workers, dtype, device, skipped, bar)
     finally: bar.close()
-    entries = [read_json(file) for s in shards if (file := _shard(folder, s).with_suffix(".json")).exists()]
+    entries = [entry for s in shards if (entry := read_entry(folder, s)) is not None]
     if len(entries) < len(shards): return None
     if not any(e["images"] for e in entries):
         name, reason = next(iter(entries[0]["skipped"].items()))
         raise BadInput(f"none of the {len(data)} images can be read; the first, {name}, {reason}")
-    if not (folder / CACHE_FILE).exists(): write_json(folder / CACHE_FILE, {**plan, "null_sha256": sha256_of(folder / "null.safetensors") if text else None, "shards": entries, "images": sum(e["images"] for e in entries)})
+    if not (folder / CACHE_FILE).exists():
+        null = sha256_of(folder / "null.safetensors") if text else None
+        _put(write_json, folder / CACHE_FILE, {**plan, "null_sha256": null, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
 class ConsecutiveBatches(torch.utils.data.Dataset):
@@ -877,12 +1008,16 @@ def _write_shard(folder, number, data, coder, text, indices, batch_size, num_wor
             images = batch["images"].to(device)
             found = {"moments": torch.stack([coder.moments(images), coder.moments(images.flip(-1))], 1)}
             if text is not None: found |= text.embed(**{k: v.to(device) for k, v in text.tokens(batch["captions"]).items()})
+            if odd := next((k for k, v in found.items() if v.is_floating_point() and not _narrow(v, dtype).isfinite().all()), None):
+                near = indices[min(len(parts) * batch_size, len(indices) - 1)]
+                raise BadInput(f"{odd} of images near {data.names(near) if isinstance(data, ImageFiles) else near} are not finite in {dtype}: "
+                               "expected a VAE and a text encoder whose numbers are, or dtype float32")
             parts.append({k: _narrow(v, dtype) for k, v in found.items()} | ({"class_labels": batch["class_labels"]} if "class_labels" in batch else {}))
         bar.update(read)
     tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
-    content = save(tensors)
-    write_atomic(_shard(folder, number), content)
-    write_json(_shard(folder, number).with_suffix(".json"), {"file": _shard(folder, number).name, "images": len(tensors["moments"]) if parts else 0, "bytes": len(content),
+    content = save(tensors, {"shard": str(number)})
+    _put(write_atomic, _shard(folder, number), content)
+    _put(write_json, _shard(folder, number).with_suffix(".json"), {"file": _shard(folder, number).name, "images": len(tensors["moments"]) if parts else 0, "bytes": len(content),
                "sha256": hashlib.sha256(content).hexdigest(), "skipped": dict(list(skipped.found.items())[before:])})
 
 def _narrow(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -897,8 +1032,10 @@ def _list_fingerprint(data) -> str:
     return digest.hexdigest()[:16]
 
 def _same_plan(folder: Path, old: dict, new: dict):
+    if type(old) is not dict: raise BadInput(f"{folder / PLAN_FILE} holds a {type(old).__name__}: expected an object, as dmp-wb latents writes it")
     if old.get("format") != CACHE_FORMAT: raise BadInput(f"{folder} holds a cache of format {old.get('format')}: expected {CACHE_FORMAT}, which this version of dmp_wb writes")
     same = lambda k: old[k] == new[k] or k in ("data", "vae", "text_encoder")   # where they lay; the fingerprints tell what they are
+    if lacks := [k for k in new if k not in old]: raise BadInput(f"{folder / PLAN_FILE} lacks {lacks[0]}: expected what dmp-wb latents writes")
     differs = [k for k in new if not same(k)]
     if differs: raise BadInput(f"{folder} holds latents of something else: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here; expected the same, or another folder")
 
@@ -920,44 +1057,59 @@ class LatentCache(Source):
         conditional: bool = True,  # give labels, if there are any
     ):
         self.folder = folder = data_path(folder)
-        if not (folder / CACHE_FILE).exists():
+        if not os.path.lexists(folder / CACHE_FILE):
             plan = read_json(folder / PLAN_FILE)
+            _check_facts(folder / PLAN_FILE, plan, {k: FACTS[k] for k in ("images", "images_per_shard")})
             done = len(list(folder.glob("shard-*.json")))
-            raise BadInput(f"{folder} is a latent cache that is not complete, {done} of {-(-plan['images'] // plan['images_per_shard'])} shards: expected one that dmp-wb latents has finished; run it again to go on")
-        self.facts = facts = read_json(folder / CACHE_FILE)
-        if facts.get("format") != CACHE_FORMAT: raise BadInput(f"{folder} holds a cache of format {facts.get('format')}: expected {CACHE_FORMAT}, which this version of dmp_wb reads")
+            raise BadInput(f"{folder} is a latent cache that is not complete, {done} of {-(-plan['images'] // plan['images_per_shard'])} shards: "
+                           "expected one that dmp-wb latents has finished; run it again to go on")
+        self.facts = facts = read_cache_facts(folder)
         self.shape, self.class_names = tuple(facts["latent_shape"]), facts["class_names"] if conditional else []
         self._starts = [0]
         for entry in facts["shards"]: self._starts.append(self._starts[-1] + entry["images"])
-        self._verify()
-        self._open = {}
+        self._open: dict[int, Any] = {}
         self._coder: LatentCoder | None = None
         self._text: TextCoder | None = None
+        self.null = {} if facts["text_encoder"] is None else self._null()
+        self._verify()
         self.labels = None
         if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
-        self.null = {}
-        if facts["text_encoder"] is not None:
-            file = folder / "null.safetensors"
-            if not file.exists() or sha256_of(file) != facts["null_sha256"]: raise BadInput(f"{file} is missing or does not match its checksum: remove it with {CACHE_FILE}, and run dmp-wb latents again")
-            with safe_open(file, "pt") as f: self.null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
+
+    def _null(self) -> dict[str, torch.Tensor]:
+        "The embeddings of the empty caption; raises `BadInput`."
+        file = self.folder / "null.safetensors"
+        again = f"remove it with {CACHE_FILE}, and run dmp-wb latents again"
+        if not file.is_file() or sha256_of(file) != self.facts["null_sha256"]: raise BadInput(f"{file} is missing or does not match its checksum: {again}")
+        try:
+            with safe_open(file, "pt") as f: null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
+        except (SafetensorError, OSError) as e: raise BadInput(f"{file} is no file of tensors, {' '.join(str(e).split())[:200]}: {again}") from None
+        if not null or not null.keys() <= set(TEXT_INPUTS): raise BadInput(f"{file} holds {', '.join(null)[:100] or 'nothing'}: expected some of {', '.join(TEXT_INPUTS)}; {again}")
+        if odd := [k for k, v in null.items() if not v.isfinite().all()]: raise BadInput(f"{file} holds NaN or infinite numbers in {odd[0]}: {again}")
+        return null
 
     def __len__(self) -> int: return self._starts[-1]
 
     def __getstate__(self): return {**self.__dict__, "_open": {}}   # open files stay with their process
 
     def _verify(self):
-        "Compare every shard with its checksum; a shard that was found whole is read again only when it has changed."
+        """Compare every shard with its checksum, and its content with what the cache says.
+
+        One that was found whole is read again only when it, or what is said of it, has changed.
+        """
         stamps = self.folder / ".verified.json"
         try: known = dict(read_json(stamps))
         except (BadInput, TypeError, ValueError): known = {}   # a note that may be lost
-        now = {}
-        for entry in self.facts["shards"]:
+        now, said = {}, json.dumps([self.facts[k] for k in ("latent_shape", "dtype")] + [len(self.facts["class_names"])] + [(k, list(v.shape)) for k, v in self.null.items()])
+        for number, entry in enumerate(self.facts["shards"]):
             file = self.folder / entry["file"]
             if not file.exists(): raise MissingFile(f"latent cache {self.folder} lacks {file.name}: remove {CACHE_FILE} and {file.stem}.json, and run dmp-wb latents again")
-            stat = file.stat()
-            now[file.name] = [entry["sha256"], stat.st_size, stat.st_mtime_ns]
-            if known.get(file.name) != now[file.name] and (stat.st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]):
+            if not file.is_file(): raise BadInput(f"{file} is a folder, a pipe, a socket or a device: expected a regular file")
+            found = file.stat()
+            now[file.name] = [entry["sha256"], found.st_size, found.st_mtime_ns, entry["images"], said]
+            if known.get(file.name) == now[file.name]: continue
+            if found.st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
                 raise BadInput(f"{file} does not match its checksum: remove it with {file.stem}.json and {CACHE_FILE}, and run dmp-wb latents again")
+            _check_shard(file, number, entry["images"], self.facts, self.null)
         if now != known:
             with contextlib.suppress(OSError): write_json(stamps, now)   # the folder may be one that others own
 

@@ -42,7 +42,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size, unwrap_model
 from .checkpoints import Run, load_model, open_run, usual_device
 from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, real_number, runs_root, said, seed_of, sha256_of, short, unknown, whole_number, write_json, yes_or_no
-from .data import BadImage, CACHE_FILE, ConsecutiveBatches, DATASETS, DataConfig, IMAGE_SUFFIXES, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
+from .data import BadImage, CACHE_FILE, ConsecutiveBatches, DATASETS, DataConfig, IMAGE_SUFFIXES, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, only_split, open_regular, read_cache_facts, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
@@ -744,7 +744,7 @@ def _original(config: DataConfig) -> DataConfig:
     "The data set as images: what a latent cache was made of, and nothing encoded."
     file = data_path(config.name) / CACHE_FILE
     if file.is_file():
-        facts = read_json(file)
+        facts = read_cache_facts(file.parent)
         split = cached_split(config, file.parent, facts)
         config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
@@ -767,11 +767,12 @@ def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
     digest = hashlib.sha256(json.dumps([config.name, len(data), data.shape, config.split, config.image_column]).encode())
     if isinstance(data, ImageData): digest.update(data.images.numpy().tobytes()); return digest.hexdigest()
-    content = lambda i: hashlib.sha256(f if isinstance(f := data.read(i), bytes) else Path(f).read_bytes()).digest()
+    local = False
     for i in range(0, len(data), max(1, len(data) // 64)):
-        with contextlib.suppress(BadImage, OSError): digest.update(content(i))
-    try: local = isinstance(data.read(0), (str, Path))
-    except BadImage: local = False
+        with contextlib.suppress(BadImage, OSError):
+            if isinstance(file := data.read(i), bytes): digest.update(hashlib.sha256(file).digest()); continue
+            local = True
+            with open_regular(file) as f: digest.update(hashlib.sha256(f.read()).digest())
     for i in range(len(data)) if local else ():
         with contextlib.suppress(BadImage, OSError):
             if isinstance(file := data.read(i), bytes): continue
@@ -857,7 +858,7 @@ def reference_statistics(
     elif isinstance(reference, Images): images = reference
     elif isinstance(reference, torch.Tensor): images = _tensor_images(reference, "reference images")
     elif isinstance(reference, (str, Path, DataConfig)):
-        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(name=str(reference), size=size, channels=channels))
+        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(name=str(reference), split=only_split(str(reference)), size=size, channels=channels))
     else: raise BadInput(f"reference is a {type(reference).__name__}: expected a data set, an .npz or images")
     if "moments" in known and extractor.width not in (None, known["moments"].width): raise BadInput(f"mu of {reference} has {known['moments'].width} values: expected {extractor.width}, the width of extractor {extractor.name}")
     if images is None: return Statistics(None, None, **known)

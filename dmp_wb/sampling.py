@@ -35,8 +35,8 @@ from torch import nn
 
 from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run, run_lock
-from .core import BadInput, MissingFile, assets_folder, progress, read_json, real_number, runs_root, said, seed_of, unknown, whole_number, write_atomic, write_json, yes_or_no
-from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, Source, fingerprint, load_data, load_vae, read_image
+from .core import BadInput, MissingFile, assets_folder, progress, read_json, read_regular, real_number, runs_root, said, seed_of, unknown, whole_number, write_atomic, write_json, yes_or_no
+from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, Source, data_path, fingerprint, load_data, load_vae, read_image
 from .objectives import PREDICTION_TYPES, ObjectiveConfig, predicted_x0
 from .patching import patches_of
 from .routing import get_router
@@ -458,15 +458,16 @@ def _read_labels(given) -> list[int] | torch.Tensor | None:
     if given is None or isinstance(given, str) and given == "balanced": return None
     if not isinstance(given, (str, Path)): return given
     if not Path(given).is_file(): raise MissingFile(f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
-    words = Path(given).read_text(encoding="utf-8", errors="replace").split()
-    wrong = [w for w in words if not re.fullmatch(r"-?\d+", w)]
-    if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0]!r}: expected a class number for each image")
+    words = read_regular(given).decode("utf-8", "replace").split()
+    wrong = [w for w in words if not re.fullmatch(r"-?[0-9]{1,18}", w)]
+    if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0][:60]!r}: expected a class number for each image")
     return [int(w) for w in words]
 
 def _read_captions(given) -> list[str] | None:
     if not isinstance(given, (str, Path)): return given
     if not Path(given).is_file(): raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
-    return Path(given).read_text(encoding="utf-8").splitlines()
+    try: return read_regular(given).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as e: raise BadInput(f"captions file {given} is no UTF-8, from byte {e.start}: expected a caption on each line") from None
 
 def sample_decoder(
     run: Run | None,     # None: a model that is no run
@@ -475,7 +476,7 @@ def sample_decoder(
 ) -> tuple[Callable | None, str | None]:
     "What makes images of what a model draws, and the fingerprint of its VAE; None and None where that is images already. Raises `BadInput` for latents that nothing decodes."
     data = run.experiment.data if run else DataConfig()
-    if vae is None and any((Path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
+    if vae is None and any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
     if name := vae or data.vae:

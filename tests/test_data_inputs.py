@@ -128,6 +128,7 @@ def test_a_special_file_is_never_opened(kind, tmp_path):
     said = []
     SkippedImages(1, said.append).take(image_folder(folder_config(root)).batch(torch.arange(3)))
     assert said == ["skipped image 1: 0special.png is a folder, a pipe, a socket or a device: expected a regular file"]
+    assert data_images(folder_config(root)).fingerprint()   # for the cache of statistics
     SPECIAL[kind](root / "metadata.csv")
     with pytest.raises(BadInput, match="metadata.csv is a pipe, a socket or a device: expected regular files only|0special.png is a pipe"): load_images(folder_config(root, caption_column="text"))
 

@@ -10,8 +10,8 @@ from test_data import IMAGES, cached, equal, folder_config, models, no_hub, nois
 
 from dmp_wb.core import BadInput
 from dmp_wb.data import (DataConfig, LatentCache, SkippedImages, centre_crop, folder_splits, image_folder, load_data,
-                         load_images, split_kind, to_tensor)
-from dmp_wb.metrics import data_images
+                         load_images, only_split, split_kind, to_tensor)
+from dmp_wb.metrics import data_images, reference_statistics
 
 
 def tree(root, *files):
@@ -117,6 +117,13 @@ def test_the_splits_of_saved_data_sets(tmp_path):
     assert sizes("none") == {"train": 4, "all": 4} and sizes("both") == {"train": 4, "test": 1, "all": 5, "eval": 1} and sizes("test") == {"test": 4, "all": 4, "eval": 4}
     with pytest.raises(BadInput, match="unknown data.split 'test': known: train"): load_data(folder_config(tmp_path / "none", split="test"))
     with pytest.raises(BadInput, match="unknown data.split 'train': known: test"): load_data(folder_config(tmp_path / "test"))
+
+
+def test_a_reference_that_is_named_without_a_split_may_be_saved_as_one(tmp_path):
+    ds = datasets.Dataset.from_dict({"image": IMAGES}).cast_column("image", datasets.Image())
+    datasets.Dataset(ds.data, split=datasets.Split.TEST).save_to_disk(tmp_path / "test")
+    found = reference_statistics(tmp_path / "test", torch.nn.Flatten(), 8, cache=False, quiet=True)
+    assert found.num_images == 4 and only_split("digits") == only_split(str(tmp_path)) == "train"
 
 
 def works(root, split):

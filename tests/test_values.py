@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from dmp_wb.config import KEYS, Experiment, load_experiment, to_yaml
 from dmp_wb.core import BadInput, MissingFile
+from dmp_wb.runs import listed
 from dmp_wb.settings import DMPConfig, DTRConfig, ModelConfig
+from dmp_wb.sweeps import plan, read_sweep
 from dmp_wb.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted
 
 TEXTS = ["01", "1.10", "1e3", "12:30", "no", "v2 #3", "0123", "2024_05", "photos #1", "0x1f", "true", "null", "1_000", ".5", "a: b", "[a]", "{a", "- x", "*x", "&x", "2026-02-30", "=", " x ", "it's", "ünï", "+1"]
@@ -63,8 +65,8 @@ def test_numbers_truth_values_and_lists_are_read_by_the_type_of_their_key():
 
 def test_what_has_no_type_is_read_as_json_would():
     read = lambda text: plain(parse_yaml(text, "it"))
-    assert [read(t) for t in ("1", "-1.5e3", "true", "False", "null", "[1, {a: 2}]")] == [1, -1500.0, True, False, None, [1, {"a": 2}]]
-    for text in ("0123", "1_0", "12:30", "no", "nan", ".inf", "0x1", "2026-02-30", "+1", "1.", "none"): assert read(text) == text
+    assert [read(t) for t in ("1", "-1.5e3", "true", "False", "null", "[1, {a: 2}]", ".5", "+1", "1.")] == [1, -1500.0, True, False, None, [1, {"a": 2}], 0.5, 1, 1.0]
+    for text in ("0123", "1_0", "12:30", "no", "nan", ".inf", "0x1", "2026-02-30", "00", "1e999", "none"): assert read(text) == text
     assert read("'1'") == "1" and convert(parse_yaml("0123", "it"), typing.Any) == "0123" and convert(parse_yaml("{a: 1}", "it"), dict[str, int]) == {"a": 1}
     assert convert(parse_yaml("[01, no]", "it"), list[str]) == ["01", "no"] and convert(parse_yaml("[01, null]", "it"), list[int | None]) == [1, None]
 
@@ -193,3 +195,49 @@ def test_settings_take_numbers_of_numpy_and_hold_those_of_python():
     route.check()
     assert json.dumps(dataclasses.asdict(route))
     with pytest.raises(BadInput, match="num_prompts is 2.5"): DMPConfig(num_prompts=np.float64(2.5)).check()
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    "A run notebook with parameters of each kind."
+    def cell(source, **metadata): return {"cell_type": "code", "id": f"c{len(source)}", "metadata": metadata, "outputs": [], "execution_count": None, "source": source}
+    parameters = cell("experiment = 'digits-dmp'\noverrides = ''\nlabel = ''\nsteps = 10\nrate = 0.5\nflag = False\nanything = None\nwords = []", tags=["parameters"])
+    file = tmp_path / "n.ipynb"
+    file.write_text(json.dumps({"cells": [parameters], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+    return file
+
+
+def test_parameters_of_a_sweep_have_the_types_of_the_notebook_and_of_the_experiment(notebook, tmp_path):
+    def planned(**texts): return plan(notebook, {k.replace("__", "."): unquoted(v) for k, v in texts.items()})[0].parameters
+    for text in ("01", "1e3", "no", "none", "1_0", "a b", "true"): assert planned(label=text)["label"] == text
+    assert planned(steps="20", rate="1e-3", flag="yes", anything="none") == {"steps": 20, "rate": 1e-3, "flag": True, "anything": None}
+    assert [planned(anything=t)["anything"] for t in ("5", "05", "1e3", "true", "null", "'5'", "x y")] == [5, "05", 1000.0, True, None, "5", "x y"]
+    words = planned(name="01", optim__lr="1e-4", data__vae="none", data__name="my photos", train__cpu="yes", seed="7")["overrides"]
+    assert words == ["name=01", "optim.lr=0.0001", "data.vae=null", "data.name=my photos", "train.cpu=true", "seed=7"]
+    exp = load_experiment("digits-dmp", words)
+    assert (exp.name, exp.data.name, exp.data.vae, exp.train.cpu) == ("01", "my photos", None, True)
+    two = plan(notebook, grid={"name": [unquoted("01"), unquoted("1")]})
+    assert [p.name for p in two] == ["name=01", "name=1"] and [p.parameters["overrides"] for p in two] == [["name=01"], ["name=1"]]
+    for text in ("'x'", '"', "null", "~", "", "it's", "a${seed}".replace("$", "\\$")):
+        words = plan(notebook, {"data.split": text})[0].parameters["overrides"]
+        assert load_experiment("digits-dmp", words).data.split == text.replace("\\$", "$")
+    assert plan(notebook, {"steps": np.int64(3), "rate": np.float32(0.5)})[0].parameters == {"steps": 3, "rate": 0.5}
+    (tmp_path / "s.yaml").write_text(f"name: 0012\nnotebook: {notebook}\nparameters: {{label: 0012, steps: 5, overrides: \"data.name='my photos' seed=1\", data.split: '${{name}}'}}\ngrid: {{name: [01, 1e3], optim.lr: [1e-4, 2e-4]}}\n")
+    given = read_sweep(tmp_path / "s.yaml")
+    runs = plan(given["notebook"], given["parameters"], given["grid"])
+    assert given["name"] == "0012" and [p.name for p in runs][:2] == ["name=01,lr=0.0001", "name=01,lr=0.0002"] and runs[-1].name == "name=1e3,lr=0.0002"
+    assert runs[0].parameters == {"label": "0012", "steps": 5, "overrides": ["data.name=my photos", "seed=1", "data.split=0012", "name=01", "optim.lr=0.0001"]}
+
+
+@pytest.mark.parametrize("text,why", [("a: " + "[" * 100_000, "levels deep"), ("name: ${oc.env:HOME}", "expected the name"), ("parameters: {x: '${HOME}'}", "no key of this file"), ("", "is empty"), ("name: [1]", "expected text"), ("name: ${name}", "itself"), ("grid: 3", "grid is 3")])
+def test_a_file_that_is_no_sweep_is_refused_in_one_line(tmp_path, text, why):
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(BadInput, match=why) as e: read_sweep(tmp_path / "s.yaml")
+    assert "s.yaml" in str(e.value)
+
+
+def test_words_with_blanks_reach_an_experiment_from_a_parameter_of_a_notebook():
+    given = "train.steps=2 data.name='my photos' name=\"a b\""
+    assert listed(given) == ["train.steps=2", "data.name=my photos", "name=a b"] and listed(["a b", 3]) == ["a b", "3"] and listed(None) == []
+    exp = load_experiment("digits-quick", given)
+    assert (exp.train.steps, exp.data.name, exp.name) == (2, "my photos", "a b")
