@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOOKS_NAME', 'PerThread', 'Scoped', 'first_tensor', 'Call', 'Inputs', 'Operation', 'BlockHooks', 'is_offloaded',
-           'weights_loaded', 'hooks_of', 'attach']
+           'is_on_disk', 'weights_loaded', 'hooks_of', 'attach']
 
 # %% ../nbs/02_hooks.ipynb #ebc2fae5
 import contextlib
@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .anatomy import anatomy_of, timestep_batch
@@ -314,16 +315,25 @@ def is_offloaded(model: nn.Module) -> bool:
     "Whether accelerate keeps the weights of any part elsewhere, and loads them when the part is called."
     return any(hasattr(m, "_hf_hook") for m in model.modules())
 
+def is_on_disk(model: nn.Module) -> bool:
+    "Whether diffusers' group offloading keeps the weights of any part in files, and memory that nobody has filled in their place."
+    hooks = [m._diffusers_hook.get_hook("group_offloading") for m in model.modules() if hasattr(m, "_diffusers_hook")]
+    return any(h is not None and h.group.offload_to_disk_path is not None for h in hooks)
+
 @contextlib.contextmanager
 def weights_loaded(model: nn.Module, *parts: nn.Module):
-    "Inside, the weights are there that diffusers' group offloading holds back until the model, or one of these parts of it, is called."
+    "Inside, the weights are there that diffusers' group offloading, or accelerate for these parts, holds back until the model, or one of these parts of it, is called."
     groups: dict[int, Any] = {}
     if hooks_of(model).call is None:   # a model that runs has them already
         for module in (model, *parts):
             hook = getattr(module, "_diffusers_hook", None) and module._diffusers_hook.get_hook("group_offloading")
             if hook: groups[id(hook.group)] = hook.group
     for group in groups.values(): group.onload_()
-    try: yield
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in parts:
+                if hasattr(module, "_hf_hook"): stack.enter_context(align_module_device(module))
+            yield
     finally:
         for group in groups.values(): group.offload_()
 

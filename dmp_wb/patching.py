@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .anatomy import Size, anatomy_of, backbones_inside, unwrap_model, wrappers_of
 from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
-from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, weights_loaded
+from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, is_on_disk, weights_loaded
 from .schedules import check_timesteps
 from .settings import GATE_INPUTS, INITS, MODES, DMPConfig   # noqa: F401
 
@@ -678,6 +678,7 @@ def fingerprint(
 
 def _dtype_of_weights(model: nn.Module) -> torch.dtype | None:
     "The narrowest of the weights' dtypes; None where their numbers are elsewhere, split or packed, so that no fingerprint can be taken."
+    if is_on_disk(unwrap_model(model)): return None
     tensors = [v for k, v in unwrap_model(model).state_dict().items() if not k.startswith(f"{PATCH_NAME}.")]
     if any(isinstance(v, DTensor) or v.device.type == "meta" or v.is_floating_point() and v.dtype not in COMPARED for v in tensors): return None
     if any(not v.is_floating_point() and v.ndim > 1 for v in tensors): return None
@@ -721,7 +722,8 @@ def _origin(model: nn.Module) -> dict:
 
 def _write_files(p: PromptPatch, folder: Path, weights: dict[str, torch.Tensor] | None = None):
     from dmp_wb import __version__
-    weights = {k: v.detach().cpu().contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
+    with weights_loaded(p.model, *p.modules()):   # copies: memory that a hook lends is taken back
+        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
     _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **dataclasses.asdict(p.config),
