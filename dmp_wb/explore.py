@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 
 from . import viz
-from .anatomy import anatomy_of, input_size, learned_variance
+from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run
 from .core import BadInput, runs_root
 from .data import load_data
@@ -55,7 +55,7 @@ def coloured(values: np.ndarray, colours, low: float, high: float) -> np.ndarray
 def pixels_of(images: torch.Tensor) -> np.ndarray: # [..., H, W, 3] uint8
     "Images [..., C, H, W] in [−1, 1] as RGB; of more than three channels (latents) the first three."
     x = images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3, *images.shape[-2:])
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).numpy()
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 def live() -> bool:
     "Whether somebody may be looking: JupyterLab, Notebook, VS Code and Colab say so in the environment; papermill, nbconvert and scripts do not. `$DMP_WB_EXPLORE` (live or static) overrides."
@@ -96,7 +96,7 @@ STYLE = "<style>.dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated;
 # %% ../nbs/14_explore.ipynb #17cc4f7f
 def _resolve(model: str | Path | nn.Module) -> tuple[nn.Module, ScheduleConfig, ObjectiveConfig, Any]:
     "The model, its schedule and objective, and its data where they can be opened."
-    if isinstance(model, nn.Module): return model, ScheduleConfig(), ObjectiveConfig(), None
+    if isinstance(model, nn.Module): return unwrap_model(model), ScheduleConfig(), ObjectiveConfig(), None
     loaded = load_model(model, device="cpu")
     try: exp = open_run(model).experiment
     except BadInput: return loaded, ScheduleConfig(), ObjectiveConfig(), None
@@ -112,11 +112,15 @@ def seen_x0(
     tables: Tables,
     prediction_type: str = "epsilon",
     **conditions,
-) -> torch.Tensor: # [B, C, H, W]
-    "The clean image that the model sees in a noisy one."
-    output = model(x_t, timestep=tables.model_timestep(timesteps), **conditions).sample
-    if learned_variance(model): output = output[:, :x_t.shape[1]]
-    return tables.x0(output, x_t, timesteps, prediction_type)
+) -> torch.Tensor: # [B, C, H, W] on the device of x_t
+    "The clean image that the model sees in a noisy one, on the device of that; the model may lie on another."
+    inside = unwrap_model(model)
+    param = next(inside.parameters())
+    to_model = lambda v: v.to(param.device) if isinstance(v, torch.Tensor) else v
+    seen = x_t.to(param.device, param.dtype)
+    output = model(seen, timestep=to_model(tables.model_timestep(timesteps)), **{k: to_model(v) for k, v in conditions.items()}).sample
+    if learned_variance(inside): output = output[:, :x_t.shape[1]]
+    return tables.x0(output.to(x_t), x_t, timesteps, prediction_type)
 
 def _class_names(model: nn.Module, data) -> list[str]:
     n = anatomy_of(model).num_classes(model)
@@ -159,11 +163,11 @@ class GateExplorer(Explorer):
         "The table of gates; of a class, where the gate looks at it."
         key = label if self.conditioned else 0
         if key not in self._tables:
-            with torch.no_grad(): self._tables[key] = self.patch.gates(torch.as_tensor(self.grid), **({"class_labels": torch.full((len(self.grid),), key)} if self.conditioned else {})).numpy()
+            with torch.no_grad(): self._tables[key] = self.patch.gates(torch.as_tensor(self.grid), **({"class_labels": torch.full((len(self.grid),), key)} if self.conditioned else {})).float().cpu().numpy()
         return self._tables[key]
 
     def _image(self, label: int) -> torch.Tensor | None:
-        if self.image is not None: return self.image[None]
+        if self.image is not None: return self.image[None].cpu().float()
         if self.data is None: return None
         if self.data.labels is None: return self.data.batch(torch.tensor([0]))["images"]
         return self.data.batch((self.data.labels == label).nonzero()[:1, 0])["images"]
@@ -306,8 +310,8 @@ class DenoiseExplorer(Explorer):
 
     def _walk(self, settings) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         steps = list(sample_trajectory(self.model, **settings))
-        x_t, x0 = torch.cat([s.x_t for s in steps]), torch.cat([s.pred_x0 for s in steps])
-        return [int(s.timestep) for s in steps], self.decode(x_t), self.decode(x0)
+        x_t, x0 = torch.cat([s.x_t.cpu() for s in steps]), torch.cat([s.pred_x0.cpu() for s in steps])
+        return [int(s.timestep) for s in steps], self.decode(x_t).cpu(), self.decode(x0).cpu()
 
     def frame(self):
         found, change, limit = self.trajectories()
@@ -375,14 +379,14 @@ class RunExplorer(Explorer):
         rows = []
         for name, m in found.items():
             state = "files are gone" if m is None else "no such column yet" if not m else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}"
-            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{state}</td><td>{self._measured(name) if m is not None else ''}</td></tr>")
+            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
         self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)
         self.curves.value = buffer.getvalue()
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
-        self.pictures.children = [_labelled(f"{html.escape(name)}, {file.stem}", widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
         if self.picture.value == "newest samples":
             for tile in self.pictures.children: tile.children[1].add_class("dmp-wb-pixels")

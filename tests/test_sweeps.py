@@ -320,7 +320,7 @@ def test_two_sweeps_in_one_folder(tiny, runs_folder):
 
 
 def test_killed_sweeps(tiny, tmp_path):
-    "A short drill; tests/drills/kill_a_sweep.py is the long one, with real trainings."
+    "A short drill; tools/drills/kill_a_sweep.py is the long one, with real trainings."
     hits, wrong = drill([str(tiny), "-p", "x", "1", "2", "3", "-p", "steps", "30", "-p", "pause", "0.05"], 2, tmp_path / "drill", seed=1)
     assert not wrong and len(hits) == 2
 

@@ -1,4 +1,4 @@
-"""What a sweep costs: `python tests/benchmarks/sweeps.py [--runs 12] [--steps 600]`.
+"""What a sweep costs: `python tools/benchmarks/sweeps.py [--runs 12] [--steps 600]`.
 
 The same trainings three ways, each with its own folders: a plain loop, which executes the code of the run notebook in one process that has imported everything
 once; `dmp-wb run` with one job; and with two. Each process has one thread, so that a second job has a core to itself. Wants a quiet machine.

@@ -1,8 +1,8 @@
 """How fast the training loop is: what each ingredient of DMP training brings, and what the loop costs beyond its step.
 
-`python tests/benchmarks/training.py ingredients [--rounds 3]`: the same loop with the backbone fine-tuned or frozen, images encoded at every step or latents
+`python tools/benchmarks/training.py ingredients [--rounds 3]`: the same loop with the backbone fine-tuned or frozen, images encoded at every step or latents
 cached, float32 or bfloat16, compiled or not. DiT-S/2 on 256 × 256 images through a VAE of Stable Diffusion's size; random weights, which cost the same time.
-`python tests/benchmarks/training.py loop [--rounds 20]`: steps of `train` and steps of a bare PyTorch loop, in turn in one process.
+`python tools/benchmarks/training.py loop [--rounds 20]`: steps of `train` and steps of a bare PyTorch loop, in turn in one process.
 Figures are ratios within one run: these machines are noisy.
 """
 import argparse

@@ -1,4 +1,4 @@
-"""What sampling costs: `python tests/benchmarks/sampling.py [--model DiT-S/2] [--batch 16] [--steps 4] [--rounds 9]`.
+"""What sampling costs: `python tools/benchmarks/sampling.py [--model DiT-S/2] [--batch 16] [--steps 4] [--rounds 9]`.
 
 Patched (gates from a table) against unpatched, and `wb.sample` on our DiT against diffusers' DiTPipeline with the same weights, labels, noise, steps and
 guidance; first of all their images are compared. Times are taken in turn, one round after another in one process; the ratio is the median of the rounds' ratios,

@@ -1,6 +1,6 @@
 """Kill a run at random moments, resume it each time, and compare it with one that nobody touched.
 
-`python tests/drills/kill_and_resume.py [--kills 20]`: pre-training and DMP, in one process and in two. Children are forked from a parent that has
+`python tools/drills/kill_and_resume.py [--kills 20]`: pre-training and DMP, in one process and in two. Children are forked from a parent that has
 imported everything, so that a life lasts about a second and most of it is training, saving and loading.
 """
 import argparse

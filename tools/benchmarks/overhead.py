@@ -1,4 +1,4 @@
-"""What a patch and a route cost: `python tests/benchmarks/overhead.py [--model DiT-B/2] [--batch 8] [--rounds 15]`.
+"""What a patch and a route cost: `python tools/benchmarks/overhead.py [--model DiT-B/2] [--batch 8] [--rounds 15]`.
 
 Times are taken in turn, one round after another in one process; the ratio is the median of the rounds' ratios, with their quartiles beside it: the machines are
 noisy, and what slows one slows its neighbours.

@@ -1,6 +1,6 @@
 """Kill a sweep at random moments, start it again each time, and compare its runs with those of a sweep that nobody touched.
 
-`python tests/drills/kill_a_sweep.py [--kills 10] [--jobs 2]`: four short trainings by `dmp-wb run pretrain`. SIGKILL hits the sweep alone, so that its
+`python tools/drills/kill_a_sweep.py [--kills 10] [--jobs 2]`: four short trainings by `dmp-wb run pretrain`. SIGKILL hits the sweep alone, so that its
 children have to find out, or every process of it at once, as when a machine goes down.
 """
 import argparse

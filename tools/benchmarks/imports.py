@@ -1,7 +1,7 @@
 """What importing costs, beside `import torch, diffusers`: processor seconds of a fresh interpreter, the best of a few, all in one run.
 
-    python tests/benchmarks/imports.py            # a table
-    python tests/benchmarks/imports.py --rounds 5
+    python tools/benchmarks/imports.py            # a table
+    python tools/benchmarks/imports.py --rounds 5
 """
 import argparse
 import os
