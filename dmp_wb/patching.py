@@ -37,7 +37,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .anatomy import Size, anatomy_of, backbones_inside, unwrap_model, wrappers_of
 from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
-from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, weights_loaded
+from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, is_on_disk, weights_loaded
 from .schedules import check_timesteps
 from .settings import GATE_INPUTS, INITS, MODES, DMPConfig   # noqa: F401
 
@@ -678,6 +678,7 @@ def fingerprint(
 
 def _dtype_of_weights(model: nn.Module) -> torch.dtype | None:
     "The narrowest of the weights' dtypes; None where their numbers are elsewhere, split or packed, so that no fingerprint can be taken."
+    if is_on_disk(unwrap_model(model)): return None
     tensors = [v for k, v in unwrap_model(model).state_dict().items() if not k.startswith(f"{PATCH_NAME}.")]
     if any(isinstance(v, DTensor) or v.device.type == "meta" or v.is_floating_point() and v.dtype not in COMPARED for v in tensors): return None
     if any(not v.is_floating_point() and v.ndim > 1 for v in tensors): return None

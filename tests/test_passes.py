@@ -2,6 +2,7 @@
 import asyncio
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -256,9 +257,7 @@ def test_hooks_that_give_the_model_other_arguments():
 
 def offloaded(model, kind, folder=None):
     "The model with its weights elsewhere until they are needed, by diffusers or by accelerate."
-    if kind == "sequential":
-        weights = {n: v.detach() for n, v in [*model.named_parameters(), *model.named_buffers()]}
-        cpu_offload(model, "cpu", offload_buffers=True, state_dict=weights)
+    if kind == "sequential": cpu_offload(model, "cpu", offload_buffers=True)
     else:
         more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind,
@@ -288,6 +287,9 @@ def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, o
     if kind != "sequential":   # there a state dict holds no numbers
         wb.save_patch(model, tmp_path / "got")
         assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")   # no fingerprint of numbers that are not there
+            wb.load_patch(BACKBONES[name](), tmp_path / "got")
 
 
 def test_autocast_leaves_the_gates_in_float32():
