@@ -97,16 +97,22 @@ class Call:
         given = inputs.get(anatomy.timestep_argument)
         if given is None: raise BadInput(f"{type(model).__name__} was called without a timestep: expected the argument {anatomy.timestep_argument!r}, which its patch or route needs")
         names = [k for k in ("hidden_states", "sample", *arguments, *inputs) if k in inputs and k != anatomy.timestep_argument]
-        images = next((inputs[k] for k in names if first_tensor(inputs[k], 2) is not None), None)
+        images: Any = next((inputs[k] for k in names if first_tensor(inputs[k], 2) is not None), None)
         some = first_tensor(images, 2)
         if some is None: raise BadInput(f"{type(model).__name__} was called without images: expected a tensor or a list of tensors, one an image")
         self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else some.device)   # [B] or [1], as the model takes it
         self.batch = len(images)
         self.inputs: Any = inputs   # dropped when all have started
-        if anatomy.leading_tokens is not None: self.leading = self._leading(anatomy.leading_tokens(model, inputs))
+        if anatomy.leading_tokens is not None: self.leading = self._leading(anatomy.leading_tokens(model, inputs), inputs)
 
-    def _leading(self, given: Sequence) -> list:
+    def _leading(self, given: Sequence, inputs: dict) -> list:
         "Numbers, and tuples of them where the samples' differ."
+        mask = inputs.get("encoder_attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and all(isinstance(v, int) for v in given) and any(given) and not torch.compiler.is_compiling():
+            lengths = sorted({int(n) for n in (mask != 0).sum(1).tolist()})
+            if len(lengths) > 1:
+                raise BadInput(f"the texts of this batch have lengths {' and '.join(map(str, lengths))}, and leading_tokens gives one number for all: expected a number for each sample, "
+                               "equal ones where short texts are padded before the image")
         known: dict[int, Any] = {}   # most blocks share one object, and asking a GPU takes long
         for v in given:
             if id(v) in known: continue

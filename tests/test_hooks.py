@@ -194,7 +194,7 @@ def test_a_pipeline_or_a_wrapper_instead_of_its_model():
     class Pipeline:
         def __init__(self): self.transformer = tiny_dit()
     with pytest.raises(BadInput, match="Pipeline is not a known backbone.*did you mean its .transformer"): wb.patch(Pipeline())
-    with pytest.raises(BadInput, match="did you mean its .module"): wb.route(nn.DataParallel(tiny_dit()))
+    with pytest.raises(BadInput, match="did you mean its .net.inner"): wb.route(nn.ModuleDict({"net": nn.ModuleDict({"inner": nn.DataParallel(tiny_dit())})}))
     model = tiny_dit()
     model.dmp = nn.Linear(2, 2)
     with pytest.raises(BadInput, match="has a part of its own named 'dmp'"): wb.patch(model)
