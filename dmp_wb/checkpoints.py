@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['OWNER_FILE', 'BACKBONE_PARTS', 'split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint', 'run_lock',
            'list_checkpoints', 'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint',
-           'removable', 'remove_checkpoint', 'Run', 'run_folder', 'open_run', 'usual_device', 'load_model',
-           'trained_objective']
+           'removable', 'remove_checkpoint', 'Run', 'open_run', 'usual_device', 'load_model', 'trained_objective']
 
 # %% ../nbs/09_checkpoints.ipynb #ceb975f7
 import os
@@ -26,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Experiment, load_experiment
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, said, sha256_of, unknown, write_json
+from .core import BadInput, MissingFile, atomic_folder, read_json, runs_root, said, sha256_of, write_json
 from .data import fingerprint
 from .dit import DiT
-from .folders import find_runs, locked, read_rows, run_name
+from .folders import locked, read_rows, run_folder
 from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
 from .routing import route
@@ -222,15 +221,6 @@ class Run:
         except OSError as e:
             if isinstance(e, BadInput): raise
             raise BadInput(f"{self.folder / 'summary.json'} cannot be written: {e.strerror or e}") from None
-
-def run_folder(
-    run: str | Path,  # a run folder, a name below `runs/`, or the name of a run that ships with the package
-) -> Path:
-    "Where a run is; the names of shipped runs come before those below `runs/`. Raises `BadInput` that suggests the nearest known name."
-    for folder in (Path(run), assets_folder() / run, runs_root() / run):
-        if (folder / "config.yaml").is_file(): return folder
-    known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
-    raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
 
 def open_run(run: str | Path) -> Run:
     "The run of that name or folder."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SAMPLERS', 'SIZES', 'NAMES', 'MODES', 'GATE_INPUTS', 'INITS', 'KINDS', 'PREDICTION_TYPES', 'Weighting',
-           'WEIGHTINGS', 'ScheduleConfig', 'Size', 'ModelConfig', 'DMPConfig', 'DTRConfig', 'ObjectiveConfig',
-           'aggregators', 'MultitaskConfig', 'DataConfig']
+           'WEIGHTINGS', 'EXTRACTOR_NAMES', 'DTYPE_NAMES', 'ScheduleConfig', 'Size', 'ModelConfig', 'DMPConfig',
+           'DTRConfig', 'ObjectiveConfig', 'aggregators', 'MultitaskConfig', 'DataConfig']
 
 # %% ../nbs/00_settings.ipynb #5e771f03
 import ast
@@ -222,3 +222,7 @@ class DataConfig:
         if self.num_workers is not None and self.num_workers < 0: raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         return self
+
+# %% ../nbs/00_settings.ipynb #5e771f05
+EXTRACTOR_NAMES = ("digits", "inception", "dinov2", "clip")
+DTYPE_NAMES = ("float32", "float16", "bfloat16")
