@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OWNER_FILE', 'BACKBONE_PARTS', 'split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint', 'run_lock',
            'list_checkpoints', 'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint',
-           'removable', 'remove_checkpoint', 'Run', 'run_folder', 'open_run', 'load_model', 'trained_objective']
+           'removable', 'remove_checkpoint', 'Run', 'run_folder', 'open_run', 'usual_device', 'load_model',
+           'trained_objective']
 
 # %% ../nbs/09_checkpoints.ipynb #ceb975f7
 import os
@@ -13,6 +14,7 @@ import re
 import secrets
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Experiment, load_experiment
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, sha256_of, unknown, write_json
+from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, said, sha256_of, unknown, write_json
 from .data import fingerprint
 from .dit import DiT
 from .folders import find_runs, locked, read_rows, run_name
@@ -189,6 +191,12 @@ class Run:
         "The final figures; empty while the run is not finished."
         return read_json(self.folder / "summary.json") if (self.folder / "summary.json").exists() else {}
     @property
+    def steps_done(self) -> int:
+        "Of a finished run all; of any other those that its newest checkpoint holds."
+        if self.finished: return self.summary["steps"]
+        checkpoints = list_checkpoints(self.folder)
+        return _step(checkpoints[-1]) if checkpoints else 0
+    @property
     def experiment(self) -> Experiment: return load_experiment(self.folder / "config.yaml")
 
     def metrics(self) -> dict[str, list[float | None]]:
@@ -199,12 +207,21 @@ class Run:
 
     def curve(self, column: str) -> dict[str, list[float]]:
         "`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none."
-        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if row.get(column) is not None and "step" in row]
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not abs(v) > 1e300   # a file may hold anything; nan is a hole in the curve
+        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if number(row.get(column)) and number(row.get("step"))]
         return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
 
     def note(self, **figures):
         "Add figures to the summary, atomically."
-        write_json(self.folder / "summary.json", {**self.summary, **figures})
+        self.revise(lambda summary: {**summary, **figures})
+
+    def revise(self, change: Callable[[dict], dict]):
+        "Make another summary of the one that is there, while no other process does. Raises `BadInput` where it cannot be written."
+        try:
+            with locked(self.folder / ".summary.lock", f"the summary of run {self.folder}", patience=120): write_json(self.folder / "summary.json", change(self.summary))
+        except OSError as e:
+            if isinstance(e, BadInput): raise
+            raise BadInput(f"{self.folder / 'summary.json'} cannot be written: {e.strerror or e}") from None
 
 def run_folder(
     run: str | Path,  # a run folder, a name below `runs/`, or the name of a run that ships with the package
@@ -222,15 +239,31 @@ def open_run(run: str | Path) -> Run:
 # %% ../nbs/09_checkpoints.ipynb #ffb6694f
 BACKBONE_PARTS = ("transformer", "unet")   # where a pipeline keeps it
 
+def usual_device(
+    device: str | torch.device = "auto",  # "auto": the GPU if there is one, and of several that of this process
+) -> torch.device:
+    "The device to work on. Among processes that torchrun or accelerate started each has its own, by `$LOCAL_RANK`. Raises `BadInput` for one that is not here."
+    gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if isinstance(device, str) and device == "auto":
+        rank = os.environ.get("LOCAL_RANK", "")
+        if gpu is None: return torch.device("cpu")
+        return torch.device(gpu.type, int(rank) % torch.accelerator.device_count()) if rank.isdecimal() else gpu
+    try: found = torch.device(device)
+    except (RuntimeError, TypeError): raise BadInput(f"device is {said(device)}: expected auto, cpu{f', {gpu.type} or {gpu.type}:0' if gpu else ''}") from None
+    if found.type in ("cpu", "meta"): return found
+    if gpu is None or found.type != gpu.type: raise BadInput(f"device is {str(found)!r}: expected {f'auto, cpu or {gpu.type}' if gpu else 'auto or cpu, this machine has no other device that torch can use'}")
+    if found.index is not None and found.index >= torch.accelerator.device_count(): raise BadInput(f"device is {str(found)!r}: expected {gpu.type}:0 to {gpu.type}:{torch.accelerator.device_count() - 1}")
+    return found
+
 def load_model(
     model: str | Path,            # a run, the folder of a diffusers model or pipeline, a hub id, or a .pt / .safetensors file of an official DiT
     patched: bool = True,         # False: the run's base, without its patch
     num_attention_heads: int | None = None,  # for official checkpoints of other widths than the family's
-    device: str | torch.device = "auto",     # "auto": the GPU if there is one
+    device: str | torch.device = "auto",     # "auto": the GPU if there is one, that of `$LOCAL_RANK` of several
 ) -> nn.Module:
     "A backbone in eval mode. Raises `BadInput` for a name that leads nowhere, damaged files, an unfinished run, and a patch whose base has changed."
-    if device == "auto": device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    return _load(model, patched, num_attention_heads).eval().to(device)
+    place = usual_device(device)   # a wrong one is told before anything is read
+    return _load(model, patched, num_attention_heads).eval().to(place)
 
 def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> nn.Module:
     path = Path(model)

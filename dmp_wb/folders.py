@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['YAML_LARGEST', 'YAML_DEEPEST', 'YAML_MOST', 'LOCKS', 'QUIET', 'STATES', 'COLUMNS', 'METRICS', 'LOWER_IS_BETTER',
-           'read_rows', 'last_row', 'flat', 'read_yaml', 'locked', 'writer_of', 'changed', 'fresh', 'RunFacts',
-           'run_name', 'read_run', 'newest_metrics', 'find_runs', 'list_runs', 'ago', 'runs_table']
+           'read_rows', 'last_row', 'flat', 'read_yaml', 'locked', 'clear_leftovers', 'writer_of', 'changed', 'fresh',
+           'RunFacts', 'run_name', 'read_run', 'newest_metrics', 'find_runs', 'list_runs', 'ago', 'runs_table']
 
 # %% ../nbs/00_folders.ipynb #9d593d49
 import contextlib
@@ -72,20 +72,21 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def _check_yaml(text: str):
     "Raise an error for YAML that would grow or nest without end, from its events, before anything is built."
-    sizes, open_ = {}, [["", 0]]   # values below each anchor; anchor and values of each bracket that is open
+    sizes, anchors, counts = {}, [], [0]   # values below each anchor; of the brackets that are open, outermost first: their anchors, and their values
     for event in yaml.parse(text, _LOADER):
-        if isinstance(event, yaml.AliasEvent): open_[-1][1] += sizes.get(event.anchor, YAML_MOST + 1)   # in itself: endless
+        if isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(event.anchor)
+            counts.append(1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            sizes[anchors.pop()] = size = counts.pop()
+            counts[-1] += size
+        elif isinstance(event, yaml.AliasEvent): counts[-1] += sizes.get(event.anchor, YAML_MOST + 1)   # in itself: endless
         elif isinstance(event, yaml.ScalarEvent):
             if event.implicit[0] and len(event.value) > 1000 and event.value[0] in "+-.0123456789": raise ValueError(f"a number of {len(event.value):,} characters")
             sizes[event.anchor] = 1
-            open_[-1][1] += 1
-        elif isinstance(event, yaml.CollectionStartEvent): open_.append([event.anchor, 1])
-        elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, size = open_.pop()
-            sizes[anchor] = size
-            open_[-1][1] += size
-        if len(open_) > YAML_DEEPEST: raise ValueError(f"its values are nested more than {YAML_DEEPEST} deep")
-        if open_[-1][1] > YAML_MOST: raise ValueError(f"it holds more than {YAML_MOST:,} values, its aliases counted as often as they stand")
+            counts[-1] += 1
+        if len(anchors) > YAML_DEEPEST: raise ValueError(f"its values are nested more than {YAML_DEEPEST} deep")
+        if counts[-1] > YAML_MOST: raise ValueError(f"it holds more than {YAML_MOST:,} values, its aliases counted as often as they stand")
 
 # %% ../nbs/00_folders.ipynb #07671929
 @contextlib.contextmanager
@@ -121,6 +122,16 @@ def locked(
             if not children: fcntl.flock(f, fcntl.LOCK_UN)
 
 _WRITER = re.compile(r"(process (\d{1,9}) on ([^\n(]*?))(?: \(([^\n]*)\))?")   # who it is in words, its number, its machine; how to tell it from a later one with its number
+
+def clear_leftovers(
+    folder: str | Path,
+    names,   # of files that only the caller, who holds the lock, may be writing now
+):
+    "Remove what a process that was killed while it wrote these files left beside them."
+    for file in Path(folder).glob(".*.tmp"):
+        name, _, draw = file.name.removesuffix(".tmp").rpartition(".")
+        if name[1:] in names and re.fullmatch(r"\w{1,16}", draw) and not file.is_dir():
+            with contextlib.suppress(OSError): file.unlink()
 
 LOCKS = (".lock", ".run.lock")   # of who trains, and of who executes the notebook
 QUIET = 15 * 60   # seconds without a new byte after which a writer on another machine counts as gone

@@ -22,9 +22,9 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
-from .core import PROGRESS_VARIABLE, BadInput, MissingFile, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
+from .core import BadInput, MissingFile, PROGRESS_VARIABLE, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCH_VARIABLE, LAUNCHER_FILE
-from .training import absolute_paths, asked_to_stop, check_folder, new_run, share_of_batch
+from .training import absolute_paths, asked_to_stop, check_folder, new_run, nothing_to_do, share_of_batch
 
 # %% ../nbs/15_launching.ipynb #b56b9376
 def launch_processes(
@@ -106,7 +106,7 @@ def launch(
     run = new_run(exp, folder)
     check_folder(run, exp)
     n = launch_processes(exp, num_processes, config_file)
-    if run.finished:
+    if nothing_to_do(run, exp):
         print(f"{short(run.folder)} is finished: nothing to do")
         return run
     with run_lock(run.folder): pass   # whoever else writes it is told now
@@ -138,8 +138,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
 
         def stop(): (tmp / LAUNCHER_FILE).unlink(missing_ok=True)   # the processes end when they see that
 
-        def wait(until: float = float("inf")):
-            while child.poll() is None and time.monotonic() < until:
+        def wait():
+            while child.poll() is None:
                 if asked(): stop()
                 show()
                 time.sleep(0.2)
@@ -148,18 +148,15 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
         with asked_to_stop() as asked:
             child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
             try: wait()
-            except KeyboardInterrupt:
-                stop()
-                wait(time.monotonic() + GRACE + 60)
-                bars.close()
-                step = newest_checkpoint(run.folder)
-                print(f"interrupted; {f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
-                raise
             finally: kill_all(child)   # a second interrupt, or anything unforeseen
         bars.close()
         if asked(): stop()
         failed = child.returncode and (tmp / LAUNCHER_FILE).exists()
         stop()
         wait_for_writer(run, GRACE)
+        if asked.interrupted and not run.finished:
+            step = newest_checkpoint(run.folder)
+            print(f"interrupted; {f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
+            raise KeyboardInterrupt
         if failed: raise launch_error(tmp, log, start, child.returncode)
     return run

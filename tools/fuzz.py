@@ -351,7 +351,13 @@ def patience(seconds: int):
         signal.signal(signal.SIGALRM, before)
 
 
-def run_kind(fuzzer: Fuzzer, kind: str, count: int, seed: int) -> list[tuple[int, str]]: # number of the input, what is wrong with its answer
+def run_kind(
+    fuzzer: Fuzzer,
+    kind: str,
+    count: int,                         # inputs
+    seed: int = 0,
+    inputs: list[bytes] | None = None,  # in place of new ones
+) -> list[tuple[int, str]]: # number of the input, what is wrong with its answer
     "Answer so many inputs in a forked process; one that dies (a segmentation fault, out of memory) is a finding, and the next goes on after it."
     wrong, begin = [], 0
     while begin < count:
@@ -363,7 +369,7 @@ def run_kind(fuzzer: Fuzzer, kind: str, count: int, seed: int) -> list[tuple[int
             with os.fdopen(writer, "w") as out:
                 for i in range(begin, count):
                     print(f"{i}", file=out, flush=True)
-                    if fault := fuzzer.answer(kind, fuzzer.make(kind, i, seed)): print(f"{i} {fault!r}", file=out, flush=True)
+                    if fault := fuzzer.answer(kind, inputs[i] if inputs else fuzzer.make(kind, i, seed)): print(f"{i} {fault!r}", file=out, flush=True)
             os._exit(0)
         os.close(writer)
         with os.fdopen(reader) as lines:
