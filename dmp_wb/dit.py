@@ -12,7 +12,6 @@ import argparse
 import math
 import re
 import warnings
-from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
