@@ -5,11 +5,11 @@ from importlib import import_module
 
 # The names users type, and the module of each. They load on first use, so that `import dmp_wb` costs nothing.
 _PUBLIC = {
-    "DiT": "dit", "ModelConfig": "dit",
+    "DiT": "dit", "ModelConfig": "settings",
     "Anatomy": "anatomy", "register_backbone": "anatomy", "supported_models": "anatomy",
-    "DMPConfig": "patching", "PromptPatch": "patching", "patch": "patching", "unpatch": "patching", "get_patch": "patching",
+    "DMPConfig": "settings", "PromptPatch": "patching", "patch": "patching", "unpatch": "patching", "get_patch": "patching",
     "save_patch": "patching", "load_patch": "patching", "load_reference_patch": "patching", "use_patches": "patching", "patch_disabled": "patching",
-    "DTRConfig": "routing", "route": "routing", "unroute": "routing", "get_router": "routing", "routing_mask": "routing",
+    "DTRConfig": "settings", "route": "routing", "unroute": "routing", "get_router": "routing", "routing_mask": "routing",
     "diffusion_losses": "objectives",
     "timestep_clusters": "multitask", "task_affinity": "multitask",
     "load_data": "data",
@@ -24,7 +24,7 @@ _PUBLIC = {
     "sweep": "sweeps",
     "BadInput": "core",
 }
-_MODULES = ("core", "folders", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "compare", "launching", "runs", "slurm", "sweeps", "projects", "cli")
+_MODULES = ("core", "values", "folders", "settings", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "compare", "launching", "runs", "slurm", "sweeps", "projects", "cli")
 __all__ = ["__version__", *_PUBLIC]
 
 

@@ -34,7 +34,8 @@ class Anatomy:
     num_classes: Callable[[nn.Module], int | None] = lambda m: None   # classes the model is conditioned on, without the null class, which has this index
     routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None  # the blocks that routing masks, each with its residuals inside; None: `blocks`
     called_grid: Callable[[nn.Module, dict], Size] | None = None      # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
-    leading_tokens: Callable[[nn.Module, dict], Sequence[int]] | None = None # by block, how many tokens of a text come before the image's in the same stream; None: none
+    # by block, how many tokens of a text come before the image's in the same stream: a number, or one for each sample of the batch (a list or a tensor); None: none
+    leading_tokens: Callable[[nn.Module, dict], Sequence[int | Sequence[int] | torch.Tensor]] | None = None
     any_length: bool = False                                          # the blocks take any number of tokens, so that prompts can be prepended
     timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0      # what the model's timestep is multiplied by to lie in 0…T
     as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t  # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds

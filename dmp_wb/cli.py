@@ -6,6 +6,7 @@
 __all__ = ['app', 'new', 'train', 'latents', 'sample', 'evaluate', 'guidance', 'run', 'list_runs', 'compare', 'main']
 
 # %% ../nbs/16_cli.ipynb #aeae0b54
+import contextlib
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from .core import BadInput, one_line_errors
+from .core import BadInput, one_line_errors, printable, safe_path
 
 # %% ../nbs/16_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -51,7 +52,7 @@ def new(
     "Make a project: a folder with the run notebooks and experiments to edit. In it, and below it, bare names lead to its own files first."
     from dmp_wb.projects import new_project
     written, kept = new_project(folder, add)
-    print(f"{folder}: {len(written)} files written" + "".join(f"\n  kept as it is: {path}, which is not the one that ships" for path in kept))
+    print(f"{printable(folder)}: {len(written)} files written" + "".join(f"\n  kept as it is: {printable(path)}, which is not the one that ships" for path in kept))
     print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "") + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
 
@@ -73,7 +74,7 @@ def latents(
     vae: Annotated[str, typer.Option(help="A diffusers AutoencoderKL, or a pipeline that holds one; local or on the hub.")],
     size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
     channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
-    split: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "train",
+    split: Annotated[str, typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
     image_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "image",
     label_column: Annotated[str, typer.Option(help="Of a `datasets` data set.")] = "label",
     caption_column: Annotated[str | None, typer.Option(help="Encode these captions as well.")] = None,
@@ -89,18 +90,20 @@ def latents(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even if there is a GPU.")] = False,
 ):
     "Encode a data set once: the VAE's moments of every image and its mirror image, for training."
+    from dmp_wb.checkpoints import usual_device
     from dmp_wb.data import DataConfig, LatentCache, write_cache
-    (rank, world), device = _share(num_processes, cpu)
+    rank, world = _share(num_processes)
     if num_processes > 1 and world == 1: cache = _in_parallel(num_processes) or LatentCache(folder)
     else:
         config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional, image_column=image_column, label_column=label_column, caption_column=caption_column,
                             vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images, num_workers=num_workers)
-        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, device, (rank, world), lambda line: print(line, file=sys.stderr, flush=True))
+        say = lambda line: print(printable(line), file=sys.stderr, flush=True)
+        cache = write_cache(config, folder, batch_size, images_per_shard, dtype, usual_device("cpu" if cpu else "auto"), (rank, world), say)
     if cache is not None and (world == 1 or num_processes == 1):
         skipped = sum(len(e["skipped"]) for e in cache.facts["shards"])
         size_gib = sum(e["bytes"] for e in cache.facts["shards"]) / 2**30
-        print(f"{folder}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
-              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={folder}")
+        print(f"{printable(folder)}: {len(cache):,} images as {'×'.join(map(str, cache.shape))} latents, {cache.num_classes or 'no'} classes, {size_gib:.2f} GiB"
+              + (f"; {skipped} images could not be read and were left out" if skipped else "") + f". Train on it with data.name={printable(folder)}")
 
 @app.command()
 def sample(
@@ -123,27 +126,33 @@ def sample(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even if there is a GPU.")] = False,
 ):
     "Draw many images of a run as PNG files, and an .npz for evaluators. Killed, it goes on where it was: run it again."
-    from dmp_wb.sampling import sample_run
-    (rank, world), device = _share(num_processes, cpu)
+    rank, world = _share(num_processes)
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
-    done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, device, npz)
-    if done is not None: print(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else ""))
+    from dmp_wb.sampling import sample_run
+    done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
+    if done is not None: print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
-def _share(num_processes: int, cpu: bool) -> tuple[tuple[int, int], str]:
-    "This process's number and how many there are, as a launcher or `_in_parallel` says, and its device."
-    import torch
+def _share(num_processes: int) -> tuple[int, int]:
+    "This process's number and how many there are, as a launcher or `_in_parallel` says."
     if num_processes < 1: raise BadInput(f"--num-processes is {num_processes}: expected at least 1")
-    gpu = torch.accelerator.is_available() and not cpu
-    device = f"{torch.accelerator.current_accelerator().type}:{int(os.environ.get('LOCAL_RANK', 0)) % torch.accelerator.device_count()}" if gpu else "cpu"
-    return (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))), device
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 def _in_parallel(processes: int):
-    "Run this very command line in several processes, each with its number; exit with the first status that is not zero."
+    "Run this very command line in several processes, each with its number; exit with the first status that is not zero. They end when this process does, however that happens (Linux)."
+    from dmp_wb.runs import die_with_parent
+    me = os.getpid()
+
+    def tied():
+        die_with_parent()
+        if os.getppid() != me: os._exit(1)   # it died before they were tied to it
+
     threads = str(max(1, (os.cpu_count() or 1) // processes))
-    env = [{"OMP_NUM_THREADS": threads, **os.environ, "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
-    children = [subprocess.Popen([sys.executable, "-m", "dmp_wb", *sys.argv[1:]], env=e) for e in env]
+    env = [{"OMP_NUM_THREADS": threads, **os.environ, **safe_path(), "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)} for i in range(processes)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try: statuses = [child.wait() for child in children]
+    children: list[subprocess.Popen] = []
+    try:
+        for e in env: children.append(subprocess.Popen([sys.executable, "-m", "dmp_wb", *sys.argv[1:]], env=e, preexec_fn=tied))
+        statuses = [child.wait() for child in children]
     finally:
         for child in children:
             if child.poll() is None: child.terminate()
@@ -170,16 +179,18 @@ def evaluate(
     "How far samples are from real images, as JSON. The row of a run goes to its summary as well."
     import json
 
-    from dmp_wb.checkpoints import run_folder
-    from dmp_wb.metrics import evaluate, evaluate_run
-    given = Path(samples)
+    from dmp_wb.checkpoints import open_run
+    from dmp_wb.metrics import evaluate, evaluate_run, note_evaluation
+    given, run = Path(samples), None
     if given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file():
         if reference is None: raise BadInput("--reference is not given: expected the real images that samples are compared with")
         row = evaluate(samples, reference, extractor, metrics, bootstrap=bootstrap, seed=seed, batch_size=batch_size)
     else:
-        row = evaluate_run(run_folder(samples), num_images, reference, extractor, metrics, guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps,
-                           bootstrap=bootstrap, seed=seed, batch_size=batch_size)
-    print(json.dumps(row, indent=2))
+        run = open_run(samples)
+        row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps,
+                           bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False)
+    print(json.dumps(row, indent=2), flush=True)   # before anything can go wrong with the note
+    if run is not None: note_evaluation(run, row)
 
 @app.command()
 def guidance(
@@ -197,18 +208,33 @@ def guidance(
     figure: Annotated[Path | None, typer.Option(help="Also draw the curves into this file, .png or .svg.")] = None,
 ):
     "Metrics against the guidance scale, one line each; the rows go to the run's summary as well."
-    from dmp_wb.checkpoints import run_folder
-    from dmp_wb.metrics import METRICS, guidance_sweep
-    folder = run_folder(run)
-    rows = guidance_sweep(folder, scales or (1.0, 1.25, 1.5, 2.0, 3.0, 4.0), num_images, reference, extractor, metrics, sampler=sampler, num_inference_steps=num_inference_steps,
-                          bootstrap=bootstrap, seed=seed, batch_size=batch_size)
-    names = [m for m in METRICS if m in rows[0]]
-    print("".join(f"{name:>11}" for name in ("guidance", *names)))
-    for row in rows: print(f"{row['guidance_scale']:>11g}" + "".join(f"{row[m]:>11.4f}" for m in names))
+    import io
+
+    from dmp_wb.checkpoints import open_run
+    from dmp_wb.core import write_atomic
+    from dmp_wb.metrics import METRICS, guidance_sweep, note_evaluation
+    if figure is not None and figure.suffix not in (".png", ".svg"): raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
+    opened, unnoted, header = open_run(run), [], True
+
+    def tell(row: dict):
+        "A row is printed as soon as it is measured, and then noted; where that fails, the others are measured all the same."
+        nonlocal header
+        names = [m for m in METRICS if m in row]
+        if header: print("".join(f"{name:>11}" for name in ("guidance", *names)))
+        header = False
+        print(f"{row['guidance_scale']:>11g}" + "".join(f"{row[m]:>11.4f}" for m in names), flush=True)
+        try: note_evaluation(opened, row)
+        except BadInput as e: unnoted.append(e)
+
+    rows = guidance_sweep(opened.folder, scales or (1.0, 1.25, 1.5, 2.0, 3.0, 4.0), num_images, reference, extractor, metrics, sampler=sampler, num_inference_steps=num_inference_steps,
+                          bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False, tell=tell)
     if figure is not None:
         from dmp_wb.viz import guidance_curves
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        guidance_curves({folder.name: rows}).savefig(figure, dpi=200)
+        drawn = io.BytesIO()
+        guidance_curves({opened.name: rows}).savefig(drawn, dpi=200, format=figure.suffix[1:])
+        try: write_atomic(figure, drawn.getvalue())
+        except OSError as e: raise BadInput(f"{figure} cannot be written: {e.strerror or e}") from None
+    if unnoted: raise unnoted[0]
 
 # %% ../nbs/16_cli.ipynb #dab20e96
 class _Run(typer.core.TyperCommand):
@@ -245,6 +271,7 @@ def run(
 ):
     "Execute a run notebook, or a batch of them: each run has its folder with the notebook, its page and its results. Run it again to go on after a failure or an interruption."
     from dmp_wb.sweeps import sweep, typed
+    from dmp_wb.values import unquoted
     if notebook is None and file is None: raise BadInput("no notebook is named: expected dmp-wb run NOTEBOOK, or --file")
     fixed, grid = {}, {}
     for words in parameter or []:
@@ -252,8 +279,8 @@ def run(
         if not key: raise BadInput("-p has no key: expected -p KEY VALUE")
         if key in fixed or key in grid: raise BadInput(f"parameter {key} is given more than once: expected -p {key} VALUE VALUE for several values")
         if not values: raise BadInput(f"-p {key} has no value: expected -p {key} VALUE")
-        if len(values) == 1: fixed[key] = typed(values[0])
-        else: grid[key] = [typed(v) for v in values]
+        if len(values) == 1: fixed[key] = unquoted(values[0])   # its type is that of the key
+        else: grid[key] = [unquoted(v) for v in values]
     options = {k: v for k, v in {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "timeout_min": timeout_min, "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task, "mem_gb": mem_gb}.items() if v is not None}
     for item in slurm or []:
         key, given, value = item.partition("=")
@@ -261,9 +288,10 @@ def run(
         options[key] = typed(value)
     done = sweep(notebook, fixed, grid, None, file, name, folder, jobs, cluster, keep_finished, **options)
     failed = done.failed
-    for run, state in failed.items(): print(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}", file=sys.stderr)
+    for run, state in failed.items():
+        print(printable(f"error: {run if run != '.' else done.folder.name} failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}"), file=sys.stderr)
     for run, state in done.states().items():
-        if state.status == "stopped" and state.error: print(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on", file=sys.stderr)
+        if state.status == "stopped" and state.error: print(printable(f"stopped: {run if run != '.' else done.folder.name}: {state.error}; run again to go on"), file=sys.stderr)
     if failed or not done.finished: raise typer.Exit(1)
 
 # %% ../nbs/16_cli.ipynb #a0d9b83d
@@ -282,9 +310,29 @@ def list_runs(
     runs, faults = list_runs(folder, where or [], sort)
     if as_json: print(json.dumps([r.plain() for r in runs], indent=2, default=str))
     else: print(runs_table(runs, column or []))
-    for name, why in faults.items(): print(f"left out {name}: {why}", file=sys.stderr)
+    for name, why in faults.items(): print(printable(f"left out {name}: {why}"), file=sys.stderr)
 
 # %% ../nbs/16_cli.ipynb #8b454893
+def _absolute(given: str) -> str:
+    "What is given as a path by its full path, after a colon (label:run, extractor:file) as well."
+    start, colon, path = given.rpartition(":") if not Path(given).exists() else ("", "", given)
+    return f"{start}{colon}{Path(path).resolve()}" if path and Path(path).exists() else given
+
+@contextlib.contextmanager
+def _same_places():
+    "Inside, a kernel with another working folder finds the runs, the weights and the packages that this process finds."
+    from dmp_wb.core import assets_folder, foreign, project_root, runs_root
+    paths = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if assets_folder().parent.parent == Path.cwd(): paths.append(str(Path.cwd()))
+    given = {"DMP_WB_RUNS": str(runs_root().resolve()), **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}), **({} if foreign(project_root()) else {"DMP_WB_PROJECT": str(project_root())})}
+    before = {k: os.environ.get(k) for k in given}
+    os.environ.update(given)
+    try: yield
+    finally:
+        for k, v in before.items():
+            if v is None: os.environ.pop(k, None)
+            else: os.environ[k] = v
+
 @app.command()
 def compare(
     runs: Annotated[list[str], typer.Argument(help="Training runs, by folder or name; the first is what the others are compared with. label:run names one.", autocompletion=_complete_runs)],
@@ -295,6 +343,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
     extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id]; digits or inception, as the images ask for, if not given.")] = "",
     reference: Annotated[str, typer.Option(help="Real images; what the first run trained on, if not given.")] = "",
+    notebook: Annotated[str | None, typer.Option(help="A notebook of your own in place of the one that ships: a file, or a bare name in nbs/runs/. It is executed.", autocompletion=_complete_named("runs"))] = None,
 ):
     "Runs side by side on one page: settings, metrics with intervals, samples from the same seeds, curves, gates and masks."
     import tempfile
@@ -304,19 +353,24 @@ def compare(
 
     from dmp_wb.compare import open_compared
     from dmp_wb.core import named_files, short, write_atomic
+    from dmp_wb.sweeps import find_notebook
     if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
     open_compared(runs)   # a wrong name is told before a kernel starts
-    given = {"runs": [str(Path(r).resolve()) if Path(r).exists() else r for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
-             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": extractor, "reference": reference}
+    file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]   # to compare is to read: a notebook that lies about is code
+    given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
+             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor), "reference": _absolute(reference)}
     with tempfile.TemporaryDirectory() as work:
         page, failed = Path(work) / "compare.html", None
-        try: papermill.execute_notebook(named_files("runs")["compare"], page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False)
+        elsewhere = {"cwd": work} if notebook is None else {}   # a kernel takes modules from its working folder, which may be anybody's
+        try:
+            with _same_places(): papermill.execute_notebook(file, page.with_suffix(".ipynb"), given, progress_bar=False, log_output=False, **elsewhere)
         except PapermillExecutionError as e: failed = e
         write_atomic(output, page.read_bytes())
     if failed: raise BadInput(f"the comparison failed: {failed.ename}: {failed.evalue}; {short(output)} has the cell and its traceback")
-    print(f"{short(output)}: {output.stat().st_size / 2**20:.1f} MB")
+    print(f"{printable(short(output))}: {output.stat().st_size / 2**20:.1f} MB")
 
 # %% ../nbs/16_cli.ipynb #1f742ad9
 def main():
     "The command line; `BadInput` becomes one line."
+    os.environ["DMP_WB_COMMAND"] = shlex.join(["dmp-wb", *sys.argv[1:]])   # for the page of a run that fails
     with one_line_errors(): app()

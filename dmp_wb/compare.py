@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SAME_DATA', 'SAME_LOSS', 'Compared', 'labelled', 'open_compared', 'config_in_use', 'differences', 'written', 'Cell',
            'html_table', 'glance_table', 'differences_table', 'evaluations', 'metrics_table', 'Drawn', 'image_shape',
-           'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep', 'gates_of', 'masks_of',
-           'Looked', 'comparable', 'look_at', 'sample_columns']
+           'draw', 'usual_extractor', 'paired_distances', 'distances_table', 'mse_by_timestep', 'gates_of',
+           'route_words', 'masks_of', 'Looked', 'comparable', 'look_at', 'sample_columns']
 
 # %% ../nbs/15_compare.ipynb #1be0edcb
 import contextlib
@@ -31,12 +31,16 @@ from .folders import LOWER_IS_BETTER, METRICS, RunFacts, ago, find_runs, flat, r
 from .metrics import classifier_accuracy, frechet_bootstrap, inception_weights, load_extractor, reference_statistics
 from .objectives import ObjectiveConfig, diffusion_losses, make_tables
 from .patching import get_patch, patches_of
-from .routing import get_router, routing_mask
+from .routing import DTRConfig, get_router, routing_mask
 from .sampling import balanced_labels, captions_of, sample, sample_decoder, usual_sampler
 from .schedules import timestep_intervals
 from .training import model_inputs
 
 # %% ../nbs/15_compare.ipynb #2b2f8189
+def _said(e: Exception) -> str:
+    "An error in one line, with its kind where the message may need it."
+    return ("" if isinstance(e, (BadInput, OSError)) or type(e) is RuntimeError else f"{type(e).__name__}: ") + " ".join(str(e).split())[:500]
+
 @dataclass
 class Compared:
     "Runs by label, and what has to be said about comparing them."
@@ -50,7 +54,8 @@ class Compared:
     def noting(self, label: str, what: str):
         "What goes wrong inside, also a lack of memory, is noted, and the comparison goes on."
         try: yield
-        except (BadInput, OSError, RuntimeError) as e: self.note(f"{label}: no {what}: {' '.join(str(e).split())}")
+        except Exception as e:   # a run's files may hold anything
+            self.note(f"{label}: no {what}: {_said(e)}")
 
 def labelled(models: Sequence[str | Path]) -> dict[str, str]: # label → model
     "“label:model” as such, and other models under their own name; a path's last parts, as many as tell them apart."
@@ -83,8 +88,10 @@ def open_compared(
         if (same := seen.get(folder.resolve())) is not None:
             out.note(f"{label} is left out: it is the same run as {same}")
             continue
-        try: out.runs[label] = read_run(folder)
-        except BadInput as e: out.note(f"{label} is left out: {e}")
+        try:   # of a config that can be loaded every value has its type
+            facts = read_run(folder)
+            out.runs[label] = dataclasses.replace(facts, config=flat(dataclasses.asdict(Run(folder).experiment)))
+        except Exception as e: out.note(f"{label} is left out: {_said(e)}")   # a folder from somewhere else takes no other down
         else: seen[folder.resolve()] = label
     if not out.runs: raise BadInput(f"none of {', '.join(map(str, runs)) or 'no runs'} can be compared: expected training runs" + (f" ({out.notes[0]})" if out.notes else ""))
     if len(out.runs) == 1: out.note("there is one run, so that nothing is compared with it")
@@ -162,7 +169,8 @@ def differences_table(compared: Compared, colours: Mapping[str, str] | None = No
     found = differences({label: r.config for label, r in compared.runs.items()})
     versions = {}
     for label, r in compared.runs.items():
-        with compared.noting(label, "versions"): versions[label] = Run(r.folder).summary.get("versions", {})
+        with compared.noting(label, "versions"):
+            if isinstance(made_with := Run(r.folder).summary.get("versions", {}), dict): versions[label] = made_with
     known = [v for v in versions.values() if v]
     for key in dict.fromkeys(k for v in known for k in v):
         if len({v.get(key) for v in known}) > 1: found[f"version of {key}" if key not in ("platform", "git_commit") else key.replace("_", " ")] = {label: str(v[key])[:12] for label, v in versions.items() if key in v}
@@ -172,14 +180,25 @@ def differences_table(compared: Compared, colours: Mapping[str, str] | None = No
 # %% ../nbs/15_compare.ipynb #f4afd578
 _SETTINGS = ("reference", "num_reference", "extractor", "sampler", "num_inference_steps", "guidance_scale", "num_images", "seed", "settings")
 
+def _number(v) -> bool: return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e300   # nan is not
+
+def _counted(n) -> str: return f"{n:,}" if isinstance(n, int) and _number(n) else str(n)[:80]
+
+def _measured(row) -> dict | None:
+    "An evaluation of a summary that may be anybody's: figures and intervals that are numbers; None if it is none."
+    if not isinstance(row, dict): return None
+    spans, settings = ({} if not isinstance(row.get(k), dict) else row[k] for k in ("intervals", "settings"))
+    spans = {m: span for m, span in spans.items() if isinstance(span, (list, tuple)) and len(span) == 2 and all(map(_number, span))}
+    return {k: v for k, v in row.items() if k not in METRICS or _number(v)} | {"intervals": spans, "settings": settings}
+
 def evaluations(compared: Compared, at_least: int = 2) -> dict[str, dict[str, dict]]: # settings in words → label → row
     "The evaluations in the summaries that at least so many runs have with the same settings."
     found = {}
     for label, r in compared.runs.items():
         with compared.noting(label, "evaluations"):
-            for row in Run(r.folder).summary.get("evaluations", []):
-                words = f"{row.get('num_images', 0):,} samples against {row.get('num_reference') or 'no'} images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; {row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance {row.get('guidance_scale', 1):g}, seed {row.get('seed', 0)}"
-                words += "".join(f", {k} {v}" for k, v in (row.get("settings") or {}).items())
+            for row in filter(None, map(_measured, Run(r.folder).summary.get("evaluations", []))):
+                words = f"{_counted(row.get('num_images', 0))} samples against {row.get('num_reference') or 'no'} images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; {row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance {written(row.get('guidance_scale', 1))}, seed {row.get('seed', 0)}"
+                words += "".join(f", {k} {v}" for k, v in row["settings"].items())
                 found.setdefault(tuple(str(row.get(k)) for k in _SETTINGS), (words, {}))[1][label] = row
     kept = {key: both for key, both in found.items() if len(both[1]) >= min(at_least, len(compared.runs))}
     count = Counter(words for words, _ in kept.values())
@@ -321,11 +340,14 @@ def gates_of(
     labels = {"class_labels": torch.full((len(timesteps),), class_label)} if patch.config.gate_input == "condition" and anatomy_of(backbone).num_classes(backbone) else {}
     with torch.no_grad(): return patch.gates(timesteps, **labels).float().cpu()
 
+def route_words(c: DTRConfig) -> str:
+    "The settings that decide the masks of a route, for a title."
+    return f"β = {c.sharing_ratio:g}, " + (f"α = {c.alpha:g}" if c.kind == "dtr" else f"{c.kind}, seed {c.seed}")
+
 def masks_of(backbone: nn.Module, timesteps) -> dict[str, torch.Tensor] | None: # “N channels” → [T, C]
     "The masks of a routed model, for each width of its blocks; None for one that is not routed."
     if (router := get_router(backbone)) is None: return None
-    c = router.config
-    return {f"{width} channels": routing_mask(timesteps, width, sharing_ratio=c.sharing_ratio, alpha=c.alpha, num_train_timesteps=c.num_train_timesteps) for width in sorted({*anatomy_of(backbone).block_widths(backbone)})}
+    return {f"{width} channels": routing_mask(timesteps, width, router.config) for width in sorted({*anatomy_of(backbone).block_widths(backbone)})}
 
 # %% ../nbs/15_compare.ipynb #975912df
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCH_VARIABLE', 'LAUNCHER_FILE', 'GRACE', 'check_launch', 'set_up_sharding', 'splits_weights', 'whole', 'like',
-           'optimizer_state', 'load_optimizer_state', 'process_alive', 'launched']
+           'optimizer_state', 'load_optimizer_state', 'launched']
 
 # %% ../nbs/10_distributed.ipynb #c540beb9
 import contextlib
@@ -15,7 +15,6 @@ import time
 import traceback
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
@@ -26,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
 
 from .config import OptimConfig, TrainConfig
-from .core import BadInput, read_json, write_json
+from .core import BadInput, process_alive, read_json, write_json
 
 # %% ../nbs/10_distributed.ipynb #fd1ba84a
 def _asked(name: str) -> bool: return os.environ.get(name, "false").lower() == "true"   # by accelerate's launcher
@@ -125,19 +124,9 @@ LAUNCH_VARIABLE = "DMP_WB_LAUNCH"   # the folder of a launch
 LAUNCHER_FILE = "launcher.json"     # in it: who launched; to take it away is to ask to stop
 GRACE = 120.0                       # seconds for the step that is running, and a checkpoint
 
-def process_alive(
-    pid: int,
-    create_time: float, # seconds since the epoch; a number is given to another process some day
-) -> bool:
-    "Whether a process still runs; one that is dead and waits for its parent does not."
-    try:
-        process = psutil.Process(pid)
-        return abs(process.create_time() - create_time) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error: return False
-
 def _watch(folder: Path):
     with contextlib.suppress(BadInput):   # it is gone
-        while process_alive(**read_json(folder / LAUNCHER_FILE)): time.sleep(0.3)
+        while process_alive(read_json(folder / LAUNCHER_FILE)): time.sleep(0.3)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)

@@ -25,9 +25,9 @@ from PIL import Image
 from torch import nn
 
 from . import viz
-from .anatomy import anatomy_of, input_size, learned_variance
+from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run
-from .core import BadInput, runs_root
+from .core import BadInput, read_regular, runs_root
 from .data import load_data
 from .folders import list_runs, newest_metrics, read_rows, run_name
 from .multitask import mask_overlap
@@ -55,7 +55,7 @@ def coloured(values: np.ndarray, colours, low: float, high: float) -> np.ndarray
 def pixels_of(images: torch.Tensor) -> np.ndarray: # [..., H, W, 3] uint8
     "Images [..., C, H, W] in [−1, 1] as RGB; of more than three channels (latents) the first three."
     x = images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3, *images.shape[-2:])
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).numpy()
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 def live() -> bool:
     "Whether somebody may be looking: JupyterLab, Notebook, VS Code and Colab say so in the environment; papermill, nbconvert and scripts do not. `$DMP_WB_EXPLORE` (live or static) overrides."
@@ -86,6 +86,24 @@ def _picture(width: int) -> widgets.Image:
     picture.add_class("dmp-wb-pixels")
     return picture
 
+class _Kept(dict):
+    "What was computed for positions of the sliders: beyond so many bytes the oldest goes, but never the newest."
+    def __init__(self, most: int = 128 << 20):
+        super().__init__()
+        self.most, self.sizes = most, {}
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.sizes[key] = _bytes_of(value)
+        while sum(self.sizes.values()) > self.most and len(self) > 1:
+            oldest = next(iter(self))
+            del self[oldest], self.sizes[oldest]
+
+def _bytes_of(value) -> int:
+    if isinstance(value, (torch.Tensor, np.ndarray)): return value.nbytes
+    if isinstance(value, dict): value = value.values()
+    return sum(map(_bytes_of, value)) if not isinstance(value, (str, int, float, type(None))) else 8
+
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
     return widgets.VBox([widgets.HTML(f"<div style='font-size:12px; line-height:20px; height:20px; opacity:.8'>{title}</div>"), picture], layout=widgets.Layout(margin="0 16px 6px 0", max_width="100%"))
 
@@ -96,7 +114,7 @@ STYLE = "<style>.dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated;
 # %% ../nbs/14_explore.ipynb #17cc4f7f
 def _resolve(model: str | Path | nn.Module) -> tuple[nn.Module, ScheduleConfig, ObjectiveConfig, Any]:
     "The model, its schedule and objective, and its data where they can be opened."
-    if isinstance(model, nn.Module): return model, ScheduleConfig(), ObjectiveConfig(), None
+    if isinstance(model, nn.Module): return unwrap_model(model), ScheduleConfig(), ObjectiveConfig(), None
     loaded = load_model(model, device="cpu")
     try: exp = open_run(model).experiment
     except BadInput: return loaded, ScheduleConfig(), ObjectiveConfig(), None
@@ -112,11 +130,15 @@ def seen_x0(
     tables: Tables,
     prediction_type: str = "epsilon",
     **conditions,
-) -> torch.Tensor: # [B, C, H, W]
-    "The clean image that the model sees in a noisy one."
-    output = model(x_t, timestep=tables.model_timestep(timesteps), **conditions).sample
-    if learned_variance(model): output = output[:, :x_t.shape[1]]
-    return tables.x0(output, x_t, timesteps, prediction_type)
+) -> torch.Tensor: # [B, C, H, W] on the device of x_t
+    "The clean image that the model sees in a noisy one, on the device of that; the model may lie on another."
+    inside = unwrap_model(model)
+    param = next(inside.parameters())
+    to_model = lambda v: v.to(param.device) if isinstance(v, torch.Tensor) else v
+    seen = x_t.to(param.device, param.dtype)
+    output = model(seen, timestep=to_model(tables.model_timestep(timesteps)), **{k: to_model(v) for k, v in conditions.items()}).sample
+    if learned_variance(inside): output = output[:, :x_t.shape[1]]
+    return tables.x0(output.to(x_t), x_t, timesteps, prediction_type)
 
 def _class_names(model: nn.Module, data) -> list[str]:
     n = anatomy_of(model).num_classes(model)
@@ -143,9 +165,7 @@ class GateExplorer(Explorer):
         self.data, self.image = data, image
         self.noise = torch.randn(1, *input_size(self.model), generator=torch.Generator().manual_seed(0))
         self.conditioned = self.patch.config.gate_input == "condition" and bool(classes)
-        self._tables: dict[int, np.ndarray] = {}
-        self._maps: dict[tuple[int, int], tuple[np.ndarray, float, np.ndarray]] = {}
-        self._seen: dict[tuple[int, int], torch.Tensor] = {}
+        self._tables, self._maps, self._seen = _Kept(), _Kept(), _Kept()   # gates by class; their pictures by class and block; images by timestep and class
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
         self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
         self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="150px"))
@@ -159,11 +179,11 @@ class GateExplorer(Explorer):
         "The table of gates; of a class, where the gate looks at it."
         key = label if self.conditioned else 0
         if key not in self._tables:
-            with torch.no_grad(): self._tables[key] = self.patch.gates(torch.as_tensor(self.grid), **({"class_labels": torch.full((len(self.grid),), key)} if self.conditioned else {})).numpy()
+            with torch.no_grad(): self._tables[key] = self.patch.gates(torch.as_tensor(self.grid), **({"class_labels": torch.full((len(self.grid),), key)} if self.conditioned else {})).float().cpu().numpy()
         return self._tables[key]
 
     def _image(self, label: int) -> torch.Tensor | None:
-        if self.image is not None: return self.image[None]
+        if self.image is not None: return self.image[None].cpu().float()
         if self.data is None: return None
         if self.data.labels is None: return self.data.batch(torch.tensor([0]))["images"]
         return self.data.batch((self.data.labels == label).nonzero()[:1, 0])["images"]
@@ -273,7 +293,7 @@ class DenoiseExplorer(Explorer):
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents [B, C, h, w] → images; the run's VAE if None
     ):
         self.model, self.schedule, self.objective, data = _resolve(model)
-        self.sampler, self._kept = sampler, {}
+        self.sampler, self._kept = sampler, _Kept(256 << 20)
         self.decode = decode or (data.decode if data is not None and data.random_latents else lambda x: x)
         self.modes = ["base", "patched"] if patches_of(self.model) else ["model"]
         classes = _class_names(self.model, data)
@@ -299,15 +319,14 @@ class DenoiseExplorer(Explorer):
             for mode in self.modes:
                 with torch.no_grad(), patch_disabled(self.model) if mode == "base" else contextlib.nullcontext():
                     found[mode] = self._walk(settings)
-            if len(self._kept) > 30: self._kept.pop(next(iter(self._kept)))
             change = (found["patched"][2] - found["base"][2]).mean(1).numpy() if "patched" in found else None
             self._kept[key] = found, change, 0.0 if change is None else max(0.02, float(np.abs(change).max()))   # one scale for the whole walk
         return self._kept[key]
 
     def _walk(self, settings) -> tuple[list[int], torch.Tensor, torch.Tensor]:
         steps = list(sample_trajectory(self.model, **settings))
-        x_t, x0 = torch.cat([s.x_t for s in steps]), torch.cat([s.pred_x0 for s in steps])
-        return [int(s.timestep) for s in steps], self.decode(x_t), self.decode(x0)
+        x_t, x0 = torch.cat([s.x_t.cpu() for s in steps]), torch.cat([s.pred_x0.cpu() for s in steps])
+        return [int(s.timestep) for s in steps], self.decode(x_t).cpu(), self.decode(x0).cpu()
 
     def frame(self):
         found, change, limit = self.trajectories()
@@ -357,7 +376,7 @@ class RunExplorer(Explorer):
     def _picture(self, name: str) -> Path | None:
         "The file of a run that the choice of pictures means."
         found = self.runs[name].glob("samples/step-*.png") if self.picture.value == "newest samples" else self.runs[name].glob(f"figures/{glob.escape(self.picture.value)}.png")
-        return max(found, default=None)
+        return max((file for file in found if file.is_file()), default=None)
 
     def _measured(self, name: str) -> str:
         "The figures of the newest evaluation, for the table."
@@ -367,7 +386,8 @@ class RunExplorer(Explorer):
     def _metrics(self, name: str) -> dict | None:
         folder, column = self.runs[name], self.column.value
         if not (folder / "config.yaml").is_file(): return None
-        return Run(folder).curve(column)
+        try: return Run(folder).curve(column)
+        except BadInput: return {}   # no file that can be read
 
     def frame(self):
         found = {name: self._metrics(name) for name in self.chosen.value}
@@ -375,15 +395,20 @@ class RunExplorer(Explorer):
         rows = []
         for name, m in found.items():
             state = "files are gone" if m is None else "no such column yet" if not m else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}"
-            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{state}</td><td>{self._measured(name) if m is not None else ''}</td></tr>")
+            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
         self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)
         self.curves.value = buffer.getvalue()
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
-        self.pictures.children = [_labelled(f"{html.escape(name)}, {file.stem}", widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        before = self.pictures.children
+        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=read_regular(file), format="png", layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
+        for tile in before:   # the kernel and the browser keep every widget that nobody closes, its layout and style too
+            for part in (*tile.children, tile):
+                for widget in (part.layout, getattr(part, "style", None), part):
+                    if widget is not None: widget.close()
         if self.picture.value == "newest samples":
             for tile in self.pictures.children: tile.children[1].add_class("dmp-wb-pixels")
 

@@ -22,9 +22,9 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
-from .core import PROGRESS_VARIABLE, BadInput, MissingFile, mirror, read_json, read_progress, short, write_atomic, write_json
+from .core import BadInput, MissingFile, PROGRESS_VARIABLE, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCH_VARIABLE, LAUNCHER_FILE
-from .training import absolute_paths, asked_to_stop, check_folder, new_run, share_of_batch
+from .training import absolute_paths, asked_to_stop, check_folder, new_run, nothing_to_do, share_of_batch
 
 # %% ../nbs/15_launching.ipynb #b56b9376
 def launch_processes(
@@ -106,22 +106,22 @@ def launch(
     run = new_run(exp, folder)
     check_folder(run, exp)
     n = launch_processes(exp, num_processes, config_file)
-    if run.finished:
+    if nothing_to_do(run, exp):
         print(f"{short(run.folder)} is finished: nothing to do")
         return run
     with run_lock(run.folder): pass   # whoever else writes it is told now
     with tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp: return _launch(exp, run, n, config_file, Path(tmp))
 
 def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path) -> Run:
-    me, log = psutil.Process(), run.folder / "launch.log"
-    write_json(tmp / LAUNCHER_FILE, {"pid": me.pid, "create_time": me.create_time()})
+    log = run.folder / "launch.log"
+    write_json(tmp / LAUNCHER_FILE, process_identity())
     write_atomic(tmp / f"{exp.name}.yaml", to_yaml(exp))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), "--main_process_port", "0", *(["--config_file", str(config_file)] if config_file else []),
                "-m", "dmp_wb.training", str(tmp / f"{exp.name}.yaml"), "--folder", str(run.folder)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | {LAUNCH_VARIABLE: str(tmp), PROGRESS_VARIABLE: str(tmp / "progress.json"), "PYTHONUNBUFFERED": "1"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | {**safe_path(), LAUNCH_VARIABLE: str(tmp), PROGRESS_VARIABLE: str(tmp / "progress.json"), "PYTHONUNBUFFERED": "1"}
     if exp.train.cpu: env["CUDA_VISIBLE_DEVICES"] = ""
     if exp.train.cpu or not torch.accelerator.is_available(): env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))   # accelerate would say 1
-    with open(log, "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
+    with os.fdopen(open_to_append(log), "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
         err.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {n} processes\n".encode())
         err.flush()
         start = err.tell()
@@ -138,8 +138,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
 
         def stop(): (tmp / LAUNCHER_FILE).unlink(missing_ok=True)   # the processes end when they see that
 
-        def wait(until: float = float("inf")):
-            while child.poll() is None and time.monotonic() < until:
+        def wait():
+            while child.poll() is None:
                 if asked(): stop()
                 show()
                 time.sleep(0.2)
@@ -148,18 +148,15 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
         with asked_to_stop() as asked:
             child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
             try: wait()
-            except KeyboardInterrupt:
-                stop()
-                wait(time.monotonic() + GRACE + 60)
-                bars.close()
-                step = newest_checkpoint(run.folder)
-                print(f"interrupted; {f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
-                raise
             finally: kill_all(child)   # a second interrupt, or anything unforeseen
         bars.close()
         if asked(): stop()
         failed = child.returncode and (tmp / LAUNCHER_FILE).exists()
         stop()
         wait_for_writer(run, GRACE)
+        if asked.interrupted and not run.finished:
+            step = newest_checkpoint(run.folder)
+            print(f"interrupted; {f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
+            raise KeyboardInterrupt
         if failed: raise launch_error(tmp, log, start, child.returncode)
     return run

@@ -18,8 +18,11 @@ import dataclasses
 import functools
 import hashlib
 import json
+import lzma
+import math
 import os
 import pickle
+import struct
 import warnings
 import zipfile
 import zlib
@@ -36,10 +39,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .anatomy import anatomy_of, input_size
-from .checkpoints import Run, load_model, open_run
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, runs_root, seed_of, sha256_of, short, unknown, write_json
-from .data import CACHE_FILE, DATASETS, IMAGE_SUFFIXES, BadImage, ConsecutiveBatches, DataConfig, ImageData, ImageFiles, SkippedImages, digits, fingerprint, image_files, load_data, load_images, read_image, to_tensor
+from .anatomy import anatomy_of, input_size, unwrap_model
+from .checkpoints import Run, load_model, open_run, usual_device
+from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, real_number, runs_root, said, seed_of, sha256_of, short, unknown, whole_number, write_json, yes_or_no
+from .data import BadImage, CACHE_FILE, ConsecutiveBatches, DATASETS, DataConfig, IMAGE_SUFFIXES, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, only_split, open_regular, read_cache_facts, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
 # %% ../nbs/12_metrics.ipynb #9491e4c2
@@ -53,7 +56,9 @@ class Moments:
 
     def update(self, features: torch.Tensor) -> "Moments":
         "Add features [B, D]; raises `BadInput` for NaN or infinite ones."
+        if not isinstance(features, torch.Tensor): raise BadInput(f"features are {said(features)}: expected a tensor [samples, width]")
         if features.ndim != 2: raise BadInput(f"features have shape {tuple(features.shape)}: expected [samples, width]")
+        if features.is_complex(): raise BadInput("features are complex: expected real numbers")
         f = features.detach().cpu().double()
         if not f.isfinite().all(): raise BadInput("features hold NaN or infinite values")
         if self.total is None:
@@ -68,10 +73,13 @@ class Moments:
 
     @classmethod
     def of(cls, mean: torch.Tensor, covariance: torch.Tensor, n: int = 2) -> "Moments":
-        "Moments that are known: `mean` [D] and unbiased `covariance` [D, D] of n ≥ 2 samples; raises `BadInput` for other shapes and for NaN."
-        mean, covariance = (torch.as_tensor(x).detach().double().cpu() for x in (mean, covariance))
+        "Moments that are known: `mean` [D] and unbiased `covariance` [D, D] of n ≥ 2 samples; raises `BadInput` for other shapes, for NaN, and for what is no covariance."
+        given = [torch.as_tensor(x).detach() for x in (mean, covariance)]
+        if any(x.is_complex() for x in given): raise BadInput("mean and covariance are complex: expected real numbers")
+        mean, covariance = (x.cpu().double() for x in given)
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)): raise BadInput(f"mean and covariance have shapes {tuple(mean.shape)} and {tuple(covariance.shape)}: expected [width] and [width, width]")
         if not (mean.isfinite().all() and covariance.isfinite().all()): raise BadInput("mean and covariance hold NaN or infinite values")
+        if fault := _no_covariance(covariance): raise BadInput(f"the covariance {fault}")
         m = cls()
         m.n, m.shift, m.total, m.outer = n, mean, torch.zeros_like(mean), covariance * (n - 1)
         return m
@@ -88,6 +96,14 @@ class Moments:
         if self.n < 2: raise BadInput(f"{self.n} samples have no covariance: expected at least 2")
         return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
 
+def _no_covariance(c: torch.Tensor) -> str | None:
+    "Why a finite matrix is no covariance; rounding to float32 is forgiven."
+    size = float(c.abs().max()) if len(c) else 0.0
+    if float((c - c.T).abs().max() if len(c) else 0.0) > 1e-4 * size: return "is not symmetric"
+    slack = 1e-5 * max(float(c.trace()), size)
+    if size and int(torch.linalg.cholesky_ex((c + c.T) / 2 + slack * torch.eye(len(c), dtype=c.dtype)).info): return "has negative eigenvalues: expected one that samples can have"
+    return None
+
 def frechet_distance(
     a: Moments | torch.Tensor,  # moments, or features [samples, D]
     b: Moments | torch.Tensor,
@@ -102,6 +118,13 @@ def frechet_distance(
     return float(distance.clamp(min=0))   # rounding can make it −1e-15; NaN stays NaN
 
 # %% ../nbs/12_metrics.ipynb #ad4985b7
+def _checked_strata(strata, n: int) -> torch.Tensor | None: # [n] on the CPU
+    if strata is None: return None
+    try: strata = torch.as_tensor(strata).cpu()
+    except (TypeError, ValueError, RuntimeError): raise BadInput(f"strata are {said(strata)}: expected a class for each sample") from None
+    if strata.shape != (n,): raise BadInput(f"{len(strata) if strata.ndim else 'a number as'} strata for {n} samples: expected as many")
+    return strata
+
 def frechet_bootstrap(
     features: dict[str, torch.Tensor],  # model → features [N, D]; row i comes from the same seed in all of them
     reference: Moments | torch.Tensor,  # of the real images
@@ -119,6 +142,7 @@ def frechet_bootstrap(
     g = torch.Generator().manual_seed(seed_of(seed, "bootstrap"))
     point = {name: frechet_distance(f, reference) for name, f in features.items()}
     drawn = {name: [] for name in features}
+    strata = _checked_strata(strata, n)
     groups = [torch.arange(n)] if strata is None else [(strata == c).nonzero()[:, 0] for c in strata.unique()]
     for _ in range(rounds):
         rows = torch.cat([group[torch.randint(len(group), (len(group),), generator=g)] for group in groups])
@@ -273,7 +297,8 @@ def bootstrap_mean(
     strata: torch.Tensor | None = None, # [N] class of each, if the images are class-balanced by design: resampled class by class
 ) -> tuple[float, float]:
     "Bootstrap interval of a mean."
-    values, g = values.double(), torch.Generator().manual_seed(seed_of(seed, "bootstrap-mean"))
+    values, g = values.cpu().double(), torch.Generator().manual_seed(seed_of(seed, "bootstrap-mean"))
+    strata = _checked_strata(strata, len(values))
     groups = [values] if strata is None else [values[strata == c] for c in strata.unique()]
     totals = sum(torch.stack([group[torch.randint(len(group), (len(group),), generator=g)].sum() for _ in range(rounds)]) for group in groups)
     low, high = (totals / len(values)).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
@@ -492,7 +517,7 @@ class InceptionFeatures(Extractor):
         file = inception_weights() if file is None else Path(file)
         if not file.is_file(): raise MissingFile(f"no file {file}: expected the weights of extractor inception, {INCEPTION_FILES[0]} from {INCEPTION_URL}")
         try: state = torch.load(file, map_location="cpu", weights_only=True)
-        except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError) as e: raise BadInput(f"{file} is damaged or no file of weights: expected {INCEPTION_FILES[0]} from {INCEPTION_URL} ({type(e).__name__})") from None
+        except (*_UNREADABLE, pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as e: raise BadInput(f"{file} is damaged or no file of weights: expected {INCEPTION_FILES[0]} from {INCEPTION_URL} ({type(e).__name__})") from None
         self.network = InceptionNetwork()
         expected = self.network.state_dict()
         if not isinstance(state, dict): raise BadInput(f"{file} holds a {type(state).__name__}: expected the tensors of {INCEPTION_FILES[0]}")
@@ -522,7 +547,7 @@ class VisionFeatures(Extractor):
         usual, kinds, (mean, std), size = self.FAMILIES[family]
         self.name, model = f"{family}:{model}" if model else family, str(model or usual)
         try:
-            config = transformers.AutoConfig.from_pretrained(model)
+            config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
             if config.model_type not in kinds: raise ValueError(f"found a {config.model_type}")
             cls = transformers.CLIPVisionModelWithProjection if family == "clip" else transformers.AutoModel
             self.network, info = cls.from_pretrained(model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
@@ -554,35 +579,37 @@ def load_extractor(
     device: str | torch.device = "auto",     # "auto": the GPU if there is one
 ) -> Extractor:
     "An extractor in eval mode. Raises `BadInput` for an unknown name and for missing weights."
-    if device == "auto": device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    place = usual_device(device)
     if not isinstance(extractor, (str, nn.Module)): raise BadInput(f"extractor is a {type(extractor).__name__}: expected one of {', '.join(EXTRACTORS)}, or an nn.Module")
     if isinstance(extractor, str):
         name, _, weights = extractor.partition(":")
         if name not in EXTRACTORS: raise unknown("extractor", name, EXTRACTORS)
         if weights and name == "digits": raise BadInput(f"extractor is {extractor!r}: expected digits, whose weights ship with the package")
         extractor = EXTRACTORS[name](weights or None)
-    return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(device)
+    return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(place)
 
 @torch.no_grad()
 def extract(
-    extractor: str | nn.Module,  # a name, or a network with a method `features`, or one that is called directly
-    images: torch.Tensor,        # [N, C, H, W] in [−1, 1]
+    extractor: str | nn.Module,  # a name, or a network with a method `features`, or one that is called directly; on any device
+    images: torch.Tensor,        # [N, C, H, W] in [−1, 1], on any device
     batch_size: int = 512,
-) -> torch.Tensor: # [N, D] float32
+) -> torch.Tensor: # [N, D] float32 on the images' device
     "Features of images, in batches."
-    if isinstance(extractor, str): extractor = load_extractor(extractor, "cpu")
+    if isinstance(extractor, str): extractor = load_extractor(extractor, images.device)
     f: Any = getattr(extractor, "features", extractor)
-    return torch.cat([f(part) for part in images.split(batch_size)]).float()
+    return torch.cat([f(part.to(_device_of(extractor, images.device))).to(images.device) for part in images.split(whole_number("batch_size", batch_size, 1))]).float()
+
+def _device_of(network, otherwise) -> torch.device: return next((p.device for p in network.parameters()), otherwise) if isinstance(network, nn.Module) else otherwise
 
 @torch.no_grad()
 def classifier_accuracy(
     images: torch.Tensor,    # [N, 1, 8, 8] in [−1, 1]
-    labels: torch.Tensor,    # [N] what they were asked to show
+    labels: torch.Tensor,    # [N] what they were asked to show, on any device
 ) -> float: # 0…1
     "Share of samples that the shipped classifier reads as the class they were asked to show."
     if len(images) != len(labels): raise BadInput(f"{len(images)} images and {len(labels)} labels: expected as many")
-    model = digit_classifier()
-    return float((torch.cat([model(part) for part in images.split(512)]).argmax(1) == labels).float().mean())
+    model, labels = digit_classifier().to(images.device), torch.as_tensor(labels)
+    return float((torch.cat([model(part).argmax(1) for part in images.split(512)]) == labels.to(images.device)).float().mean())
 
 def evaluate_digits(
     images: torch.Tensor,    # [N, 1, 8, 8] in [−1, 1]
@@ -635,13 +662,20 @@ class _SampleFiles(torch.utils.data.Dataset):
             images.append(x)
         return torch.stack(images), None
 
+def _has_colour(file: Path) -> bool:
+    "Whether a file stores colours, by its header; False for one that cannot be read, which is named when it is."
+    try:
+        with warnings.catch_warnings(), Image.open(file) as f:
+            warnings.simplefilter("ignore")   # of Pillow, about files that are read later
+            return not (f.mode in ("1", "L", "LA", "La") or f.mode.startswith(("I", "F")))
+    except Exception: return False   # decoders raise OSError, SyntaxError, struct.error and others
+
 def _folder_images(folder: Path) -> Images:
     files = sorted(image_files(folder))
     if not files: raise BadInput(f"folder {folder} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     try: first = read_image(files[0])
     except BadImage as e: raise BadInput(f"sample {files[0]} {e}") from None
-    with Image.open(files[0]) as f: channels = 1 if f.mode in ("1", "L", "LA") or f.mode.startswith("I") else 3
-    shape = (channels, first.height, first.width)
+    shape = (3 if any(map(_has_colour, files)) else 1, first.height, first.width)   # one file in colour, and grey ones are taken three times
 
     def batches(batch_size: int) -> Iterator[torch.Tensor]:
         workers = min(4, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1) if len(files) >= 1000 else 0   # starting them takes longer than reading few files
@@ -650,13 +684,22 @@ def _folder_images(folder: Path) -> Images:
             yield images
     return Images(f"the images in {folder}", len(files), shape, batches)
 
+# what zipfile, its decompressors and NumPy raise for archives and headers that are damaged, encrypted, of another method, or nested too deeply
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, MemoryError, OverflowError, struct.error)
+_MOST_PACKED = 1100   # bytes that one byte of a zip can hold
+
 @contextlib.contextmanager
 def _npy(file: Path, name: str = "arr_0"):
-    "An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype)."
+    "An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype). Raises for a header that promises other than the file can hold, before anything is made of it."
     with zipfile.ZipFile(file) as z, z.open(f"{name}.npy") as stream:
-        read = np.lib.format.read_array_header_1_0 if np.lib.format.read_magic(stream) == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try: shape, fortran, dtype = read(stream)
+        except Exception as e: raise ValueError(f"its header is no NumPy header ({type(e).__name__})") from None   # what Python's own parser raises has no end
         if fortran and len(shape) > 1: raise BadInput(f"{name} of {file} is in Fortran order: expected C order")
+        held, promised = z.getinfo(f"{name}.npy").file_size - stream.tell(), math.prod(map(int, shape)) * dtype.itemsize
+        if dtype.hasobject or min(shape, default=0) < 0: raise ValueError(f"it is {dtype} {list(shape)}")
+        if promised != held or held > _MOST_PACKED * file.stat().st_size: raise BadInput(f"{name} of {file} is cut off: its header promises {said(list(shape))} {dtype}, and it holds {held:,} bytes")
         yield stream, shape, dtype
 
 def _npz_arrays(file: Path) -> set[str]:
@@ -664,14 +707,16 @@ def _npz_arrays(file: Path) -> set[str]:
     if not file.is_file(): raise MissingFile(f"no file {file}: expected an .npz")
     try:
         with zipfile.ZipFile(file) as z: return {n.removesuffix(".npy") for n in z.namelist()}
-    except (zipfile.BadZipFile, OSError) as e: raise BadInput(f"{file} is damaged or no .npz: {' '.join(str(e).split())}") from None
+    except _UNREADABLE as e: raise BadInput(f"{file} is damaged or no .npz: {_why(e)}") from None
+
+def _why(error: BaseException) -> str: return " ".join(str(error).split())[:200] or type(error).__name__
 
 def _npz_images(file: Path) -> Images:
-    if "arr_0" not in (names := _npz_arrays(file)): raise BadInput(f"{file} holds {', '.join(sorted(names)) or 'nothing'}: expected arr_0, images [N, H, W, C] as uint8")
+    if "arr_0" not in (names := _npz_arrays(file)): raise BadInput(f"{file} holds {', '.join(sorted(names)[:10]) or 'nothing'}: expected arr_0, images [N, H, W, C] as uint8")
     try:
         with _npy(file) as (_, shape, dtype): pass
-    except (ValueError, EOFError, zipfile.BadZipFile, OSError) as e: raise e if isinstance(e, BadInput) else BadInput(f"arr_0 of {file} cannot be read: {' '.join(str(e).split())}") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not shape[0]: raise BadInput(f"arr_0 of {file} is {dtype} {list(shape)}: expected uint8 images [N, H, W, C] with 1 or 3 channels")
+    except _UNREADABLE as e: raise e if isinstance(e, BadInput) else BadInput(f"arr_0 of {file} cannot be read: {_why(e)}") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape: raise BadInput(f"arr_0 of {file} is {dtype} {list(shape)}: expected uint8 images [N, H, W, C] with 1 or 3 channels")
     count, height, width, channels = shape
 
     def batches(batch_size: int) -> Iterator[torch.Tensor]:
@@ -679,7 +724,7 @@ def _npz_images(file: Path) -> Images:
             for start in range(0, count, batch_size):
                 want = min(batch_size, count - start) * height * width * channels
                 try: block = bytearray(stream.read(want))
-                except (zipfile.BadZipFile, EOFError, OSError, zlib.error) as e: raise BadInput(f"arr_0 of {file} is damaged: {' '.join(str(e).split())}") from None
+                except _UNREADABLE as e: raise BadInput(f"arr_0 of {file} is damaged: {_why(e)}") from None
                 if len(block) != want: raise BadInput(f"arr_0 of {file} is cut off: expected {count} images")
                 yield torch.frombuffer(block, dtype=torch.uint8).view(-1, height, width, channels).permute(0, 3, 1, 2)
     return Images(f"the images in {file}", count, (channels, height, width), batches, lambda: sha256_of(file))
@@ -697,10 +742,11 @@ def open_samples(samples: torch.Tensor | str | Path | Images) -> Images:
 
 def _original(config: DataConfig) -> DataConfig:
     "The data set as images: what a latent cache was made of, and nothing encoded."
-    file = Path(config.name) / CACHE_FILE
+    file = data_path(config.name) / CACHE_FILE
     if file.is_file():
-        facts = read_json(file)
-        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **facts["source"])
+        facts = read_cache_facts(file.parent)
+        split = cached_split(config, file.parent, facts)
+        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
     return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
 
@@ -721,11 +767,12 @@ def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
     digest = hashlib.sha256(json.dumps([config.name, len(data), data.shape, config.split, config.image_column]).encode())
     if isinstance(data, ImageData): digest.update(data.images.numpy().tobytes()); return digest.hexdigest()
-    content = lambda i: hashlib.sha256(f if isinstance(f := data.read(i), bytes) else Path(f).read_bytes()).digest()
+    local = False
     for i in range(0, len(data), max(1, len(data) // 64)):
-        with contextlib.suppress(BadImage, OSError): digest.update(content(i))
-    try: local = isinstance(data.read(0), (str, Path))
-    except BadImage: local = False
+        with contextlib.suppress(BadImage, OSError):
+            if isinstance(file := data.read(i), bytes): digest.update(hashlib.sha256(file).digest()); continue
+            local = True
+            with open_regular(file) as f: digest.update(hashlib.sha256(f.read()).digest())
     for i in range(len(data)) if local else ():
         with contextlib.suppress(BadImage, OSError):
             if isinstance(file := data.read(i), bytes): continue
@@ -757,8 +804,8 @@ def collect(
 ) -> Statistics:
     "One pass of the images through the extractor. Raises `BadInput` for images out of range, and features that are NaN or no matrix."
     extractor.check(images.shape)
-    if batch_size < 1: raise BadInput(f"batch_size is {batch_size}: expected at least 1")
-    n, device = images.num_images, next((p.device for p in extractor.parameters()), torch.device("cpu"))
+    batch_size = whole_number("batch_size", batch_size, 1)
+    n, device = images.num_images, _device_of(extractor, torch.device("cpu"))
     keep = torch.ones(n, dtype=torch.bool)
     if max_rows is not None and n > max_rows: keep = torch.zeros(n, dtype=torch.bool).scatter_(0, torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, "rows")))[:max_rows], True)
     out = Statistics(0, images.shape, Moments() if "moments" in needs else None, Moments() if "spatial" in needs else None, score=ScoreSums(n, splits) if "score" in needs else None)
@@ -811,7 +858,7 @@ def reference_statistics(
     elif isinstance(reference, Images): images = reference
     elif isinstance(reference, torch.Tensor): images = _tensor_images(reference, "reference images")
     elif isinstance(reference, (str, Path, DataConfig)):
-        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(name=str(reference), size=size, channels=channels))
+        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(name=str(reference), split=only_split(str(reference)), size=size, channels=channels))
     else: raise BadInput(f"reference is a {type(reference).__name__}: expected a data set, an .npz or images")
     if "moments" in known and extractor.width not in (None, known["moments"].width): raise BadInput(f"mu of {reference} has {known['moments'].width} values: expected {extractor.width}, the width of extractor {extractor.name}")
     if images is None: return Statistics(None, None, **known)
@@ -828,10 +875,13 @@ def reference_statistics(
     return dataclasses.replace(found, **known)
 
 def _published(file: Path, mean: str, covariance: str) -> Moments:
-    try:
-        with np.load(file, allow_pickle=False) as z: return Moments.of(torch.from_numpy(np.asarray(z[mean], dtype=np.float64)), torch.from_numpy(np.asarray(z[covariance], dtype=np.float64)))
+    def numbers(name: str, dimensions: int) -> torch.Tensor:
+        with _npy(file, name) as (stream, shape, dtype):
+            if dtype.kind not in "fiu" or len(shape) != dimensions: raise ValueError(f"{name} is {dtype} {list(shape)}, expected real numbers [{', '.join(['width'] * dimensions)}]")
+            return torch.from_numpy(np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape).astype(np.float64))
+    try: return Moments.of(numbers(mean, 1), numbers(covariance, 2))
     except BadInput as e: raise BadInput(f"{mean} and {covariance} of {file}: {e}") from None
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as e: raise BadInput(f"{mean} and {covariance} of {file} cannot be read: {' '.join(str(e).split())[:200]}") from None
+    except _UNREADABLE as e: raise BadInput(f"{mean} and {covariance} of {file} cannot be read: {_why(e)}") from None
 
 def _write_statistics(folder: Path, key: dict, name: str, found: Statistics):
     tensors: dict[str, Any] = {"rows": found.rows}
@@ -853,7 +903,7 @@ def _read_statistics(folder: Path, key: dict) -> Statistics | None:
         t = load_file(file)
         part = lambda name: Moments.of(t[f"{name}.mean"], t[f"{name}.covariance"], facts["num_images"]) if f"{name}.mean" in t else None
         return Statistics(facts["num_images"], tuple(facts["shape"]), part("moments"), part("spatial"), t["rows"])
-    except (BadInput, OSError, SafetensorError, KeyError, TypeError) as e:
+    except (BadInput, OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
         warnings.warn(f"cached statistics {short(folder)} are damaged and are computed again: {e}", stacklevel=3)
         return None
 
@@ -898,10 +948,15 @@ def evaluate(
 
     Raises `BadInput` for an unknown metric, one that the extractor or the reference cannot give, too few images for k, and samples of another size than the real images. Warns when there are fewer images than features.
     """
+    k, k_density, splits, kid_subsets = (whole_number(n, v) for n, v in (("k", k), ("k_density", k_density), ("splits", splits), ("kid_subsets", kid_subsets)))
+    if kid_subset_size is not None: kid_subset_size = whole_number("kid_subset_size", kid_subset_size)
+    bootstrap, level, seed, batch_size = whole_number("bootstrap", bootstrap), real_number("level", level), whole_number("seed", seed), whole_number("batch_size", batch_size, 1)
+    cache, quiet = yes_or_no("cache", cache), yes_or_no("quiet", quiet)
     if bootstrap < 0 or not 0 < level < 1: raise BadInput(f"bootstrap is {bootstrap} and level {level}: expected rounds ≥ 0 and a level between 0 and 1")
+    if not (metrics is None or isinstance(metrics, str) or isinstance(metrics, (list, tuple)) and all(isinstance(m, str) for m in metrics)): raise BadInput(f"metrics are {said(metrics)}: expected names, as ['fid', 'is']")
     extractor, images = load_extractor(extractor), open_samples(samples)
     extractor.check(images.shape)
-    if strata is not None and len(strata) != images.num_images: raise BadInput(f"{len(strata)} strata for {images.num_images} samples: expected as many")
+    strata = _checked_strata(strata, images.num_images)
     if not isinstance(reference, (Statistics, type(None))):
         if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)   # a wrong name is told before hours of features
         reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size, cache=cache, quiet=quiet)
@@ -915,7 +970,7 @@ def evaluate(
     if "is" in wanted: ScoreSums(images.num_images, splits)   # a wrong number is told before the features
     if "kid" in wanted: _subset_size(min(images.num_images, len(real.rows)), kid_subsets, kid_subset_size)
     own = collect(images, extractor, {part for part, needed in asked.items() if needed}, None, batch_size, splits, quiet)
-    device = next((p.device for p in extractor.parameters()), "cpu")
+    device = _device_of(extractor, torch.device("cpu"))
 
     values, terms = {}, {}   # what each figure is, to first order, the mean of
     for name, part in (("fid", "moments"), ("sfid", "spatial")):
@@ -960,19 +1015,24 @@ def guidance_sweep(
     num_inference_steps: int = 50,
     seed: int = 0,                        # of the images and the metrics
     batch_size: int = 64,                 # images sampled and measured at once
-    note: bool = True,                    # write the rows to the run's summary; runs that ship with the package are never written to
+    note: bool = True,                    # write the rows to the run's summary; runs that ship with the package are never written to. What cannot be written is a warning
+    tell: Callable[[dict], None] | None = None,  # gets each row as soon as it is measured, before it is noted
     quiet: bool = False,
     sampling: dict | None = None,         # further arguments of `sample`, as schedule and prediction_type; a run has its own
     **settings,                           # of `evaluate`
 ) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference", "settings" that are not the default ones, and what `evaluate` gives
     "Samples from the same seeds at each guidance scale, and their metrics. A text-conditioned run draws the captions of its data. Raises `BadInput` without scales."
-    scales = [float(s) for s in scales]
+    if isinstance(scales, str) or not isinstance(scales, Iterable): raise BadInput(f"scales are {said(scales)}: expected guidance scales, as [1, 1.5, 2]")
+    given, scales = list(scales), []
+    for s in given:
+        try: scales.append(real_number("guidance scale", s, 0))
+        except BadInput: raise BadInput(f"guidance scale {said(s)}: expected a number ≥ 0") from None
     if not scales: raise BadInput("scales are empty: expected guidance scales, as 1 1.5 2")
-    if wrong := [s for s in scales if not s >= 0]: raise BadInput(f"guidance scale {wrong[0]:g}: expected a number ≥ 0")
-    if num_images < 1: raise BadInput(f"num_images is {num_images}: expected at least 1")
+    num_images, batch_size, seed, note = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1), whole_number("seed", seed), yes_or_no("note", note)
     run, decode, given = None, lambda x: x, {"prediction_type": "epsilon", **(sampling or {})}
     extractor = load_extractor(extractor)
     if isinstance(model, nn.Module): backbone = model
+    elif not isinstance(model, (str, Path)): raise BadInput(f"model is {said(model)}: expected a run, or a backbone that makes images")
     else:
         run = open_run(model)
         backbone, exp = load_model(run.folder), run.experiment
@@ -985,28 +1045,38 @@ def guidance_sweep(
         if reference is None: reference = exp.data
     if reference is None and metrics is None: raise BadInput("reference is None: expected the real images that the model's samples are compared with")
     draw = lambda scale, count, first: decode(sample(backbone, count, guidance_scale=scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed, batch_size=batch_size, first=first, quiet=True, **given))
-    shape = tuple(decode(torch.zeros(1, *input_size(backbone))).shape[1:])
+    shape = tuple(decode(torch.zeros(1, *input_size(unwrap_model(backbone)))).shape[1:])
     extractor.check(shape)
     named = str(reference.name) if isinstance(reference, DataConfig) else str(reference) if isinstance(reference, (str, Path)) else type(reference).__name__
     if metrics is not None: _chosen(metrics, extractor, reference if isinstance(reference, (Statistics, type(None))) else _EVERYTHING)
     if reference is not None and not isinstance(reference, Statistics): reference = reference_statistics(reference, extractor, shape[-1], shape[0], batch_size=batch_size, cache=settings.pop("cache", True), quiet=quiet)
-    classes, rows = anatomy_of(backbone).num_classes(backbone), []
+    inside, rows = unwrap_model(backbone), []
+    classes = anatomy_of(inside).num_classes(inside)
     special = {k: v for k, v in settings.items() if k in ("k", "k_density", "splits", "kid_subsets", "kid_subset_size")} | {k: str(v) for k, v in (sampling or {}).items()}
     for scale in scales:
         batches = lambda size, scale=scale: (draw(scale, min(size, num_images - first), first) for first in range(0, num_images, size))
         figures = evaluate(Images(f"samples at guidance {scale:g}", num_images, shape, batches), reference, extractor, metrics, seed=seed, batch_size=batch_size, quiet=quiet,
                            **{"strata": balanced_labels(num_images, classes), **settings})
         rows.append({"guidance_scale": scale, "sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "reference": named, **({"settings": special} if special else {}), **figures})
-        if run is not None and note: note_evaluation(run, rows[-1])
+        if tell is not None: tell(rows[-1])
+        if run is not None and note:
+            try: note_evaluation(run, rows[-1])
+            except BadInput as e: warnings.warn(f"the figures are not noted: {e}", stacklevel=2)   # hours of measuring are worth more than the note
     return rows
 
 def note_evaluation(run: Run, row: dict):
-    "Put a row into `evaluations` of a run's summary; it replaces one with the same settings, whose other metrics stay. Nothing is written to a run that ships with the package."
+    """Put a row into `evaluations` of a run's summary; it replaces one with the same settings, whose other metrics stay. Several processes may note at once.
+
+    Nothing is written to a run that ships with the package. Raises `BadInput` where it cannot be written.
+    """
     if run.folder.resolve().is_relative_to(assets_folder().resolve()): return
-    same = lambda old: all(old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images", "reference", "num_reference", "extractor", "settings"))
-    rows = run.summary.get("evaluations", [])
-    old = next((r for r in rows if same(r)), {})
-    run.note(evaluations=[r for r in rows if r is not old] + [old | row])
+    same = lambda old: isinstance(old, dict) and all(old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images", "reference", "num_reference", "extractor", "settings"))
+
+    def change(summary: dict) -> dict:
+        rows = summary.get("evaluations", [])
+        old = next((r for r in rows if same(r)), {})
+        return {**summary, "evaluations": [r for r in rows if r is not old] + [old | row]}
+    run.revise(change)
 
 def evaluate_run(
     run: str | Path,                      # a finished run: its folder, or its name

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['timestep_clusters', 'clusters_cost', 'balanced_timesteps', 'interval_of', 'interval_losses', 'UncertaintyWeighting',
-           'aggregators', 'make_aggregator', 'aggregator_state', 'restore_aggregator', 'balanced_backward',
-           'MultitaskConfig', 'make_clusters', 'task_affinity', 'spread_affinity', 'save_affinity', 'load_affinity',
-           'mask_overlap', 'gate_similarity']
+           'make_aggregator', 'aggregator_state', 'restore_aggregator', 'balanced_backward', 'make_clusters',
+           'task_affinity', 'spread_affinity', 'save_affinity', 'load_affinity', 'mask_overlap', 'gate_similarity']
 
 # %% ../nbs/06_multitask.ipynb #7475f20b
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +18,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from .core import BadInput, MissingFile, progress, seed_of, unknown, write_atomic
+from .core import BadInput, MissingFile, progress, said, seed_of, unknown, write_atomic
 from .objectives import Tables, diffusion_losses, make_tables
 from .schedules import ScheduleConfig, timestep_intervals
+from .settings import MultitaskConfig, aggregators
 
 # %% ../nbs/06_multitask.ipynb #22fc4f77
+def _doubles(values) -> torch.Tensor: # float64 on the CPU, from any device: not every one has float64
+    return values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.as_tensor(values, dtype=torch.float64)
+
 def _interval_costs(values: torch.Tensor) -> torch.Tensor: # [T, T] float64: cost of the interval l…r at [l, r], inf where l > r
     T = values.shape[0]
     steps = torch.arange(T)
@@ -41,7 +43,7 @@ def timestep_clusters(
     k: int,  # intervals, 1…T
 ) -> list[tuple[int, int]]: # k pairs (first, last), inclusive, covering 0…T−1
     "The k intervals of least cost (2306.00354, section 4). Raises `BadInput` for values that are not finite."
-    v = torch.as_tensor(values, dtype=torch.float64).cpu()
+    v = _doubles(values)
     if not (v.ndim == 1 or v.ndim == 2 and v.shape[0] == v.shape[1]) or not len(v): raise BadInput(f"values have shape {tuple(v.shape)}: expected [T], or [T, T] for affinities")
     if not v.isfinite().all(): raise BadInput("values hold NaN or infinite numbers: expected finite ones")
     T = len(v)
@@ -61,7 +63,7 @@ def timestep_clusters(
 
 def clusters_cost(values, clusters: list[tuple[int, int]]) -> float:
     "What `timestep_clusters` minimises."
-    costs = _interval_costs(torch.as_tensor(values, dtype=torch.float64))
+    costs = _interval_costs(_doubles(values))
     return float(sum(costs[first, last] for first, last in clusters))
 
 # %% ../nbs/06_multitask.ipynb #28063f76
@@ -69,10 +71,11 @@ def balanced_timesteps(
     batch_size: int,
     clusters: list[tuple[int, int]],  # K intervals, inclusive
     generator: torch.Generator | None = None,
-) -> torch.Tensor: # [batch_size] integers; sample i lies in interval i mod K
+) -> torch.Tensor: # [batch_size] integers on the generator's device; sample i lies in interval i mod K
     "Timesteps with equally many samples in every interval, give or take one."
-    first, last = (torch.tensor(c)[torch.arange(batch_size) % len(clusters)] for c in zip(*clusters))
-    return first + (torch.rand(batch_size, generator=generator, dtype=torch.float64) * (last - first + 1)).long()
+    device = generator.device if generator is not None else torch.device("cpu")
+    first, last = (torch.tensor(c)[torch.arange(batch_size) % len(clusters)].to(device) for c in zip(*clusters))
+    return first + (torch.rand(batch_size, generator=generator, dtype=torch.float64, device=device) * (last - first + 1)).long()
 
 def interval_of(
     timesteps: torch.Tensor,          # [B]
@@ -87,7 +90,7 @@ def interval_losses(
     clusters: list[tuple[int, int]],
 ) -> torch.Tensor: # [K]: mean loss of each interval over K; zero where the batch has none
     "ℓ_k of every interval."
-    k, where = len(clusters), interval_of(timesteps, clusters)
+    k, where = len(clusters), interval_of(timesteps, clusters).to(losses.device)
     sums = losses.new_zeros(k).index_add(0, where, losses)
     return sums / torch.bincount(where, minlength=k).clamp(min=1) / k
 
@@ -101,11 +104,6 @@ class UncertaintyWeighting(nn.Module):
         return 0.5 * ((-self.s).exp() * losses + self.s).sum()
 
 # %% ../nbs/06_multitask.ipynb #9553f453
-def aggregators() -> list[str]:
-    "The names of torchjd's aggregators."
-    import torchjd.aggregation as A
-    return sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
-
 def make_aggregator(
     name: str,  # as torchjd spells it: "PCGrad", "NashMTL", "UPGrad", …
     k: int,     # tasks
@@ -146,20 +144,6 @@ def balanced_backward(
     jac_to_grad(params, aggregator)
 
 # %% ../nbs/06_multitask.ipynb #6d0f43e3
-@dataclass
-class MultitaskConfig:
-    "How the losses of timestep intervals are brought together."
-    method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
-    clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
-    k: int = 8                   # intervals
-    uw_lr: float = 0.025         # learning rate of the weights that uw learns
-
-    def check(self):
-        "Raise `BadInput` for unknown names and numbers that make no sense."
-        if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
-        if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
-        if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
-
 def make_clusters(
     config: MultitaskConfig,
     tables: Tables,          # of the schedule
@@ -249,7 +233,14 @@ def load_affinity(path: str | Path) -> tuple[torch.Tensor, list[tuple[int, int]]
         with safe_open(path, "pt") as f: found = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e: raise BadInput(f"{path} is not a whole safetensors file: {e}") from None
     if set(found[0]) != {"affinity", "clusters"}: raise BadInput(f"{path} holds {sorted(found[0])}: expected affinity and clusters")
-    return found[0]["affinity"], [tuple(c) for c in found[0]["clusters"].tolist()], json.loads(found[1].get("facts", "{}"))
+    affinity, clusters = found[0]["affinity"], found[0]["clusters"]
+    if affinity.shape != (len(clusters),) * 2 or clusters.shape != (len(clusters), 2) or not affinity.is_floating_point() or clusters.is_floating_point():
+        raise BadInput(f"{path} holds an affinity of shape {list(affinity.shape)} and clusters of shape {list(clusters.shape)}: expected [K, K] numbers and [K, 2] timesteps")
+    spans = [tuple(c) for c in clusters.tolist()]
+    if any(a > b for a, b in spans) or [a for a, _ in spans] != [0, *(b + 1 for _, b in spans[:-1])]: raise BadInput(f"{path} holds the clusters {said(spans)}: expected intervals that follow on one another from 0")
+    if not affinity.isfinite().all(): raise BadInput(f"{path} holds NaN or infinite affinities: expected finite ones")
+    try: return affinity, spans, json.loads(found[1].get("facts", "{}"))
+    except (ValueError, RecursionError): raise BadInput(f"the facts of {path} are not valid JSON: expected a file written by save_affinity") from None
 
 # %% ../nbs/06_multitask.ipynb #fb6c62ae
 def mask_overlap(masks: torch.Tensor) -> torch.Tensor: # [T, C] ones and zeros → [T, T] in [0, 1]

@@ -26,7 +26,7 @@ def opening(
 # %% ../nbs/15_projects.ipynb #95b57879
 _README = """# {name}
 
-A project of dmp_wb. Commands that are given here, or in a folder below, look up bare names in `nbs/` first and write to `runs/`.
+A project of dmp_wb. Commands that are given here, or in a folder below, look up bare names in `nbs/` first and write to `runs/`. `dmp-wb compare` executes the notebook that ships with dmp_wb, unless it is given `--notebook compare`.
 
 ```
 dmp-wb run patch                # patches the digits model that ships with dmp_wb; the page is runs/patch/run.html

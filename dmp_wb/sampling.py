@@ -10,6 +10,7 @@ __all__ = ['SAMPLES_FORMAT', 'SAMPLES_PLAN', 'SAMPLES_FILE', 'DECODE_BATCH', 'po
 # %% ../nbs/10_sampling.ipynb #96b510fa
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import inspect
 import io
@@ -18,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +33,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
 
-from .anatomy import anatomy_of, input_size, learned_variance
+from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run, run_lock
-from .core import BadInput, MissingFile, assets_folder, progress, read_json, runs_root, seed_of, unknown, write_atomic, write_json
-from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, Source, fingerprint, load_data, load_vae, read_image
+from .core import BadInput, MissingFile, assets_folder, progress, read_json, read_regular, real_number, runs_root, said, seed_of, unknown, whole_number, write_atomic, write_json, yes_or_no
+from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, Source, data_path, fingerprint, load_data, load_vae, read_image
 from .objectives import PREDICTION_TYPES, ObjectiveConfig, predicted_x0
 from .patching import patches_of
 from .routing import get_router
-from .schedules import ScheduleConfig, betas, check_timesteps
+from .schedules import SAMPLERS, ScheduleConfig, betas, check_timesteps
 from .schedules import sampler as make_sampler
 
 # %% ../nbs/10_sampling.ipynb #4e9f7d7c
@@ -59,7 +61,7 @@ def posterior(
     variance = b * (1 - bar_prev) / (1 - bar)
     first = variance[1:2] if len(b) > 1 else b   # stands in for t = 0
     dtype, wide = torch.promote_types(x_t.dtype, torch.float32), torch.float32 if x_t.device.type == "mps" else torch.float64   # 1/√ᾱ is 157 at T−1, 20,000 for cosine: float32 would lose the digits that clipping keeps
-    x, output = x_t.to(wide), model_output.to(wide)
+    x, output = x_t.to(wide), model_output.to(x_t.device, wide)
     at = lambda table: table.to(x.device, wide)[t].view(B, *[1] * (x.ndim - 1))
     x0 = at(bar.rsqrt()) * x - at((1 / bar - 1).sqrt()) * output[:, :C]
     if clip_sample: x0 = x0.clamp(-1, 1)
@@ -84,7 +86,7 @@ def guided(
     return _answer(model, x, timestep, conditions, _with_nulls(conditions, nulls) if guidance_scale != 1 else {}, guidance_scale, guidance_channels)
 
 def _with_nulls(conditions: dict[str, torch.Tensor], nulls: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {k: torch.cat([v, nulls[k].to(v.dtype).expand_as(v)]) for k, v in conditions.items()}
+    return {k: torch.cat([v, nulls[k].to(v).expand_as(v)]) for k, v in conditions.items()}
 
 def _answer(model, x, timestep, conditions, both, scale, channels):
     "One forward pass; with `both`, the conditions followed by the null ones, of twice the batch."
@@ -126,6 +128,7 @@ def captions_of(
     captions: Sequence[str] | None = None,  # None: those of the data
 ) -> Captions | None:
     "The captions for a model's images; None for a model that takes no text. Raises `BadInput` where model and data do not fit."
+    model = unwrap_model(model)
     name, takes = type(model).__name__, [k for k in TEXT_INPUTS if k in inspect.signature(model.forward).parameters]
     if not takes:
         if captions is not None: raise BadInput(f"captions were given, but the model, a {name}, takes no text: expected a text-conditioned model")
@@ -154,33 +157,55 @@ class Step(NamedTuple):
     x_t: torch.Tensor      # [B, C, H, W] on the model's device, scaled as the model sees it
     pred_x0: torch.Tensor  # [B, C, H, W]: what the answer at x_t amounts to
 
+def _checked_labels(given, classes: int | None, num_images: int | None) -> torch.Tensor | None: # [num_images] on the CPU
+    try: labels = torch.as_tensor(given).reshape(-1).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError): raise BadInput(f"class_labels are {said(given)}: expected a whole number for each image") from None
+    if classes is None: raise BadInput("class_labels were given, but the model is unconditional")
+    if num_images is not None and len(labels) != num_images: raise BadInput(f"{len(labels)} class_labels for {num_images} images: expected as many")
+    wrong = [label for label in labels.tolist() if type(label) is not int or not 0 <= label < classes]
+    if wrong: raise BadInput(f"class label {wrong[0]} is out of range: expected integers 0 to {classes - 1}")
+    return labels
+
+def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, guidance_scale: float) -> tuple[dict, dict]:
+    for name, given in (("conditions", conditions), ("null_conditions", nulls)):
+        if not (given is None or isinstance(given, dict) and all(isinstance(v, torch.Tensor) for v in given.values())): raise BadInput(f"{name} are {said(given)}: expected tensors by the names of the model's inputs")
+    conditions, nulls, takes = dict(conditions or {}), dict(nulls or {}), inspect.signature(model.forward).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    for name, value in conditions.items():
+        if name not in takes and not anything: raise unknown("condition", name, [k for k in takes if k not in ("self", "hidden_states", "sample", "timestep", "return_dict")])
+        if not value.ndim or len(value) != num_images: raise BadInput(f"{len(value) if value.ndim else 'a number as'} {name} for {num_images} images: expected as many")
+    if guidance_scale != 1 and nulls.keys() != conditions.keys(): raise BadInput(f"null_conditions are {sorted(nulls)}: expected {sorted(conditions)}, for guidance_scale {guidance_scale:g}")
+    for name, value in [(k, v) for k, v in nulls.items() if k in conditions]:
+        shape = conditions[name].shape
+        if value.ndim > len(shape) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(shape))): raise BadInput(f"null_conditions {name} have shape {tuple(value.shape)}: expected {tuple(shape[1:])}, as one of the conditions")
+    return conditions, nulls
+
 class _Walk:
     "The checked settings of `sample`, and the walks of its images by number."
     def __init__(self, model, num_images=None, class_labels=None, guidance_scale=1.5, sampler="ddim", num_inference_steps=50, schedule="linear", seed=0, first=0,
                  prediction_type="epsilon", conditions=None, null_conditions=None, guidance_interval=None, guidance_channels=None, texts=None):
-        classes = anatomy_of(model).num_classes(model)
-        labels = None if class_labels is None else torch.as_tensor(class_labels).reshape(-1)
-        if num_images is None: num_images = 16 if labels is None else len(labels)
-        if num_images < 1: raise BadInput(f"num_images is {num_images}: expected at least 1")
-        if not 0 <= guidance_scale < float("inf"): raise BadInput(f"guidance_scale is {guidance_scale}: expected a number ≥ 0")
+        if isinstance(model, (str, Path)): raise BadInput(f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
+        backbone = unwrap_model(model)
+        classes = anatomy_of(backbone).num_classes(backbone)
+        if num_images is not None: num_images = whole_number("num_images", num_images, 1)
+        labels = None if class_labels is None else _checked_labels(class_labels, classes, num_images)
+        if num_images is None: num_images = 16 if labels is None else whole_number("num_images", len(labels), 1)
+        guidance_scale, seed, first = real_number("guidance_scale", guidance_scale, 0), whole_number("seed", seed), whole_number("first", first, 0)
         if labels is None: labels = balanced_labels(num_images, classes, first)
-        elif classes is None: raise BadInput("class_labels were given, but the model is unconditional")
-        elif len(labels) != num_images: raise BadInput(f"{len(labels)} class_labels for {num_images} images: expected as many")
-        else:
-            wrong = [label for label in labels.tolist() if not isinstance(label, int) or not 0 <= label < classes]
-            if wrong: raise BadInput(f"class label {wrong[0]} is out of range: expected integers 0 to {classes - 1}")
-        if prediction_type not in PREDICTION_TYPES: raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
+        if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES: raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
+        if not isinstance(sampler, str) or sampler not in SAMPLERS: raise unknown("sampler", sampler, SAMPLERS)
+        if not (isinstance(schedule, ScheduleConfig) or isinstance(schedule, str)): raise BadInput(f"schedule is {said(schedule)}: expected a name or a ScheduleConfig")
+        if not (texts is None or isinstance(texts, Captions)): raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
         self.flow = sampler == "flow-euler"
         if self.flow != (prediction_type == "flow_prediction"): raise BadInput(f"sampler is {sampler!r} and prediction_type {prediction_type!r}: expected flow-euler with flow_prediction, and another sampler with the others")
 
-        conditions, nulls = dict(conditions or {}), dict(null_conditions or {})
-        for name, value in conditions.items():
-            if len(value) != num_images: raise BadInput(f"{len(value)} {name} for {num_images} images: expected as many")
+        conditions, nulls = _checked_conditions(conditions, null_conditions, backbone, num_images, 1.0 if texts is not None else guidance_scale)
         if texts is not None: nulls |= texts.null
-        elif guidance_scale != 1 and nulls.keys() != conditions.keys(): raise BadInput(f"null_conditions are {sorted(nulls)}: expected {sorted(conditions)}, for guidance_scale {guidance_scale}")
         if labels is not None: conditions["class_labels"], nulls["class_labels"] = labels, torch.tensor(classes)
-        self.param, self.learned, self.shape = next(model.parameters()), learned_variance(model), input_size(model)
-        if guidance_channels is not None and not 1 <= guidance_channels <= self.shape[0]: raise BadInput(f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
+        self.param, self.learned, self.shape = next(backbone.parameters()), learned_variance(backbone), input_size(backbone)
+        if guidance_channels is not None:
+            guidance_channels = whole_number("guidance_channels", guidance_channels)
+            if not 1 <= guidance_channels <= self.shape[0]: raise BadInput(f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
 
         # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
         settings: dict[str, Any] = {} if self.flow else {"prediction_type": "epsilon" if sampler == "heun" else prediction_type, **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
@@ -189,11 +214,14 @@ class _Walk:
         self.timesteps = scheduler.timesteps
         last = scheduler.config.num_train_timesteps - (not self.flow)
         if guidance_interval is not None:
-            low, high = guidance_interval
-            if not 0 <= low <= high <= last: raise BadInput(f"guidance_interval is {tuple(guidance_interval)}: expected the first and last of the timesteps 0 to {last}, the lower one first")
+            try: low, high = (real_number("guidance_interval", t) for t in guidance_interval)
+            except (TypeError, ValueError): low, high = 1, 0   # is refused below
+            if not 0 <= low <= high <= last: raise BadInput(f"guidance_interval is {said(guidance_interval)}: expected the first and last of the timesteps 0 to {last}, the lower one first")
+            guidance_interval = low, high
         self.interval = guidance_interval or (0, last)
         self.bar = (1 - betas(schedule)).cumprod(0)
-        self.model, self.num_images, self.labels, self.conditions, self.nulls, self.texts = model, num_images, labels, conditions, nulls, texts
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model   # DDP's own pass would wait for the other processes
+        self.backbone, self.num_images, self.labels, self.conditions, self.nulls, self.texts = backbone, num_images, labels, conditions, nulls, texts
         self.guidance_scale, self.guidance_channels, self.sampler, self.seed, self.first, self.prediction_type = guidance_scale, guidance_channels, sampler, seed, first, prediction_type
 
     def __len__(self) -> int: return len(self.timesteps)   # calls of the model, S
@@ -203,7 +231,7 @@ class _Walk:
         "Inside, the model is in eval mode and the gates of its patches are looked up in tables: for walks that are gone to the end."
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
-            for p in patches_of(self.model).values():
+            for p in patches_of(self.backbone).values():
                 if p.config.gate_input == "timestep": stack.enter_context(p.baked(self.timesteps))
             yield
 
@@ -216,7 +244,8 @@ class _Walk:
         x = randn_tensor((len(generators), *self.shape), generator=generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)   # float32; only the model may be narrower
         given = {k: v[numbers.start:numbers.stop] for k, v in self.conditions.items()} | (self.texts.of(range(self.first + numbers.start, self.first + numbers.stop)) if self.texts is not None else {})
         given = {k: v.to(device) for k, v in given.items()}
-        both = _with_nulls(given, {k: v.to(device) for k, v in self.nulls.items()}) if self.guidance_scale != 1 else {}
+        own = lambda k, v: v[numbers.start:numbers.stop] if k in self.conditions and v.ndim == self.conditions[k].ndim and len(v) > 1 else v   # a null condition for each image
+        both = _with_nulls(given, {k: own(k, v).to(device) for k, v in self.nulls.items()}) if self.guidance_scale != 1 else {}
         noise = {"generator": generators} if self.sampler == "ddpm" else {}
         for i, t in enumerate(scheduler.timesteps):   # on the CPU, where schedulers look things up; the model is told `times`
             seen = x if self.flow else scheduler.scale_model_input(x, t)
@@ -235,6 +264,20 @@ class _Walk:
         "a and b of x_t = a x0 + b ε."
         if self.flow: return 1 - float(t) / (len(self.bar)), float(t) / len(self.bar)
         return float(self.bar[int(t)].sqrt()), float((1 - self.bar[int(t)]).sqrt())
+
+    def fault(self, number: int) -> str:
+        "Why an image is not finite: its walk is taken again, alone, and watched."
+        if not all(p.isfinite().all() for p in self.backbone.parameters()): return "the model's weights are not, expected a model whose training has not diverged"
+        half = " in float16, expected bfloat16 or float32" if self.param.dtype == torch.float16 else ""
+        for step in self.steps(range(number, number + 1)):
+            when = f" from timestep {step.timestep:g} on" if step.timestep >= 0 else ""
+            if not step.x_t.isfinite().all(): return f"the sampler {self.sampler} leaves the range of float32{when}"
+            if not step.pred_x0.isfinite().all(): return f"the model's answer is not{half}{when}, with guidance_scale {self.guidance_scale:g}"
+        return "its walk ends well when it is taken again, alone"
+
+def _not_finite(x: torch.Tensor) -> int | None:
+    "The first of the images that is not finite."
+    return None if x.isfinite().all() else int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module):
@@ -265,12 +308,14 @@ class Trajectory:
 
 def _kept_steps(keep: list[int] | int | None, last: int) -> list[int]:
     if keep is None: return []
-    if isinstance(keep, int):
-        if not 1 <= keep <= last + 1: raise BadInput(f"keep is {keep}: expected 1 to {last + 1} steps, or a list of their numbers")
+    try: given = list(keep)   # type: ignore[arg-type]
+    except TypeError:
+        keep = whole_number("keep", keep)
+        if not 1 <= keep <= last + 1: raise BadInput(f"keep is {keep}: expected 1 to {last + 1} steps, or a list of their numbers") from None
         return [round(last * i / (keep - 1)) for i in range(keep)] if keep > 1 else [last]
-    numbers = sorted(set(keep))
-    wrong = [n for n in numbers if not isinstance(n, int) or not 0 <= n <= last]
-    if wrong: raise BadInput(f"keep has step {wrong[0]}: expected integers 0 to {last}, which is the finished image")
+    whole = lambda n: hasattr(n, "__index__") and not isinstance(n, bool) and 0 <= n <= last
+    if wrong := [n for n in given if not whole(n)]: raise BadInput(f"keep has step {said(wrong[0])}: expected integers 0 to {last}, which is the finished image")
+    numbers = sorted({int(n) for n in given})
     if not numbers: raise BadInput(f"keep is {keep!r}: expected at least one step, or None")
     return numbers
 
@@ -296,8 +341,9 @@ def sample(
     texts: Captions | None = None,             # in place of `conditions` and `null_conditions`: captions, embedded batch by batch
     keep: list[int] | int | None = None,       # steps to keep: their numbers, or how many, from first to last
 ) -> torch.Tensor | tuple[torch.Tensor, Trajectory]: # [num_images, C, H, W] float32 on the CPU; with `keep`, and the trajectory
-    "Sample images. Raises `BadInput` for a label outside the classes, a negative guidance scale, an unknown sampler, steps that there are not."
-    if batch_size < 1: raise BadInput(f"batch_size is {batch_size}: expected at least 1")
+    """Sample images. Raises `BadInput` for a label outside the classes, a negative guidance scale, an unknown sampler, steps that there are not,
+    and any argument of another type. Images that are not finite are named in a warning, with the reason."""
+    batch_size, quiet, clamp = whole_number("batch_size", batch_size, 1), yes_or_no("quiet", quiet), yes_or_no("clamp", clamp)
     walk = _Walk(model, num_images, class_labels, guidance_scale, sampler, num_inference_steps, schedule, seed, first, prediction_type, conditions, null_conditions, guidance_interval, guidance_channels, texts)
     numbers = _kept_steps(keep, len(walk))
     kept, images = {n: [] for n in numbers}, []
@@ -309,8 +355,10 @@ def sample(
                 if step.step < len(walk): bar.update(len(batch) / len(walk))
             images.append((step.x_t.clamp(-1, 1) if clamp else step.x_t).cpu())
         bar.n = walk.num_images
-    if keep is None: return torch.cat(images)
-    return torch.cat(images), Trajectory(numbers, torch.tensor([kept[n][0][0] for n in numbers]), *(torch.stack([torch.cat([part[i] for part in kept[n]]) for n in numbers]) for i in (1, 2)))
+    found = torch.cat(images)
+    if (bad := _not_finite(found)) is not None: warnings.warn(f"image {bad} is not finite: {walk.fault(bad)}", stacklevel=3)
+    if keep is None: return found
+    return found, Trajectory(numbers, torch.tensor([kept[n][0][0] for n in numbers]), *(torch.stack([torch.cat([part[i] for part in kept[n]]) for n in numbers]) for i in (1, 2)))
 
 # %% ../nbs/10_sampling.ipynb #b45a1a71
 SAMPLES_FORMAT, SAMPLES_PLAN, SAMPLES_FILE, DECODE_BATCH = 1, "sampling.json", "samples.npz", 16
@@ -339,10 +387,12 @@ def sample_run(
 
     Raises `BadInput` for a run without a model, labels or captions that do not fit, and a folder that holds other images, naming what differs.
     """
-    rank, world = part = part or (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-    if not 0 <= rank < world: raise BadInput(f"part is {part}: expected a number from 0, and how many there are")
-    for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-        if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
+    part = _checked_part(part)
+    num_images, batch_size, seed = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
+    guidance_scale, patched, npz, quiet = real_number("guidance_scale", guidance_scale, 0), yes_or_no("patched", patched), yes_or_no("npz", npz), yes_or_no("quiet", quiet)
+    if guidance_channels is not None: guidance_channels = whole_number("guidance_channels", guidance_channels, 1)
+    for name, value in (("run", run), ("folder", folder), ("vae", vae)):
+        if not (isinstance(value, (str, Path)) or value is None and name != "run"): raise BadInput(f"{name} is {said(value)}: expected a name or a path")
     run = open_run(run)
     exp = run.experiment
     sampler = sampler or usual_sampler(exp.objective, "ddpm")
@@ -353,16 +403,40 @@ def sample_run(
     decode, decoder = sample_decoder(run, walk.shape[0], vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
     folder = Path(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
-    patches, router = patches_of(model), get_router(model)
-    plan = {"format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model), "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
-            "routing": dataclasses.asdict(router.config) if router else None, "num_images": num_images,
-            "class_labels": None if walk.labels is None else "balanced" if torch.equal(walk.labels, balanced_labels(num_images, anatomy_of(model).num_classes(model))) else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16],
-            **({"captions": texts.fingerprint} if texts else {}), "sampler": sampler, "num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "guidance_interval": guidance_interval, "guidance_channels": guidance_channels,
-            "schedule": dataclasses.asdict(exp.schedule), "prediction_type": exp.objective.prediction_type, "seed": seed, "vae": decoder, "batch_size": batch_size, "device": walk.param.device.type}
-    _same_images(folder, json.loads(json.dumps(plan, default=str)))
+    plan = _plan(run, model, walk, num_inference_steps, batch_size, decoder, guidance_interval)
+    try:
+        _same_images(folder, json.loads(json.dumps(plan, default=str)))
+        _draw(folder, walk, decode, batch_size, part, quiet)
+        return _finish(folder, num_images, npz) if not _missing(folder, range(num_images)) else None
+    except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:
+        if isinstance(e, BadInput): raise
+        why = getattr(e, "strerror", None) or " ".join(str(e).split())
+        done = f"; {len(_pngs(folder)):,} of {num_images:,} images are there, and the same call goes on" if folder.is_dir() else ""
+        raise BadInput(f"{folder} cannot be written: {why}{done}") from None
 
-    done = _pngs(folder)
-    batches = [range(start, min(start + batch_size, num_images)) for start in range(0, num_images, batch_size)][rank::world]
+def _checked_part(part) -> tuple[int, int]:
+    try: rank, world = part = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))) if part is None else tuple(whole_number("part", n) for n in part)
+    except (TypeError, ValueError): rank, world = 1, 0   # is refused below
+    if not 0 <= rank < world: raise BadInput(f"part is {said(part)}: expected a number from 0, and how many there are")
+    return rank, world
+
+def _plan(run: Run, model: nn.Module, walk: "_Walk", num_inference_steps, batch_size: int, decoder: str | None, guidance_interval) -> dict:
+    "What the images of a folder are of; a folder takes those of one plan."
+    patches, router, exp, texts = patches_of(model), get_router(model), run.experiment, walk.texts
+    balanced = walk.labels is not None and torch.equal(walk.labels, balanced_labels(walk.num_images, anatomy_of(model).num_classes(model)))
+    labels = None if walk.labels is None else "balanced" if balanced else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16]
+    return {"format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model),
+            "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
+            "routing": dataclasses.asdict(router.config) if router else None, "num_images": walk.num_images, "class_labels": labels,
+            **({"captions": texts.fingerprint} if texts else {}), "sampler": walk.sampler, "num_inference_steps": num_inference_steps,
+            "guidance_scale": walk.guidance_scale, "guidance_interval": guidance_interval, "guidance_channels": walk.guidance_channels,
+            "schedule": dataclasses.asdict(exp.schedule), "prediction_type": walk.prediction_type, "seed": walk.seed, "vae": decoder,
+            "batch_size": batch_size, "device": walk.param.device.type}
+
+def _draw(folder: Path, walk: "_Walk", decode: Callable | None, batch_size: int, part: tuple[int, int], quiet: bool):
+    "Draw and write this process's share of the images that are not there yet."
+    (rank, world), done = part, _pngs(folder)
+    batches = [range(start, min(start + batch_size, walk.num_images)) for start in range(0, walk.num_images, batch_size)][rank::world]
     todo = [batch for batch in batches if not done.issuperset(batch)]
     count = lambda batches: sum(map(len, batches))
     bar = progress(total=count(batches), initial=count(batches) - count(todo), desc="samples", unit="img", disable=quiet or rank != 0)
@@ -371,28 +445,29 @@ def sample_run(
         for batch in todo:
             for step in walk.steps(batch):
                 if step.step < len(walk): bar.update(len(batch) / len(walk))
-            pixels = _pixels(step.x_t, decode, batch)
+            pixels = _pixels(step.x_t, decode, batch, walk)
             for job in writing: job.result()   # of the batch before, written while this one was drawn
             writing = [pool.submit(_write_png, folder, i, array) for i, array in zip(batch, pixels) if i not in done]
             finished += len(batch)
             bar.n = finished   # a sum of fractions is none
         for job in writing: job.result()
-    if not _pngs(folder).issuperset(range(num_images)): return None
-    return _finish(folder, num_images, npz)
+    if gone := [i for batch in batches for i in _missing(folder, batch)]:
+        raise BadInput(f"{len(gone):,} of the images that were written to {folder} are gone, first {_file(folder, gone[0]).name}: it was renamed or emptied meanwhile; the same call draws them again")
 
 def _read_labels(given) -> list[int] | torch.Tensor | None:
     if given is None or isinstance(given, str) and given == "balanced": return None
     if not isinstance(given, (str, Path)): return given
     if not Path(given).is_file(): raise MissingFile(f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
-    words = Path(given).read_text(encoding="utf-8", errors="replace").split()
-    wrong = [w for w in words if not re.fullmatch(r"-?\d+", w)]
-    if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0]!r}: expected a class number for each image")
+    words = read_regular(given).decode("utf-8", "replace").split()
+    wrong = [w for w in words if not re.fullmatch(r"-?[0-9]{1,18}", w)]
+    if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0][:60]!r}: expected a class number for each image")
     return [int(w) for w in words]
 
 def _read_captions(given) -> list[str] | None:
     if not isinstance(given, (str, Path)): return given
     if not Path(given).is_file(): raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
-    return Path(given).read_text(encoding="utf-8").splitlines()
+    try: return read_regular(given).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as e: raise BadInput(f"captions file {given} is no UTF-8, from byte {e.start}: expected a caption on each line") from None
 
 def sample_decoder(
     run: Run | None,     # None: a model that is no run
@@ -401,7 +476,7 @@ def sample_decoder(
 ) -> tuple[Callable | None, str | None]:
     "What makes images of what a model draws, and the fingerprint of its VAE; None and None where that is images already. Raises `BadInput` for latents that nothing decodes."
     data = run.experiment.data if run else DataConfig()
-    if vae is None and any((Path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
+    if vae is None and any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
     if name := vae or data.vae:
@@ -422,19 +497,25 @@ def _same_images(folder: Path, plan: dict):
     elif folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder")
     else: write_json(folder / SAMPLES_PLAN, plan)
 
+def _missing(folder: Path, numbers: range) -> list[int]:
+    there = _pngs(folder)
+    return [i for i in numbers if i not in there]
+
 def _pngs(folder: Path) -> set[int]: return {int(f.stem) for f in folder.glob("*.png") if f.stem.isdecimal()}
 
 def _file(folder: Path, number: int) -> Path: return folder / f"{number:06d}.png"
 
 @torch.no_grad()
-def _pixels(x: torch.Tensor, decode: Callable | None, batch: range) -> np.ndarray: # [B, H, W, C] uint8
-    if not x.isfinite().all(): raise BadInput(f"image {batch[int((~x.isfinite()).flatten(1).any(1).nonzero()[0])]} is not finite: expected a model whose training has not diverged")
+def _pixels(x: torch.Tensor, decode: Callable | None, batch: range, walk: _Walk) -> np.ndarray: # [B, H, W, C] uint8
+    if (bad := _not_finite(x)) is not None: raise BadInput(f"image {batch[bad]} is not finite: {walk.fault(batch[bad])}")
     images = x if decode is None else torch.cat([decode(z) for z in x.split(DECODE_BATCH)])
+    if (bad := _not_finite(images)) is not None: raise BadInput(f"image {batch[bad]} is not finite: its latents are, and what the VAE makes of them is not; expected a VAE that decodes them")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def _write_png(folder: Path, number: int, array: np.ndarray):
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "PNG")
+    if not (folder / SAMPLES_PLAN).is_file(): raise FileNotFoundError(errno.ENOENT, "it was renamed or removed meanwhile")   # and is not made again, for a useless half
     write_atomic(_file(folder, number), buffer.getvalue())
 
 def _finish(folder: Path, num_images: int, npz: bool) -> Path | None:
@@ -442,7 +523,8 @@ def _finish(folder: Path, num_images: int, npz: bool) -> Path | None:
     with contextlib.ExitStack() as stack:
         try: stack.enter_context(run_lock(folder))
         except BadInput: return None
-        for left in folder.glob(".*.tmp"): left.unlink(missing_ok=True)   # all images are there, so nobody writes
+        for left in folder.glob(".*.tmp"):   # all images are there, so nobody writes
+            if re.fullmatch(r"\.(\d{6,}\.png|samples\.npz|sampling\.json)\.\w+\.tmp", left.name) and not left.is_dir(): left.unlink(missing_ok=True)   # of this program, whatever else lies here
         if npz and not (folder / SAMPLES_FILE).exists(): _write_npz(folder, num_images)
     return folder
 
@@ -455,7 +537,9 @@ def _write_npz(folder: Path, num_images: int):
             with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive, archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:   # a ZipInfo of its own has no time of day
                 i, shape = 0, read(0).shape
                 np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)})
-                for i in range(num_images): f.write(read(i).tobytes())
+                for i in range(num_images):
+                    if (pixels := read(i)).shape != shape: raise BadInput(f"{_file(folder, i)} is {pixels.shape[0]} × {pixels.shape[1]}: expected {shape[0]} × {shape[1]}, as the others; remove it and sample again")
+                    f.write(pixels.tobytes())
             out.flush()
             os.fsync(out.fileno())
         shutil.copymode(folder / SAMPLES_PLAN, tmp)

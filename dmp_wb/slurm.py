@@ -7,12 +7,13 @@ __all__ = ['GENERIC', 'GENERIC_TOO', 'OVER', 'ENDINGS', 'notice', 'slurm_executo
            'queue_again']
 
 # %% ../nbs/15_slurm.ipynb #27bde3c4
+import re
 import shutil
 import subprocess
 import time
 from pathlib import Path
 
-from .core import BadInput, short, unknown
+from .core import BadInput, has_controls, short, unknown
 
 # %% ../nbs/15_slurm.ipynb #e7f5fe4f
 GENERIC = {"timeout_min": "time", "mem_gb": "mem"}   # submitit's names for any cluster, and Slurm's
@@ -31,6 +32,7 @@ def slurm_executor(
     import submitit
     if missing := [c for c in ("sbatch", "srun", "squeue") if shutil.which(c) is None]: raise BadInput(f"cluster is slurm, but there is no {missing[0]} here: expected to be on a machine that can submit jobs")
     options = {k: v for k, v in options.items() if v is not None}
+    _check_lines(folder, name, options)
     known = {*submitit.SlurmExecutor._valid_parameters(), *GENERIC, "max_num_timeout"} - {"num_gpus", "job_name", "array_parallelism", "use_srun", "stderr_to_stdout"}
     for key in options:
         if key not in known: raise unknown("option of slurm", key, known)
@@ -51,6 +53,18 @@ def slurm_executor(
     given = {"job_name": name, "array_parallelism": jobs, "signal_delay_s": notice({"timeout_min": minutes, **options}), **options}
     executor.update_parameters(timeout_min=minutes, **mem, **{f"slurm_{k}": v for k, v in given.items() if k not in GENERIC_TOO}, **{k: v for k, v in given.items() if k in GENERIC_TOO})
     return executor
+
+def _check_lines(folder: Path, name: str, options: dict):
+    "Raise `BadInput` for what would become further lines of the job's script, or other words of its lines; those of set-up and tear-down are shell, as they are."
+    for what, text in (("the name of the jobs", name), ("the sweep's folder", str(folder))):
+        if has_controls(text): raise BadInput(f"{what} is {text!r}: expected no control characters, it becomes a line of the jobs' script")
+    if bad := next((c for c in "%\\" if c in str(folder)), None): raise BadInput(f"the sweep's folder is {str(folder)!r}: expected no {bad}, which Slurm replaces in the names of log files")
+    def texts(value): return [t for v in value for t in texts(v)] if isinstance(value, (list, tuple)) else [t for pair in value.items() for t in texts(pair)] if isinstance(value, dict) else [value] if isinstance(value, str) else []
+    for key, value in options.items():
+        if key in ("setup", "teardown"): continue
+        if bad := next((t for t in texts(value) if has_controls(t)), None): raise BadInput(f"{key} is {bad!r}: expected no control characters, it becomes a line of the jobs' script")
+        if key == "additional_parameters" and (not isinstance(value, dict) or (bad := next((k for k in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(k))), None))):
+            raise BadInput(f"additional_parameters is {value!r}: expected options of sbatch, as {{'mail-type': 'END'}}")
 
 GENERIC_TOO = ("nodes", "cpus_per_task", "gpus_per_node")   # submitit wants these without its prefix
 

@@ -44,7 +44,10 @@ def run_colours(methods: Mapping[str, str]) -> dict[str, str]: # run → its met
 
 def method_label(name: str, colours: Mapping[str, str] | None = None) -> str: return name if colours and name in colours else METHOD_LABELS.get(name, name)   # a run has the name it was given
 
-def _array(x) -> np.ndarray: return x.detach().cpu().numpy() if hasattr(x, "detach") else np.asarray(x)
+def _array(x) -> np.ndarray:
+    "An array of a tensor on any device and of any precision, or of a list that may hold such."
+    if hasattr(x, "detach"): return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).detach().cpu().numpy()
+    return np.stack([_array(v) for v in x]) if isinstance(x, (list, tuple)) and any(hasattr(v, "detach") for v in x) else np.asarray(x)
 
 def _figure(rows: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, np.ndarray]:
     fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, facecolor="white", **kwargs)
@@ -371,7 +374,7 @@ def training_curves(
     fig, axes = _figure(1, 1, 6.2, 2.7 + (0.3 if title else 0))
     ax, tails = axes[0, 0], []
     for i, (name, m) in enumerate(metrics.items()):
-        colour, values = method_colour(name, i, colours), np.asarray(m[key], dtype=float)
+        colour, values = method_colour(name, i, colours), _array(m[key]).astype(float)
         at, sums = np.arange(len(values)), np.concatenate([[0], np.cumsum(np.where(np.isfinite(values), values, 0))])
         known = np.concatenate([[0], np.cumsum(np.isfinite(values))])
         half = np.minimum(np.minimum(at, at[::-1]), (window or max(1, len(values) // 20)) // 2)   # as wide to the left as to the right, also near the ends

@@ -60,7 +60,7 @@ def main():
         faults += [f"nbs/{n} is not clean: run nbdev_clean" for n in differing(ROOT / "nbs", copy / "nbs", "*.ipynb") if ".ipynb_checkpoints" not in n]
     if not (ROOT / "README.md").exists() or (ROOT / "README.md").read_text(encoding="utf-8") != readme():
         faults.append("README.md and nbs/index.ipynb disagree: run make readme")
-    if subprocess.run([BIN / "ruff", "check", "--quiet", "dmp_wb", "docs", "tests"], cwd=ROOT).returncode: faults.append("ruff has complaints, above")
+    if subprocess.run([BIN / "ruff", "check", "--quiet", "dmp_wb", "docs", "tests", "tools"], cwd=ROOT).returncode: faults.append("ruff has complaints, above")
     if subprocess.run([sys.executable, "-m", "mypy", "--no-error-summary"], cwd=ROOT).returncode: faults.append("mypy has complaints, above")
     for fault in faults: print(f"error: {fault}", file=sys.stderr)
     print("notebooks, modules and README agree; notebooks are clean" if not faults else f"{len(faults)} faults")

@@ -185,9 +185,10 @@ def test_prepended_prompts(name):
         gates = p.gates(kwargs["timestep"].double() * SCALE[name])
         for i, block in enumerate(blocks):
             raw, entered, first = seen[i]["raw"], seen[i]["entered"], text_length(name, block)
-            image = raw[:, first + (5 if i else 0):]
-            assert torch.equal(entered[:, :first], raw[:, :first]) and torch.equal(entered[:, first + 5:], image)
-            want = gates[:, i, :, None] * p.prompts[i] if i < 2 else raw[:, first:first + 5]   # beyond the depth they go on as the blocks left them
+            assert torch.equal(entered[:, :first], raw[:, :first]) and torch.equal(entered[:, first + 5:], raw[:, first:])   # between blocks there are none
+            answer = lambda i: seen[i]["answer"] if isinstance(seen[i]["answer"], torch.Tensor) else seen[i]["answer"][anatomy_of(model).output_index(blocks[i])]  # noqa: B023
+            before_it = text_length(name, blocks[i - 1])
+            want = gates[:, i, :, None] * p.prompts[i] if i < 2 else answer(i - 1)[:, before_it:before_it + 5]   # beyond the depth they go on as the blocks left them
             assert torch.allclose(entered[:, first:first + 5], want, atol=1e-5)
     assert got.shape == before.shape and not torch.allclose(got, before, atol=1e-4)
 

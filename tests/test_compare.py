@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHROMIUM, run_cells
+from conftest import CHROMIUM, run_cells, tiny_dit
 from torch import nn
 
 from dmp_wb import compare, viz
@@ -62,6 +62,32 @@ def test_what_differs():
     found = compare.differences({"a": a, "dmp": dmp})
     assert found["patch.top_k"] == {"dmp": 3} and found["model.hidden_size"] == {"a": 64} and "patch.mode" not in found
     assert compare.differences({"a": a, "yaml": {**a, "optim.betas": list(a["optim.betas"])}}) == {}
+
+
+@pytest.mark.parametrize("settings", [{"sharing_ratio": 0.5}, {"alpha": 1.0}, {"kind": "random"}, {"kind": "random", "seed": 7}, {"num_train_timesteps": 500}])
+def test_the_masks_of_a_page_are_those_that_act(settings):
+    from dmp_wb.routing import DTRConfig, route
+    model, seen = tiny_dit(), []
+    route(model, DTRConfig(**settings))
+    model.blocks[1].register_forward_pre_hook(lambda module, args, kwargs: seen.append(next(a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and a.ndim == 3)), with_kwargs=True)
+    t = torch.tensor([0, 100, 300, 499])
+    with torch.no_grad(): model(torch.randn(4, 1, 8, 8), timestep=t, class_labels=torch.zeros(4, dtype=torch.long))
+    acts = (seen[0] != 0).any(1)
+    assert torch.equal(compare.masks_of(model, t)["32 channels"].bool(), acts) and not acts.all()
+
+
+def test_a_broken_run_is_a_note_on_the_page_and_takes_no_other_down(copies):
+    open_run("my-digits-base").note(evaluations=[3, {"fid": "x", "num_images": [], "guidance_scale": None, "settings": 3, "intervals": {"fid": [1]}}], versions=[1], trained_parameters="many")
+    for name, content in (("date", "method: dmp\ntrain: {}\ndata: {}\nbase: 2026-02-30\n"), ("types", "method: dmp\ntrain: 3\ndata: [x]\n"), ("bombs", "[" * 100_000)):
+        (copies / name).mkdir()
+        (copies / name / "config.yaml").write_text(content)
+    shutil.copytree(copies / "my-digits-dmp", copies / "odd-curve")
+    (copies / "odd-curve" / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n{"step": [], "loss": 1}\n{"step": 2, "loss": 0.5}\n')
+    c = compare.open_compared(["digits-base", "my-digits-base", *(str(copies / n) for n in ("date", "types", "bombs", "odd-curve"))])
+    assert list(c.runs) == ["digits-base", "my-digits-base", "odd-curve"] and [n.split(":")[0] for n in c.notes] == [f"{n} is left out" for n in ("date", "types", "bombs")]
+    compare.glance_table(c), compare.differences_table(c)
+    for rows in compare.evaluations(c, 1).values(): compare.metrics_table(rows, list(c.runs))
+    assert open_run(copies / "odd-curve").curve("loss") == {"step": [2], "loss": [0.5]} and any("my-digits-base: no summary" in n for n in c.notes)
 
 
 def test_tables_escape_what_they_show():

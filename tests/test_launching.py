@@ -14,8 +14,7 @@ from accelerate.commands.config.config_args import ClusterConfig
 import dmp_wb as wb
 import dmp_wb.launching as launching
 from dmp_wb.checkpoints import Run, newest_checkpoint
-from dmp_wb.core import BadInput
-from dmp_wb.distributed import process_alive
+from dmp_wb.core import BadInput, process_alive, process_identity
 from dmp_wb.launching import launch, launch_error
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=1000"]
@@ -34,12 +33,12 @@ def started(run, step=3, limit=300):
         time.sleep(0.1)
 
 
-def family(process): return [(p.pid, p.create_time()) for p in process.children(recursive=True)]
+def family(process): return [process_identity(p.pid) for p in process.children(recursive=True)]
 
 
 def gone(processes, limit=120):
     end = time.monotonic() + limit
-    while left := [p for p in processes if process_alive(*p)]:
+    while left := [p for p in processes if process_alive(p)]:
         assert time.monotonic() < end, left
         time.sleep(0.1)
 
@@ -70,7 +69,7 @@ def test_an_interrupted_cell_leaves_a_checkpoint_and_no_process(runs_folder, cap
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt): launch("digits-quick", [*LONG, "name=long"], num_processes=2)
-    assert len(seen) >= 3 and not any(process_alive(*p) for p in seen)    # accelerate, torchrun or its like, two that train
+    assert len(seen) >= 3 and not any(process_alive(p) for p in seen)    # accelerate, torchrun or its like, two that train
     step = json.loads((newest_checkpoint(run.folder) / "state.json").read_text())["step"]
     assert not run.finished and f"step-{step:07d}: launch again to go on" in capfd.readouterr().out
 

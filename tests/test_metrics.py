@@ -16,7 +16,7 @@ from dmp_wb.core import BadInput
 from dmp_wb.data import DataConfig, load_data, write_cache
 from dmp_wb.metrics import (
     Images, ModuleFeatures, Moments, ScoreSums, bootstrap_mean, classifier_accuracy, collect, data_images, density_coverage, digit_classifier, evaluate, evaluate_digits, evaluate_run, extract, frechet_bootstrap,
-    frechet_distance, guidance_sweep, inception_score, kernel_distance, load_extractor, open_samples, precision_recall, reference_statistics, split_digits)
+    frechet_distance, guidance_sweep, inception_score, kernel_distance, load_extractor, note_evaluation, open_samples, precision_recall, reference_statistics, split_digits)
 
 
 def by_definition(p, q):
@@ -659,3 +659,103 @@ def test_a_latent_run_is_decoded(tmp_path, runs_folder):
                               "model.num_attention_heads=2", "train.steps=2", "train.batch_size=8"], folder=runs_folder / "latent")
     row = evaluate_run("latent", 12, extractor=Flat(), num_inference_steps=2, metrics="precision", quiet=True)
     assert 0 <= row["precision"] <= 1 and (row["num_images"], row["num_reference"], row["extractor"]) == (12, 20, "Flat")
+
+
+# ---- folders, notes and files that are not what they should be
+
+def test_a_grey_first_file_does_not_make_the_others_grey(tmp_path):
+    rng, colours = np.random.default_rng(0), []
+    for i in range(6):
+        colours.append(Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)))
+        for name in ("colour", "first", "last"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (colours[i].convert("L") if i == {"first": 0, "last": 5}.get(name) else colours[i]).save(tmp_path / name / f"{i}.png")
+    for name in ("colour", "first", "last"):
+        images = open_samples(tmp_path / name)
+        found = torch.cat([*images.batches(4)])
+        assert images.shape == (3, 8, 8) and found.shape == (6, 3, 8, 8) and float(found[2].std(0).max()) > 0
+    (tmp_path / "grey").mkdir()
+    for i in range(3): colours[i].convert("L").save(tmp_path / "grey" / f"{i}.png")
+    assert open_samples(tmp_path / "grey").shape == (1, 8, 8)
+
+
+def test_rows_noted_by_many_processes_are_all_there(run):
+    import multiprocessing
+    def note(n):
+        for i in range(4): note_evaluation(wb.open_run(run.folder), {"guidance_scale": n, "seed": i, "fid": 1.0})
+    processes = [multiprocessing.get_context("fork").Process(target=note, args=(n,)) for n in range(12)]
+    for p in processes: p.start()
+    for p in processes: p.join()
+    rows = run.summary["evaluations"]
+    assert all(p.exitcode == 0 for p in processes) and {(r["guidance_scale"], r["seed"]) for r in rows} == {(n, i) for n in range(12) for i in range(4)} and run.finished
+
+
+@pytest.mark.filterwarnings("ignore:fid from")
+def test_figures_that_cannot_be_noted_are_there_all_the_same(run, monkeypatch, capsys):
+    import sys
+
+    from dmp_wb import cli
+    def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr("dmp_wb.checkpoints.write_json", refuse)
+    with pytest.warns(UserWarning, match="the figures are not noted: .*summary.json cannot be written: Permission denied"): row = evaluate_run(run.folder, 20, **QUICK)
+    assert row["fid"] > 0
+    for arguments, lines in ((["evaluate", str(run.folder), "--num-images", "20"], '"fid": '), (["guidance", str(run.folder), "1", "2", "--num-images", "20"], "          2")):
+        monkeypatch.setattr(sys, "argv", ["dmp-wb", *arguments, "--num-inference-steps", "2", "--metrics", "fid"])
+        with pytest.raises(SystemExit) as e: cli.main()
+        out, err = capsys.readouterr()
+        assert e.value.code == 2 and lines in out and err.strip().splitlines()[-1].endswith("summary.json cannot be written: Permission denied")
+
+
+def _forged(path, header, data=b"", encrypted=False, name="arr_0"):
+    "An .npz whose header says what it likes."
+    npy = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+    with zipfile.ZipFile(path, "w") as z: z.writestr(f"{name}.npy", npy)
+    if encrypted:
+        raw = bytearray(path.read_bytes())
+        raw[6] |= 1
+        raw[raw.index(b"PK\x01\x02") + 8] |= 1
+        path.write_bytes(raw)
+    return path
+
+
+def _header(shape, descr="'|u1'", fortran=False): return f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n".encode()
+
+
+@pytest.mark.parametrize("header, encrypted", [(_header("(1000000000000, 8, 8, 3)"), False), (_header("(1000000000000, 0, 8, 3)"), False), (_header("(-1, 8, 8, 3)"), False), (_header("(2, 8, 8, 1)"), True),
+    (b"(" * 5000, False), (b"-" * 9000 + b"1", False), (_header("(2, 8, 8, 1)", "'|O'"), False), (_header("(" + "9" * 5000 + ", 8, 8, 1)"), False), (_header("('a', 8, 8, 1)"), False), (_header("(True, 8, 8, 1)"), False)], ids=range(10))
+def test_forged_images_are_refused_before_anything_is_made_of_them(header, encrypted, tmp_path):
+    with pytest.raises(BadInput) as e: evaluate(_forged(tmp_path / "x.npz", header, bytes(128), encrypted), None, metrics="is", quiet=True)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+@pytest.mark.parametrize("mu, sigma, message", [
+    (np.zeros(64, complex), np.eye(64), "real numbers"), (np.zeros(64), np.eye(64) * 1j, "real numbers"), (np.zeros(64), -np.eye(64), "negative eigenvalues"), (np.zeros(64), np.diag([1.0] * 63 + [-1]), "negative eigenvalues"),
+    (np.zeros(64), np.eye(64) + np.triu(np.ones((64, 64)), 1), "not symmetric"), (np.full(64, np.inf), np.eye(64), "NaN or infinite"), (np.zeros(64), np.full((64, 64), np.nan), "NaN or infinite"),
+    (np.zeros(64, bool), np.eye(64), "real numbers"), (np.zeros((64, 1)), np.eye(64), "real numbers")])
+def test_statistics_that_no_images_have_are_refused(digits, mu, sigma, message, tmp_path):
+    np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)
+    with pytest.raises(BadInput, match=message): reference_statistics(tmp_path / "s.npz")
+    mean = torch.from_numpy(mu)
+    if mean.ndim == 1 and mean.dtype != torch.bool:
+        with pytest.raises(BadInput): Moments.of(mean, torch.from_numpy(sigma))
+
+
+def test_published_statistics_in_float32_are_taken(tmp_path):
+    x = torch.randn(40, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))   # singular
+    np.savez(tmp_path / "s.npz", mu=x.mean(0).float().numpy(), sigma=x.T.cov().float().numpy())
+    assert reference_statistics(tmp_path / "s.npz").moments.width == 64
+    assert Moments.of(torch.zeros(3), torch.zeros(3, 3)).width == 3
+
+
+def test_forged_statistics_are_refused(tmp_path):
+    for header in (_header("(1000000000000,)", "'<f8'"), _header("(2,)", "'|O'"), b"(" * 5000):
+        file = _forged(tmp_path / "x.npz", header, bytes(16), name="mu")
+        with zipfile.ZipFile(file, "a") as z: z.writestr("sigma.npy", b"")
+        with pytest.raises(BadInput, match="mu and sigma of .*x.npz"): reference_statistics(file)
+
+
+@pytest.mark.parametrize("wrong", [dict(k="3"), dict(k=1.5), dict(splits=None), dict(bootstrap=1.5), dict(bootstrap="9"), dict(level="0.9"), dict(seed=None), dict(batch_size="8"), dict(batch_size=0), dict(cache="no"),
+    dict(quiet=None), dict(metrics=3), dict(metrics=[3]), dict(strata="ab"), dict(strata=torch.zeros(3)), dict(kid_subsets=None), dict(samples=3), dict(samples=None), dict(reference=3), dict(extractor=3)], ids=str)
+def test_an_argument_of_another_type_is_one_line(digits, wrong):
+    with pytest.raises(BadInput) as e: evaluate(**{"samples": digits[:20], "reference": digits[20:60], "quiet": True, **wrong})
+    assert "\n" not in str(e.value)

@@ -126,3 +126,26 @@ def test_parameters_and_folders(tmp_path, monkeypatch, runs_folder):
     assert here("", "name") == runs_folder / "name" and here("x/y", "name") == runs_folder / "x/y" and here(str(tmp_path / "z"), "") == tmp_path / "z"
     monkeypatch.setenv("DMP_WB_RUN", str(tmp_path / "papermill"))
     assert here("", "name") == tmp_path / "papermill"
+
+
+def test_the_page_of_a_failed_run_opens_with_what_failed_and_how_to_try_again(tmp_path, monkeypatch):
+    from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+    from dmp_wb.runs import COMMAND_VARIABLE, write_page
+    monkeypatch.delenv(COMMAND_VARIABLE, raising=False)
+    error = new_output("error", ename="ValueError", evalue="\x1b[31mno <b>such</b>\nthing", traceback=["here"])
+    cells = [new_markdown_cell("# A run"), new_code_cell("x", execution_count=1), new_markdown_cell("## Works"), new_code_cell("y", execution_count=2, outputs=[error]),
+             new_markdown_cell("## Never ran"), new_code_cell("z")]
+    nb = new_notebook(cells=cells, metadata={"papermill": {"input_path": "a b.ipynb", "output_path": "out.ipynb", "parameters": {"overrides": ["name=it's 01"]}}})
+    page = lambda: write_page(nb, tmp_path / "run.html").read_text().split("<main>")[1]
+    assert re.match(r'\s*<div class="failed" role="alert"><h2>Failed in cell 2</h2><p><code>ValueError: no &lt;b&gt;such&lt;/b&gt; thing</code>', page())
+    assert "Never ran" not in page() and "Works" in page() and len(nb.cells) == 6   # the notebook itself keeps all
+    assert "papermill &#x27;a b.ipynb&#x27; out.ipynb -y" in page() and "name=it" in page()
+    (tmp_path / "run.json").write_text("{}")
+    assert "start the same sweep once more" in page()
+    monkeypatch.setenv(COMMAND_VARIABLE, "dmp-wb run patch -p optim.lr 1")
+    assert "<pre>dmp-wb run patch -p optim.lr 1</pre>" in page()
+    nb.cells[3].metadata["tags"] = ["raises-exception"]
+    assert "Failed in" not in page() and "Never ran" in page()
+    nb.cells[3].outputs = []
+    assert "Failed in" not in page() and "Never ran" in page()

@@ -350,3 +350,83 @@ def test_the_plan_says_what_the_images_are(run, tmp_path):
     plan = json.loads((tmp_path / "out" / SAMPLES_PLAN).read_text())
     assert {k: plan[k] for k in ("run", "num_images", "class_labels", "sampler", "num_inference_steps", "guidance_scale", "guidance_interval", "seed", "batch_size", "vae")} == dict(
         run="run", num_images=3, class_labels="balanced", sampler="ddpm", num_inference_steps=3, guidance_scale=1.5, guidance_interval=[10, 900], seed=0, batch_size=64, vae=None)
+
+
+# --- what goes wrong underneath
+
+def test_a_folder_that_is_renamed_meanwhile_is_a_failure(run, tmp_path, monkeypatch):
+    folder, write = tmp_path / "out", sampling._write_png
+    def move(where, number, array):
+        if number == 4: folder.rename(tmp_path / "elsewhere")
+        write(where, number, array)
+    monkeypatch.setattr(sampling, "_write_png", move)
+    with pytest.raises(BadInput, match="out cannot be written: it was renamed or removed meanwhile"): sample_run(run, 8, folder, batch_size=4, part=(0, 1), **FAST)
+    assert not folder.exists() and (tmp_path / "elsewhere" / "000003.png").exists()
+
+
+@pytest.mark.parametrize("part", [(0, 1), (0, 2)])
+def test_images_that_are_missing_at_the_end_are_a_failure(part, run, tmp_path, monkeypatch):
+    write = sampling._write_png
+    monkeypatch.setattr(sampling, "_write_png", lambda folder, i, array: None if i == 1 else write(folder, i, array))
+    with pytest.raises(BadInput, match="1 of the images that were written to .*out are gone, first 000001.png"): sample_run(run, 4, tmp_path / "out", batch_size=2, part=part, **FAST)
+
+
+@pytest.mark.parametrize("where", ["write_json", "write_atomic", "_write_npz"])
+def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(where, run, tmp_path, monkeypatch):
+    def full(*args): raise OSError(28, "No space left on device")
+    with monkeypatch.context() as m:
+        m.setattr(sampling, where, full)
+        with pytest.raises(BadInput, match="out cannot be written: No space left on device") as e: sample_run(run, 4, tmp_path / "out", batch_size=2, **FAST)
+    assert "\n" not in str(e.value) and not list(tmp_path.glob("out/.*.tmp"))
+    assert files(sample_run(run, 4, tmp_path / "out", batch_size=2, **FAST)) == files(sample_run(run, 4, tmp_path / "other", batch_size=2, **FAST))
+
+
+def test_an_image_of_another_size_does_not_end_in_the_npz(run, tmp_path):
+    sample_run(run, 3, tmp_path / "out", npz=False, **FAST)
+    Image.new("L", (9, 8)).save(tmp_path / "out" / "000002.png")
+    with pytest.raises(BadInput, match="000002.png is 8 × 9: expected 8 × 8, as the others"): sample_run(run, 3, tmp_path / "out", **FAST)
+
+
+def test_latents_that_decode_to_nothing_finite_are_no_image():
+    walk = sampling._Walk(tiny_dit(), 2)
+    with pytest.raises(BadInput, match="image 1 is not finite: its latents are, and what the VAE makes of them is not"):
+        sampling._pixels(torch.zeros(2, 1, 8, 8), lambda z: torch.stack([z[0], z[1] / 0]), range(2), walk)
+
+
+@pytest.mark.parametrize("wrong", [dict(num_images=2.0), dict(seed=None), dict(guidance_scale="2"), dict(batch_size="8"), dict(part=3), dict(part=("a", 2)), dict(part=(0, 1, 2)), dict(npz="no"), dict(patched=None),
+                                   dict(quiet=1), dict(run=3), dict(run=None), dict(folder=3), dict(vae=3), dict(device="cdua"), dict(device="cuda:0"), dict(device=None), dict(guidance_channels=1.5), dict(class_labels=3.5)], ids=str)
+def test_an_argument_of_another_type_is_one_line_and_writes_nothing(wrong, run, tmp_path):
+    with pytest.raises(BadInput) as e: sample_run(**{"run": run, "num_images": 2, "folder": tmp_path / "out", **FAST, **wrong})
+    assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
+
+
+def test_each_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
+    from dmp_wb.checkpoints import usual_device
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    for rank, device in (("0", "cuda:0"), ("3", "cuda:3"), ("5", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert usual_device() == torch.device(device)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert usual_device() == torch.device("cuda")
+    with pytest.raises(BadInput, match="device is 'cuda:4': expected cuda:0 to cuda:3"): usual_device("cuda:4")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ties processes to their parent")
+def test_children_die_with_their_parent(tmp_path):
+    "Those of --num-processes, however the parent ends."
+    import signal
+    import subprocess
+    import time
+    import psutil
+    (tmp_path / "dmp_wb").mkdir()   # what stands for the command line: it takes no second to start, and does not end
+    (tmp_path / "dmp_wb" / "__init__.py").write_text("")
+    (tmp_path / "dmp_wb" / "__main__.py").write_text("import time; time.sleep(600)")
+    code = "import dmp_wb.cli, os; os.environ['PYTHONPATH'] = os.getcwd(); dmp_wb.cli._in_parallel(2)"
+    parent = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop()); " + code, os.path.dirname(os.path.dirname(wb.__file__))], cwd=tmp_path)
+    children: list = []
+    while len(children) < 2 and parent.poll() is None: time.sleep(0.05); children = psutil.Process(parent.pid).children()
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    assert len(children) == 2 and not psutil.wait_procs(children, timeout=20)[1]

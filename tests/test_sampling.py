@@ -1,4 +1,5 @@
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -317,3 +318,63 @@ def test_bad_input(wrong, match):
     with pytest.raises(BadInput, match=match): wb.sample(model, **{"quiet": True, **wrong})
     assert model.training
     with pytest.raises(BadInput, match="unconditional"): wb.sample(tiny_dit(num_classes=None), class_labels=[1], quiet=True)
+
+
+def test_numbers_of_numpy_and_torch_are_as_good():
+    model, settings = tiny_dit(), dict(num_inference_steps=2, quiet=True)
+    expected = wb.sample(model, 2, [1, 2], 1.5, seed=3, batch_size=2, **settings)
+    for whole, real in ((np.int64, np.float32), (torch.tensor, torch.tensor)):
+        found = wb.sample(model, whole(2), np.array([1, 2]), real(1.5), seed=whole(3), batch_size=whole(2), num_inference_steps=np.int64(2), quiet=np.bool_(True))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("argument, wrong", [(k, v) for k, values in {
+    "num_images": (2.0, "2", True, [2], float("nan")), "seed": (None, 1.5, "0", True), "guidance_scale": ("2", None, float("nan"), True, [1.5], 1 + 2j),
+    "batch_size": ("8", 8.0, None, True), "first": (None, "0", 0.5, -1), "class_labels": ("ab", {"a": 1}, ["x"], [None], [True, False], [[1], [2, 3]], 1.5, [0.5, 1]),
+    "sampler": (None, 3, ["ddim"]), "num_inference_steps": (2.0, None, True, {}), "schedule": (None, 3, ["linear"], {}), "prediction_type": (None, ["epsilon"], 3),
+    "conditions": ([1], "text", {"encoder_hidden_states": torch.zeros(16, 2)}, {"class_labels": 3}), "null_conditions": ([1], {"class_labels": "x"}),
+    "guidance_interval": (5, (1,), ("a", "b"), (1, None), "ab"), "guidance_channels": ("1", 1.0, True), "texts": ("a cat", ["a cat"]), "keep": ("2", 2.5, ["a"], [True]),
+    "clamp": ("no", None, 1), "quiet": ("yes", 0), "model": ("digits-base", None)}.items() for v in values])
+def test_an_argument_of_another_type_is_one_line(argument, wrong):
+    given = dict(model=tiny_dit(), num_images=2, num_inference_steps=2, quiet=True) | {argument: wrong}
+    if argument == "class_labels": del given["num_images"]
+    with pytest.raises(BadInput) as e: wb.sample(**given)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+    if argument not in ("clamp", "quiet", "keep", "batch_size"):
+        with pytest.raises(BadInput): wb.sample_trajectory(**{k: v for k, v in given.items() if k != "quiet"})
+
+
+def test_what_is_not_finite_is_said_with_its_reason():
+    model = tiny_dit()
+    with pytest.warns(UserWarning, match="image 0 is not finite: the model's answer is not from timestep 499 on, with guidance_scale 1e\\+38"):
+        wb.sample(model, 2, guidance_scale=1e38, num_inference_steps=2, quiet=True)
+    with torch.no_grad(): model.final_layer.linear.weight[0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="image 0 is not finite: the model's weights are not, expected a model whose training has not diverged"):
+        found = wb.sample(model, 2, num_inference_steps=2, quiet=True)
+    assert found.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("sampler", ["dpmsolver++", "unipc", "heun"])
+def test_as_many_steps_as_timesteps_are_finite(sampler):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert wb.sample(tiny_dit(), 1, sampler=sampler, num_inference_steps=30, schedule=ScheduleConfig("cosine", 30), quiet=True).isfinite().all()
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel], ids=["compile", "DataParallel", "AveragedModel"])
+def test_wrapped_models_are_sampled(wrap):
+    model, settings = tiny_dit(), dict(num_images=2, num_inference_steps=2, quiet=True)
+    wb.patch(model, wb.DMPConfig(init="random"))
+    expected = wb.sample(model, **settings)
+    wrapped = wrap(model)
+    assert torch.equal(wb.sample(wrapped, **settings), expected)
+    walk = list(wb.sample_trajectory(wrapped, num_images=2, num_inference_steps=2))
+    torch.testing.assert_close(walk[-1].x_t.clamp(-1, 1), expected)
+
+
+def test_null_conditions_for_each_image(): # as one for all
+    model = tiny_dit()
+    given = dict(num_images=4, conditions={"class_labels": torch.tensor([1, 2, 3, 4])}, num_inference_steps=2, batch_size=3, quiet=True)
+    one = wb.sample(model, null_conditions={"class_labels": torch.tensor(10)}, **given)
+    assert torch.equal(one, wb.sample(model, null_conditions={"class_labels": torch.full((4,), 10)}, **given))
+    with pytest.raises(BadInput, match="null_conditions class_labels have shape"): wb.sample(model, null_conditions={"class_labels": torch.zeros(7)}, **given)

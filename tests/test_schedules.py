@@ -77,6 +77,25 @@ def test_the_others_take_a_number(name):
     with pytest.raises(BadInput, match="only the sampler ddpm takes sections"): sampler(name, num_inference_steps="10,20")
 
 
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_no_sampler_visits_a_timestep_twice(name):
+    counts = {3: range(1, 4), 21: range(1, 22), 37: range(1, 38), 1000: (1, 61, 223, 485, 926, 994, 998, 999, 1000)}
+    for T in counts:
+        for steps in counts[T]:
+            scheduler = sampler(name, "cosine", steps, T)
+            t = scheduler.timesteps
+            t = torch.cat([t[:1], t[1::2]]) if name == "heun" else t   # heun looks twice at each but the first
+            assert len(t) == len(t.unique()) == steps and t.min() >= 0, (T, steps)
+            if hasattr(scheduler, "sigmas"): assert scheduler.sigmas.isfinite().all()
+
+
+def test_settings_that_would_visit_a_timestep_twice_are_refused():
+    with pytest.raises(BadInput, match="num_inference_steps is 1000: expected fewer"):
+        sampler("unipc", "linear", 1000, timestep_spacing="linspace")
+    for wrong in (True, 50.0, None, "x"):
+        with pytest.raises(BadInput, match="num_inference_steps is"): sampler("ddim", "linear", wrong)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", ScheduleConfig("linear", 400)])
 @pytest.mark.parametrize("steps", [10, 250, "5,20,40"])
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small", "learned_range"])

@@ -1,9 +1,11 @@
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,11 +13,12 @@ import pytest
 import torch
 
 import dmp_wb as wb
+import dmp_wb.training as training
 from dmp_wb.checkpoints import Run, join_tensors, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, split_tensors
 from dmp_wb.core import BadInput, MissingFile
 from dmp_wb.data import EpochOrder, load_data
 from dmp_wb.patching import PATCH_NAME
-from dmp_wb.training import draw_batch, make_model, param_groups
+from dmp_wb.training import asked_to_stop, draw_batch, make_model, param_groups
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
 
@@ -105,7 +108,7 @@ def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_pa
     prompts, gate = state["optimizer"]["param_groups"]
     assert gate["lr"] == pytest.approx(10 * prompts["lr"])
     model = wb.load_model(run.folder)
-    assert equal(dict(model.state_dict()), base) and wb.get_patch(model).prompts.abs().sum() > 0
+    assert equal({k: v for k, v in model.state_dict().items() if not k.startswith(f"{PATCH_NAME}.")}, base) and wb.get_patch(model).prompts.abs().sum() > 0
     assert {f.name for f in (run.folder / "patch").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"} and not (run.folder / "model").exists()
     assert PATCH_NAME not in wb.load_model(run.folder, patched=False)._modules
     assert run.summary["trained_parameters"] == sum(p.numel() for p in wb.get_patch(model).parameters())
@@ -526,7 +529,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_killed_at_random_moments():
     "Twenty kills, in pre-training and in DMP, with one process and with two. `--kills 20` kills each of the four so often."
-    drill = Path(__file__).parent / "drills" / "kill_and_resume.py"
+    drill = Path(__file__).parents[1] / "tools" / "drills" / "kill_and_resume.py"
     done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, done.stdout + done.stderr[-3000:]
 
@@ -547,3 +550,95 @@ def test_a_pipeline_s_folder_is_a_base(tmp_path):
     assert equal(wb.load_model(tmp_path / "pipe").state_dict(), unet.state_dict())
     shutil.rmtree(tmp_path / "pipe" / "unet")
     with pytest.raises(BadInput, match="is a pipeline without a backbone: expected a folder transformer or unet"): wb.load_model(tmp_path / "pipe")
+
+
+# --- interrupted by Ctrl-C, made longer, gone on with differently
+
+def interrupt_at(run, step, times=1):
+    "Ctrl-C in this process once a run has logged a step."
+    def press():
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step: time.sleep(0.01)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+    threading.Thread(target=press, daemon=True).start()
+
+
+def test_the_first_ctrl_c_saves_and_says_so_and_the_run_goes_on_to_the_bit(tmp_path, capfd):
+    exp = small(extra=["train.steps=400", "train.checkpoint_every=400", "train.log_every=1"])
+    interrupt_at(tmp_path / "run", 5)
+    with pytest.raises(KeyboardInterrupt): wb.train(exp, folder=tmp_path / "run")
+    step, said = load_checkpoint(newest_checkpoint(tmp_path / "run"))["step"], capfd.readouterr()
+    assert step >= 5 and Run(tmp_path / "run").metrics()["step"] == list(range(1, step + 1)) and not Run(tmp_path / "run").finished
+    assert "once more stops at once" in said.err and f"stopped by a signal at step {step}, with a checkpoint: run it again to go on" in said.out
+    assert equal(weights(wb.train(exp, folder=tmp_path / "run")), weights(wb.train(exp, folder=tmp_path / "whole")))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_ctrl_c_ends_at_once(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(KeyboardInterrupt), asked_to_stop(say=False) as asked:
+        assert not asked() and not asked.interrupted
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() and asked.interrupted
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")   # torchrun hears the same Ctrl-C, and sends it on
+    with asked_to_stop(say=False) as asked:
+        for _ in range(2): os.kill(os.getpid(), signal.SIGINT)
+        assert asked.interrupted
+    with asked_to_stop(say=False) as asked:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() and not asked.interrupted
+
+
+STEADY = ["optim.lr_scheduler=constant"]   # a rate that does not depend on the number of steps
+
+
+def test_more_steps_make_a_finished_run_longer_as_if_it_had_been_so_from_the_start(tmp_path, capsys):
+    short, long = small(extra=STEADY), small(extra=[*STEADY, "train.steps=12"])
+    first = wb.train(short, folder=tmp_path / "run")
+    assert first.finished and first.steps_done == 8
+    run = wb.train(long, folder=tmp_path / "run")
+    whole = wb.train(long, folder=tmp_path / "whole")
+    assert run.finished and run.summary["steps"] == 12 and equal(weights(run), weights(whole)) and run.metrics()["loss"] == whole.metrics()["loss"]
+    assert run.experiment.train.steps == 12 and "# from step 8 on, train.steps is 12; it was 8" in (run.folder / "config.yaml").read_text()
+    assert json.loads((run.folder / "summary-step-0000008.json").read_text())["steps"] == 8
+    capsys.readouterr()
+    assert wb.train(long, folder=tmp_path / "run").finished and "nothing to do" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="train.steps is 8: expected at least 12, which .* has done already"): wb.train(short, folder=tmp_path / "run")
+    shutil.rmtree(run.folder / "checkpoints")
+    with pytest.raises(BadInput, match="finished at 12, has no checkpoint to go on from"): wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=tmp_path / "run")
+    assert run.finished and run.summary["steps"] == 12
+
+
+def test_a_run_that_is_killed_while_it_is_made_longer_goes_on(tmp_path, monkeypatch):
+    run = wb.train(small(extra=STEADY), folder=tmp_path / "run")
+    def killed(*_): raise RuntimeError("killed")
+    monkeypatch.setattr(training, "to_yaml", killed)   # between the summary that is put away and the new config
+    with pytest.raises(RuntimeError): wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "run")
+    monkeypatch.undo()
+    assert not run.finished and run.experiment.train.steps == 8
+    run = wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "run")
+    assert run.finished and equal(weights(run), weights(wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "whole")))
+
+
+def test_a_schedule_that_depends_on_the_length_says_what_it_does(tmp_path, capsys):
+    cosine = ["optim.lr_scheduler=cosine", "train.log_every=1"]
+    wb.train(small(extra=cosine), folder=tmp_path / "run")
+    capsys.readouterr()
+    run = wb.train(small(extra=[*cosine, "train.steps=16"]), folder=tmp_path / "run")
+    lr = small(extra=cosine).optim.lr
+    assert f"the cosine schedule of the learning rate, which ended at step 8, now ends at 16: it goes on at {lr / 2:.3g}" in capsys.readouterr().out
+    want = [lr * (1 + math.cos(math.pi * s / 16)) / 2 for s in range(8, 16)]
+    assert run.metrics()["lr"][8:] == pytest.approx(want)
+
+
+def test_keys_that_change_no_figure_may_change_when_a_run_goes_on(tmp_path):
+    changes = [*STEADY, "train.keep_last=5", "train.checkpoint_every=2", "train.log_every=2", "train.log_with=null", "data.num_workers=1", "train.sample_images=4", "train.on_nonfinite=skip"]
+    wb.train(small(extra=[*STEADY, "train.steps=3", "train.log_with=tensorboard"]), folder=tmp_path / "run")
+    run = wb.train(small(extra=changes), folder=tmp_path / "run")
+    assert equal(weights(run), weights(wb.train(small(extra=STEADY), folder=tmp_path / "whole"))) and {p.name for p in list_checkpoints(run.folder)} >= {"step-0000003", "step-0000004", "step-0000006", "step-0000008"}
+    e = run.experiment
+    assert (e.train.keep_last, e.train.checkpoint_every, e.train.log_every, e.train.log_with, e.data.num_workers, e.train.on_nonfinite) == (5, 2, 2, None, 1, "skip")
+    for other in ("optim.lr=0.5", "seed=3", "train.batch_size=4", "train.ema_decay=0.5"):
+        with pytest.raises(BadInput, match=f"holds another experiment: {other.partition('=')[0]} is"): wb.train(small(extra=[*STEADY, other]), folder=tmp_path / "run")
