@@ -311,7 +311,7 @@ def _from_diffusers(folder: Path) -> nn.Module:
 def _check_against_weights(folder: Path, config: dict):
     "Raise `BadInput` for a config that asks for more layers than there are tensors, or for a side longer than all of them, before a model of that size is made."
     tensors, numbers = 0, 0
-    for file in folder.glob("*.safetensors"):
+    for file in filter(Path.is_file, folder.glob("*.safetensors")):   # no pipe, which would wait
         try:
             with open(file, "rb") as f:
                 length = struct.unpack("<Q", f.read(8))[0]
@@ -324,7 +324,7 @@ def _check_against_weights(folder: Path, config: dict):
         tensors += len(shapes)
     if not tensors: return   # what is missing, from_pretrained says
     for key, value in config.items():
-        counts = "layer" in key or "depth" in key or "blocks" in key
+        counts = key.endswith(("layers", "blocks", "depth", "per_block"))
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number > (tensors if counts else max(numbers, 1 << 16)):
                 raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights beside it are {tensors} tensors of {numbers} numbers")

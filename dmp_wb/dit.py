@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .core import BadInput, MissingFile, unknown
-from .settings import MODEL_LIMITS, NAMES, SIZES, ModelConfig, Size   # noqa: F401
+from .settings import LIMITS, NAMES, SIZES, ModelConfig, Size   # noqa: F401
 
 # %% ../nbs/01_dit.ipynb #b78638a1
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)   # what matmuls are done in
@@ -137,13 +137,13 @@ def _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size
     given = [("sample_size", sides[0]), ("sample_size", sides[1]), ("patch_size", patch_size), ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_layers", num_layers), ("num_attention_heads", num_attention_heads)]
     given += [("out_channels", out_channels)] if out_channels is not None else []
     for key, value in given:
-        if not _whole(value) or not 1 <= value <= MODEL_LIMITS[key]:
-            raise BadInput(f"{key} is {str(value)[:60]}: expected a whole number, " + (f"at most {MODEL_LIMITS[key]:,}" if _whole(value) and value > 1 else "at least 1"))
+        if not _whole(value) or not 1 <= value <= LIMITS[key]:
+            raise BadInput(f"{key} is {str(value)[:60]}: expected a whole number, " + (f"at most {LIMITS[key]:,}" if _whole(value) and value > 1 else "at least 1"))
     if any(side % patch_size for side in sides): raise BadInput(f"sample_size is {sample_size}: expected a multiple of patch_size {patch_size}")
     if hidden_size % num_attention_heads: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads {num_attention_heads}")
     if hidden_size % 4: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of 4, which the 2-D position embedding needs")
-    if num_classes is not None and (not _whole(num_classes) or not 0 <= num_classes <= MODEL_LIMITS["num_classes"]):
-        raise BadInput(f"num_classes is {str(num_classes)[:60]}: expected 0 to {MODEL_LIMITS['num_classes']:,}, or None for a model without label embedding")
+    if num_classes is not None and (not _whole(num_classes) or not 0 <= num_classes <= LIMITS["num_classes"]):
+        raise BadInput(f"num_classes is {str(num_classes)[:60]}: expected 0 to {LIMITS['num_classes']:,}, or None for a model without label embedding")
     if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 1 / hidden_size <= mlp_ratio <= 1024: raise BadInput(f"mlp_ratio is {str(mlp_ratio)[:60]}: expected a number above 0, at most 1024")
     return sides
 
