@@ -27,7 +27,7 @@ from torch import nn
 from . import viz
 from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run
-from .core import BadInput, runs_root
+from .core import BadInput, read_regular, runs_root
 from .data import load_data
 from .folders import list_runs, newest_metrics, read_rows, run_name
 from .multitask import mask_overlap
@@ -85,6 +85,24 @@ def _picture(width: int) -> widgets.Image:
     picture = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", max_width="100%", object_fit="contain"))
     picture.add_class("dmp-wb-pixels")
     return picture
+
+class _Kept(dict):
+    "What was computed for positions of the sliders: beyond so many bytes the oldest goes, but never the newest."
+    def __init__(self, most: int = 128 << 20):
+        super().__init__()
+        self.most, self.sizes = most, {}
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.sizes[key] = _bytes_of(value)
+        while sum(self.sizes.values()) > self.most and len(self) > 1:
+            oldest = next(iter(self))
+            del self[oldest], self.sizes[oldest]
+
+def _bytes_of(value) -> int:
+    if isinstance(value, (torch.Tensor, np.ndarray)): return value.nbytes
+    if isinstance(value, dict): value = value.values()
+    return sum(map(_bytes_of, value)) if not isinstance(value, (str, int, float, type(None))) else 8
 
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
     return widgets.VBox([widgets.HTML(f"<div style='font-size:12px; line-height:20px; height:20px; opacity:.8'>{title}</div>"), picture], layout=widgets.Layout(margin="0 16px 6px 0", max_width="100%"))
@@ -147,9 +165,7 @@ class GateExplorer(Explorer):
         self.data, self.image = data, image
         self.noise = torch.randn(1, *input_size(self.model), generator=torch.Generator().manual_seed(0))
         self.conditioned = self.patch.config.gate_input == "condition" and bool(classes)
-        self._tables: dict[int, np.ndarray] = {}
-        self._maps: dict[tuple[int, int], tuple[np.ndarray, float, np.ndarray]] = {}
-        self._seen: dict[tuple[int, int], torch.Tensor] = {}
+        self._tables, self._maps, self._seen = _Kept(), _Kept(), _Kept()   # gates by class; their pictures by class and block; images by timestep and class
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
         self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
         self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="150px"))
@@ -277,7 +293,7 @@ class DenoiseExplorer(Explorer):
         decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents [B, C, h, w] → images; the run's VAE if None
     ):
         self.model, self.schedule, self.objective, data = _resolve(model)
-        self.sampler, self._kept = sampler, {}
+        self.sampler, self._kept = sampler, _Kept(256 << 20)
         self.decode = decode or (data.decode if data is not None and data.random_latents else lambda x: x)
         self.modes = ["base", "patched"] if patches_of(self.model) else ["model"]
         classes = _class_names(self.model, data)
@@ -303,7 +319,6 @@ class DenoiseExplorer(Explorer):
             for mode in self.modes:
                 with torch.no_grad(), patch_disabled(self.model) if mode == "base" else contextlib.nullcontext():
                     found[mode] = self._walk(settings)
-            if len(self._kept) > 30: self._kept.pop(next(iter(self._kept)))
             change = (found["patched"][2] - found["base"][2]).mean(1).numpy() if "patched" in found else None
             self._kept[key] = found, change, 0.0 if change is None else max(0.02, float(np.abs(change).max()))   # one scale for the whole walk
         return self._kept[key]
@@ -361,7 +376,7 @@ class RunExplorer(Explorer):
     def _picture(self, name: str) -> Path | None:
         "The file of a run that the choice of pictures means."
         found = self.runs[name].glob("samples/step-*.png") if self.picture.value == "newest samples" else self.runs[name].glob(f"figures/{glob.escape(self.picture.value)}.png")
-        return max(found, default=None)
+        return max((file for file in found if file.is_file()), default=None)
 
     def _measured(self, name: str) -> str:
         "The figures of the newest evaluation, for the table."
@@ -371,7 +386,8 @@ class RunExplorer(Explorer):
     def _metrics(self, name: str) -> dict | None:
         folder, column = self.runs[name], self.column.value
         if not (folder / "config.yaml").is_file(): return None
-        return Run(folder).curve(column)
+        try: return Run(folder).curve(column)
+        except BadInput: return {}   # no file that can be read
 
     def frame(self):
         found = {name: self._metrics(name) for name in self.chosen.value}
@@ -386,8 +402,13 @@ class RunExplorer(Explorer):
         self.curves.value = buffer.getvalue()
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
-        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=file.read_bytes(), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        before = self.pictures.children
+        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=read_regular(file), format="png", layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
+        for tile in before:   # the kernel and the browser keep every widget that nobody closes, its layout and style too
+            for part in (*tile.children, tile):
+                for widget in (part.layout, getattr(part, "style", None), part):
+                    if widget is not None: widget.close()
         if self.picture.value == "newest samples":
             for tile in self.pictures.children: tile.children[1].add_class("dmp-wb-pixels")
 

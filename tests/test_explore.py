@@ -1,6 +1,7 @@
 "The explorers without a browser: what their controls do to their pictures, and the figure they leave where nobody can drag."
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import dmp_wb as wb
+from dmp_wb import explore
 from dmp_wb.core import BadInput
 from dmp_wb.explore import DenoiseExplorer, GateExplorer, RoutingExplorer, RunExplorer, live, pixels_of
 
@@ -111,3 +113,33 @@ def test_mistakes(looked_at, runs_folder):
     model = tiny_dit()
     wb.patch(model, wb.DMPConfig(gate_input="none"))
     with pytest.raises(BadInput, match="prompt tuning, which has no gate"): GateExplorer(model)
+
+
+def test_moving_sliders_leaves_nothing_behind(looked_at, tmp_path, monkeypatch):
+    "Widgets and kept results stay as many over as many moves as one likes."
+    for name in ("a", "b"):
+        (tmp_path / name / "samples").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("name: x\n")
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "mse": 2.0}\n')
+        Image.new("L", (8, 8), 100).save(tmp_path / name / "samples" / "step-0000003.png")
+    from ipywidgets.widgets import widget
+    alive = lambda: len(widget._instances if hasattr(widget, "_instances") else widget.Widget.widgets)
+    runs = RunExplorer([tmp_path / "a", tmp_path / "b"])
+    before = alive()
+    for i in range(6): runs.column.value = ("mse", "loss")[i % 2]
+    assert alive() == before and len(runs.pictures.children) == 2
+
+    monkeypatch.setattr(explore._Kept, "__init__", lambda self, most=0, init=explore._Kept.__init__: init(self, 20_000))
+    gates, walk = GateExplorer("digits-dmp", resolution=20), DenoiseExplorer("digits-dmp")
+    for i in range(60): gates.timestep.value = 13 * i
+    for i in range(4): walk.seed.value = i + 1
+    size = lambda kept: sum(map(explore._bytes_of, kept.values()))
+    assert 1 < len(gates._seen) < 60 and size(gates._seen) <= 20_000 and len(walk._kept) == 1 and set(gates._seen) == set(gates._seen.sizes)
+
+
+def test_a_run_whose_files_are_pipes_holds_nothing_up(looked_at, tmp_path):
+    (tmp_path / "a" / "samples").mkdir(parents=True)
+    (tmp_path / "a" / "config.yaml").write_text("name: x\n")
+    for name in ("summary.json", "samples/step-0000003.png"): os.mkfifo(tmp_path / "a" / name)
+    explorer = RunExplorer([tmp_path / "a"])
+    assert not explorer.pictures.children and "no such column yet" in explorer.table.value

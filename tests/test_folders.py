@@ -1,8 +1,11 @@
 "What run folders tell about themselves: states, torn and foreign files, conditions."
+import errno
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -125,3 +128,115 @@ def test_list_on_the_command_line(made):
 def test_every_room_names_the_same_metrics():
     from dmp_wb import folders, metrics, viz
     assert tuple(metrics.METRICS) == folders.METRICS == tuple(viz.CURVES)
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9))
+PLAIN = "method: dmp\ndata: {name: digits}\ntrain: {steps: 100}\n"
+BROKEN = {   # what stands in which file of a run that is left out, and what is said of it
+    "date": ("config.yaml", PLAIN + "base: 2026-02-30\n", "day is out of range"), "aliases": ("config.yaml", PLAIN + BOMB, "more than 20,000 values"),
+    "itself": ("config.yaml", PLAIN + "a: &a [*a]\n", "more than 20,000 values"), "brackets": ("config.yaml", "[" * 100_000, "nested more than 50 deep"),
+    "dashes": ("config.yaml", "- " * 100_000, "nested more than 50 deep"), "large": ("config.yaml", "#" * 300_000, "300,000 bytes: expected at most 262,144"),
+    "digits": ("config.yaml", PLAIN + f"seed: {'9' * 6000}\n", "number of 6,000 characters"), "sixties": ("config.yaml", PLAIN + f"seed: {'1:' * 5000}1\n", "number of"),
+    "hex": ("config.yaml", PLAIN + f"seed: 0x{'f' * 400}\n", "seed is a number of 1600 bits"), "latin": ("config.yaml", PLAIN.encode() + b"name: \xe9\n", "can't decode"),
+    "tag": ("config.yaml", PLAIN + "x: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"), "method": ("config.yaml", "{method: 3, data: x, train: {}}", "method is 3: expected text"),
+    "ratio": ("config.yaml", PLAIN + "routing: {sharing_ratio: many}\n", "routing.sharing_ratio is 'many': expected a number"), "steps": ("config.yaml", "method: dmp\ndata: {}\ntrain: {steps: [1]}\n", "train.steps is [1]"),
+    "done": ("summary.json", '{"steps": "x"}', "summary.json: steps is 'x'"), "rows": ("summary.json", '{"evaluations": 3}', "evaluations is 3"), "deep": ("summary.json", "[" * 100_000, "nested too deep"),
+    "huge": ("summary.json", f'{{"steps": {10**300}}}', "expected at most 64"), "plan": ("run.json", '{"notebook": []}', "notebook is []: expected text"), "status": ("run.json", '{"notebook": "x", "status": {}}', "status is {}"),
+    "torn": ("run.json", '{"notebook": "x', "not valid JSON"), "step": ("metrics.jsonl", '{"step": "x"}\n', "metrics.jsonl: step is 'x'"),
+}
+
+
+def test_one_bad_folder_is_one_row_whatever_is_wrong_with_it(made, runs_folder, capsys):
+    made("good", [{"step": 60, "loss": 0.7}])
+    for name, (file, content, _) in BROKEN.items():
+        made(name)
+        (runs_folder / name / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    begun = time.process_time()
+    runs, faults = list_runs()
+    assert [r.name for r in runs] == ["good"] and faults.keys() == BROKEN.keys() and time.process_time() - begun < 20
+    for name, (_, _, said) in BROKEN.items(): assert said in faults[name] and "\n" not in faults[name] and len(faults[name]) < 600, (name, faults[name])
+
+
+def test_odd_values_that_do_no_harm_are_listed(made, runs_folder):
+    made("nan", ['x', {"step": 5, "loss": float("nan")}], {"evaluations": [1, {"fid": float("inf"), "precision": "x"}], "figures": {"a": 3, "b": {"frechet": []}}, "loss": 10**400}, base="x" * 5000)
+    made("rows").joinpath("metrics.jsonl").write_text('{"step": 3}\n' + "[" * 9_000 + "\n" + "9" * 5000 + "\n[1]\n")
+    made("marks").joinpath("nonfinite-step-many").write_text("")
+    theirs = made("notebooks")
+    for i, text in enumerate(("[]", '{"metadata": [], "cells": 3}', '{"metadata": {"dmp_wb": {"page": 1}, "papermill": []}, "cells": [3, {"outputs": [4]}, {"outputs": {"a": 1}}]}', "[" * 9_000)): (theirs / f"{i}.ipynb").write_text(text)
+    (theirs / "gone.ipynb").symlink_to(theirs / "nowhere")
+    (runs_folder / "early" / "late").mkdir(parents=True)
+    for folder, when in (("early", -1e11), ("early/late", 4e11)):
+        (runs_folder / folder / "config.yaml").write_text(PLAIN)
+        os.utime(runs_folder / folder / "config.yaml", (when, when))
+    runs, faults = list_runs()
+    assert not faults and {r.name for r in runs} == {"nan", "rows", "marks", "notebooks", "early", "early/late"}
+    assert max(map(len, runs_table(runs, ["base"]).splitlines())) < 200
+    json.dumps([r.plain() for r in runs], allow_nan=False)
+    for r in runs: assert r.step in (None, 3, 5) and r.state != "running"
+
+
+def test_only_regular_files_are_opened(made, runs_folder):
+    "A pipe that nobody writes would hold a reader forever, and a device may give no end of bytes."
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "run.json"):
+        folder = made(f"pipe-{name}")
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+    (made("zero") / "metrics.jsonl").symlink_to("/dev/zero")
+    folder = made("socket")
+    (folder / "config.yaml").unlink()
+    here = os.getcwd()
+    os.chdir(folder)
+    try: socket.socket(socket.AF_UNIX).bind("config.yaml")
+    finally: os.chdir(here)
+    (made("folder") / "summary.json").mkdir()
+    fine = made("fine", [{"step": 1}])
+    for name in (".lock", ".run.lock", "x.ipynb"): os.mkfifo(fine / name)
+    runs, faults = list_runs()
+    assert [(r.name, r.state) for r in runs] == [("fine", "cut off")]
+    assert {n: why.split(" is a ")[1].split(":")[0] for n, why in faults.items()} == {**{f"pipe-{n}": "pipe" for n in ("config.yaml", "metrics.jsonl", "summary.json", "run.json")}, "zero": "device", "socket": "socket", "folder": "folder"}
+    with pytest.raises(BadInput, match="lock is a pipe"), locked(fine / ".lock", "x"): pass
+
+
+def test_a_clock_that_is_set_changes_no_state(made, monkeypatch):
+    folder = made("x", [{"step": 60}])
+    with run_lock(folder):
+        monkeypatch.setattr("psutil.Process.create_time", lambda self: time.time() + 86400)   # where a clock that was set forward moves it
+        os.utime(folder / ".lock", (1, 1))
+        assert states() == {"x": "running"} and writer_of(folder) == f"process {os.getpid()} on {os.uname().nodename}"
+        other = (folder / ".lock").read_text().replace(" ticks ", " ticks 1")
+    (folder / ".lock").write_text(other)
+    assert states() == {"x": "cut off"}   # another process had this number
+    (folder / ".lock").write_text("process 7 on another-machine")
+    for file in folder.iterdir(): os.utime(file, (time.time() + 1e6,) * 2)
+    assert states() == {"x": "cut off"}   # dates in the future keep nobody running
+    (folder / "metrics.jsonl").write_text('{"step": 61}\n')
+    assert states() == {"x": "running"}
+
+
+def test_deep_folders_and_folders_that_cannot_be_read(made, runs_folder, monkeypatch, request):
+    made("good")
+    deep = runs_folder
+    request.addfinalizer(lambda: subprocess.run(["rm", "-rf", str(runs_folder / "d")], check=True))   # pytest's own way of removing gives up at such depths
+    for _ in range(1200):
+        deep = deep / "d"
+        if len(str(deep)) > 3500: break
+        deep.mkdir()
+    (runs_folder / "shut").mkdir()
+    scandir = os.scandir
+    def scan(path):
+        if str(path).endswith("shut"): raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+    with monkeypatch.context() as m:
+        m.setattr(os, "scandir", scan)
+        runs, faults = list_runs()
+    assert [r.name for r in runs] == ["good"] and faults == {"shut": "Permission denied"}
+
+
+def test_of_large_notebooks_only_the_end_is_read(made):
+    folder = made("x", [{"step": 60}])
+    picture = {"cell_type": "code", "outputs": [{"output_type": "display_data", "data": {"image/png": "A" * 300_000}}]}
+    raised = {"cell_type": "code", "outputs": [{"output_type": "error", "ename": "E", "evalue": "why"}]}
+    for exception, state in ((False, "cut off"), (True, "failed")):
+        meta = {"dmp_wb": {"page": True}, "papermill": {"input_path": "a/pretrain.ipynb", "end_time": "x", "exception": exception}}
+        (folder / "run.ipynb").write_text(json.dumps({"cells": [picture, raised] if exception else [picture], "metadata": meta, "nbformat": 4}, indent=1))
+        assert states() == {"x": state}

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import nbformat
@@ -17,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
 from dmp_wb import runs, sweeps
-from dmp_wb.core import BadInput, read_json
+from dmp_wb.core import BadInput, process_identity, read_json
 from dmp_wb.runs import FAILED, FINISHED, STOPPED, WAITING, read_state
 from dmp_wb.sweeps import Sweep, View, gpu_share, plan, read_sweep, sweep
 
@@ -193,6 +194,53 @@ def test_a_worker_that_is_stopped_while_it_gets_ready(tmp_path, tiny, monkeypatc
         assert worker() == {} and read_state(tmp_path / "r").status == WAITING
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally: signal.signal(signal.SIGTERM, before)
+
+
+def test_a_run_that_is_killed_before_it_began_has_failed_and_its_worker_goes_on(tmp_path, tiny, monkeypatch):
+    for name in "ab": runs.write_state(tmp_path / name, runs.RunState(str(tiny), ticket="t"))
+    before, fork = signal.getsignal(signal.SIGTERM), os.fork
+
+    def fork_and_die():
+        pid = fork()
+        if pid == 0: os.kill(os.getpid(), signal.SIGKILL)
+        return pid
+    monkeypatch.setattr(sweeps, "job_id", lambda: "7")
+    monkeypatch.setattr(sweeps, "warm", lambda notebook: None)
+    monkeypatch.setattr(sweeps.os, "fork", fork_and_die)
+    try: assert sweeps.Worker(str(tmp_path), [(n, str(tiny)) for n in "ab"], "t", None)() == {"a": FAILED, "b": FAILED}
+    finally: signal.signal(signal.SIGTERM, before)
+    assert read_state(tmp_path / "a").error == "the process of the run ended by signal SIGKILL before the run began; look at log.txt"
+
+
+def test_a_worker_whose_starter_died_takes_nothing(tmp_path, tiny, monkeypatch):
+    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="t"))
+    monkeypatch.setattr(sweeps, "job_id", lambda: "1")   # not the parent of this process
+    monkeypatch.setattr(sweeps, "die_with_parent", lambda: None)
+    assert sweeps.Worker(str(tmp_path), [("r", str(tiny))], "t", process_identity())() == {} and read_state(tmp_path / "r").status == WAITING
+
+
+def test_a_worker_that_is_killed_before_it_takes_a_run_is_replaced(tiny, runs_folder):
+    folder, killed = runs_folder / "t", []
+    left = {".run.json.0a1b2c3d.tmp", "..progress.json.7.tmp"}   # of killed writes
+    folder.mkdir(parents=True)
+    for name in (*left, ".theirs.0a1b2c3d.tmp", ".run.json.tmp"): (folder / name).write_text("{")
+
+    def kill_once():
+        wait_for(lambda: [killed.append(p.kill()) for p in left_behind(folder) if "submitit.core._submit" in p.cmdline()])
+    thread = threading.Thread(target=kill_once)
+    thread.start()
+    done = sweep(tiny, {"x": 5}, name="t")
+    thread.join()
+    assert killed and done.finished and read_json(folder / "summary.json")["value"] == 135
+    assert {p.name for p in folder.rglob("*.tmp")} == {".theirs.0a1b2c3d.tmp", ".run.json.tmp"} and not [*folder.rglob("*.pkl"), *folder.rglob(".progress.json")]
+
+
+@pytest.mark.parametrize("changes", [{"attempts": "x"}, {"status": "done"}, {"seconds": []}, {"parameters": 3}, {"cell": "1"}, {"ticket": None}, {"notebook": 3}])
+def test_the_state_of_a_run_may_be_anybodys(tmp_path, tiny, changes):
+    (tmp_path / "run.json").write_text(json.dumps({**dataclasses.asdict(runs.RunState(str(tiny))), **changes}))
+    with pytest.raises(BadInput, match=f"run.json: {next(iter(changes))} is .*: expected what"): read_state(tmp_path)
+    (tmp_path / ".progress.json").write_text(json.dumps({"cell": 1, "bar": {"n": "x", "total": changes}}))
+    assert sweeps.line_of(tmp_path, runs.RunState("x", status=runs.RUNNING)) == "cell 1/None"
 
 
 def test_a_job_that_passes_over_the_first_sigterm():
