@@ -162,6 +162,7 @@ class Operation:
 
     def acts_on(self, model) -> list[tuple[int, nn.Module]]: raise NotImplementedError   # the modules it acts around, each with its number
     def rests_here(self) -> bool: return False   # in this thread, for now
+    def on(self, model: nn.Module) -> "Operation": return self   # what acts on a replica of DataParallel
     def start(self, call: Call): "Prepare the call's `state` under this key."
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: return x
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: return x
@@ -232,7 +233,8 @@ class BlockHooks:
 
     def _before_model(self, model, args, kwargs):
         resting = self.resting
-        call = Call(model, [o for o in self.operations if o.key not in resting and not o.rests_here()])
+        operations = self.operations if model is self.model else [o.on(model) for o in self.operations]
+        call = Call(model, [o for o in operations if o.key not in resting and not o.rests_here()])
         if call.operations: call.read(self.arguments, {**dict(zip(self.arguments, args)), **kwargs})
         here = self.threads.here
         call.previous, call.around = here.call, here.around
