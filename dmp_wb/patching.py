@@ -737,7 +737,8 @@ def _origin(model: nn.Module) -> dict:
 
 def _write_files(p: PromptPatch, folder: Path, weights: dict[str, torch.Tensor] | None = None):
     from dmp_wb import __version__
-    weights = {k: v.detach().cpu().contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
+    with weights_loaded(p.model, *p.modules()):   # copies: memory that a hook lends is taken back
+        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
     _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **dataclasses.asdict(p.config),
