@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Experiment, load_experiment
-from .core import BadInput, MissingFile, atomic_folder, read_json, runs_root, said, sha256_of, write_json
+from .core import BadInput, MissingFile, atomic_folder, expanded, read_json, runs_root, said, sha256_of, write_json
 from .data import fingerprint
 from .dit import DiT
 from .folders import locked, read_rows, run_folder
@@ -259,7 +259,7 @@ def load_model(
     return _load(model, patched, num_attention_heads).eval().to(place)
 
 def _load(model: str | Path, patched: bool, num_attention_heads: int | None, above: tuple[Path, ...] = ()) -> nn.Module:
-    path = Path(model)
+    path = expanded(model)
     if path.is_file(): return DiT.from_official(path, num_attention_heads)
     if path.suffix in (".pt", ".pth", ".safetensors"): raise MissingFile(f"no checkpoint {path}: expected an official DiT checkpoint")
     if (path / "config.json").is_file(): return _from_diffusers(path)

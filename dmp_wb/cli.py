@@ -68,6 +68,7 @@ def train(
     from dmp_wb.folders import run_folder
     exp = load_experiment(experiment, overrides or [])
     if exp.base and "/" not in exp.base and not Path(exp.base).exists(): run_folder(exp.base)   # tells the nearest name
+    if folder is None: runs_root()   # which may be a file
     _begin(f"{exp.name}: {exp.train.steps:,} steps of {exp.method}")
     from dmp_wb.training import train
     train(experiment, overrides or [], folder and expanded(folder))

@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .anatomy import Size, anatomy_of, backbones_inside, unwrap_model, wrappers_of
-from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
+from .core import BadInput, MissingFile, atomic_folder, expanded, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
 from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, is_on_disk, weights_loaded
 from .schedules import check_timesteps
@@ -764,7 +764,7 @@ def save_patch(
     Raises `BadInput` for a folder that holds something else, weights that could not be loaded again, and a disk that is full or read-only;
     an older patch there is then untouched.
     """
-    p, folder = get_patch(model, name), Path(folder)
+    p, folder = get_patch(model, name), expanded(folder)
     with _one_line(folder):
         theirs = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
         if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES} or theirs and CONFIG_FILE not in theirs):
@@ -776,7 +776,7 @@ def save_patch(
 
 def _patch_folder(folder: str | Path, hub: dict) -> Path:
     "A local folder, or the files of a repository on the hub."
-    path = Path(folder)
+    path = expanded(folder)
     if path.is_dir(): return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir(): raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the id of one on the hub")
     try: return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))

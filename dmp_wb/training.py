@@ -51,7 +51,7 @@ from torch.distributed.tensor import DTensor
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, list_checkpoints, load_checkpoint, load_model, newest_checkpoint, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, append_text, assets_folder, atomic_folder, git_commit, in_kernel, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
+from .core import BadInput, append_text, assets_folder, atomic_folder, expanded, git_commit, in_kernel, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
 from .distributed import check_launch, check_processes, file_rendezvous, launched, like, load_optimizer_state, optimizer_state, rendezvous_kwargs, set_up_sharding, splits_weights, whole
 from .dit import DiT
@@ -399,7 +399,7 @@ def share_of_batch(t: TrainConfig, num_processes: int) -> int:
 def new_run(exp: Experiment, folder: str | Path | None) -> Run:
     "Where an experiment goes: the folder, or `runs/<name>`. Raises `BadInput` for the name of a run that ships with the package."
     if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
-    return Run((Path(folder) if folder else runs_root() / exp.name).resolve())
+    return Run((expanded(folder) if folder else runs_root() / exp.name).resolve())
 
 # What a run may be resumed with other values of: no weight and no loss depends on it
 MAY_CHANGE = frozenset(("data.num_workers", "data.max_bad_images", *(f"train.{key}" for key in (
