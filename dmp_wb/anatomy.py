@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Size', 'WRAPPERS', 'Anatomy', 'input_size', 'learned_variance', 'register_backbone', 'registered', 'supported_models',
-           'anatomy_of', 'unwrap_model', 'backbones_inside', 'timestep_batch']
+           'anatomy_of', 'wrappers_of', 'unwrap_model', 'backbones_inside', 'timestep_batch']
 
 # %% ../nbs/02_anatomy.ipynb #c0512f20
 import inspect
@@ -34,7 +34,8 @@ class Anatomy:
     num_classes: Callable[[nn.Module], int | None] = lambda m: None   # classes the model is conditioned on, without the null class, which has this index
     routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None  # the blocks that routing masks, each with its residuals inside; None: `blocks`
     called_grid: Callable[[nn.Module, dict], Size] | None = None      # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
-    leading_tokens: Callable[[nn.Module, dict], Sequence[int]] | None = None # by block, how many tokens of a text come before the image's in the same stream; None: none
+    # by block, how many tokens of a text come before the image's in the same stream: a number, or one for each sample of the batch (a list or a tensor); None: none
+    leading_tokens: Callable[[nn.Module, dict], Sequence[int | Sequence[int] | torch.Tensor]] | None = None
     any_length: bool = False                                          # the blocks take any number of tokens, so that prompts can be prepended
     timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0      # what the model's timestep is multiplied by to lie in 0…T
     as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t  # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds
@@ -117,20 +118,25 @@ WRAPPERS = {("torch", "DataParallel"), ("torch", "DistributedDataParallel"), ("t
 
 def _wrapped(model):
     "What a wrapper calls with the arguments it is given; None for what is no such wrapper."
-    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module): return inner   # torch.compile, and accelerate's by region
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module): return inner   # of torch.compile, whole or by region
     for cls in type(model).__mro__:
         package = cls.__module__.partition(".")[0]
         if (package, cls.__name__) in WRAPPERS: return model.module
         if package == "peft": return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", None)
     return None
 
+def wrappers_of(model: nn.Module) -> list[nn.Module]:
+    "A model, what it wraps, what that wraps: the innermost last."
+    layers = [model]
+    while isinstance(layers[-1], nn.Module) and isinstance(inner := _wrapped(layers[-1]), nn.Module): layers.append(inner)
+    return layers
+
 def unwrap_model(
     model: nn.Module,  # a model, or one inside any number of wrappers
 ) -> nn.Module:
     """The model inside torch.compile, DataParallel, DistributedDataParallel, FSDP, AveragedModel, a DeepSpeed engine, a PeftModel,
     or what accelerate prepared. Anything else is given back as it is."""
-    while isinstance(model, nn.Module) and isinstance(inner := _wrapped(model), nn.Module): model = inner
-    return model
+    return wrappers_of(model)[-1]
 
 def backbones_inside(
     holder,  # a pipeline, a module of the user's own: anything with attributes

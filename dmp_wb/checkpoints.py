@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['OWNER_FILE', 'BACKBONE_PARTS', 'split_tensors', 'join_tensors', 'save_checkpoint', 'best_checkpoint', 'run_lock',
            'list_checkpoints', 'drop_checkpoints_after', 'checkpoint_fault', 'newest_checkpoint', 'load_checkpoint',
-           'removable', 'remove_checkpoint', 'Run', 'run_folder', 'open_run', 'usual_device', 'load_model',
-           'trained_objective']
+           'removable', 'remove_checkpoint', 'Run', 'open_run', 'usual_device', 'load_model', 'trained_objective']
 
 # %% ../nbs/09_checkpoints.ipynb #ceb975f7
 import os
 import re
 import secrets
+import json
+import math
 import shutil
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .config import Experiment, load_experiment
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, read_json, runs_root, said, sha256_of, unknown, write_json
+from .core import BadInput, MissingFile, atomic_folder, read_json, runs_root, said, sha256_of, write_json
 from .data import fingerprint
 from .dit import DiT
-from .folders import find_runs, locked, read_rows, run_name
+from .folders import locked, read_rows, run_folder
 from .objectives import ObjectiveConfig
 from .patching import CONFIG_FILE, load_patch
 from .routing import route
@@ -223,15 +225,6 @@ class Run:
             if isinstance(e, BadInput): raise
             raise BadInput(f"{self.folder / 'summary.json'} cannot be written: {e.strerror or e}") from None
 
-def run_folder(
-    run: str | Path,  # a run folder, a name below `runs/`, or the name of a run that ships with the package
-) -> Path:
-    "Where a run is; the names of shipped runs come before those below `runs/`. Raises `BadInput` that suggests the nearest known name."
-    for folder in (Path(run), assets_folder() / run, runs_root() / run):
-        if (folder / "config.yaml").is_file(): return folder
-    known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
-    raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
-
 def open_run(run: str | Path) -> Run:
     "The run of that name or folder."
     return Run(run_folder(run))
@@ -265,7 +258,7 @@ def load_model(
     place = usual_device(device)   # a wrong one is told before anything is read
     return _load(model, patched, num_attention_heads).eval().to(place)
 
-def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> nn.Module:
+def _load(model: str | Path, patched: bool, num_attention_heads: int | None, above: tuple[Path, ...] = ()) -> nn.Module:
     path = Path(model)
     if path.is_file(): return DiT.from_official(path, num_attention_heads)
     if path.suffix in (".pt", ".pth", ".safetensors"): raise MissingFile(f"no checkpoint {path}: expected an official DiT checkpoint")
@@ -283,7 +276,9 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> 
         return backbone
     if not (folder / "patch" / CONFIG_FILE).is_file(): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     run = Run(folder)
-    backbone = _load(run.experiment.base or "", True, None)
+    here = folder.resolve()
+    if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
+    backbone = _load(run.experiment.base or "", True, None, (*above, here))
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
         raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
@@ -300,13 +295,39 @@ def trained_objective(model: str | Path) -> ObjectiveConfig | None:
 def _from_diffusers(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    try: cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    except Exception: cls = None   # a class whose own imports fail
     known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
     if not known:
-        raise BadInput(f"{folder / 'config.json'} has _class_name {name!r}: expected a diffusers model class or DiT")
-    try: return cls.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: {' '.join(str(e).split())[:300]}") from None
+        raise BadInput(f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
+    _check_against_weights(folder, config)
+    try: model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as e:   # whatever the class makes of values and tensors of others
+        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    for keys, fault in (("missing_keys", "miss"), *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):   # other classes drop keys of older versions
+        if told[keys]: raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, first {min(told[keys])[:100]}: expected those of its config.json")
+    return model
+
+def _check_against_weights(folder: Path, config: dict):
+    "Raise `BadInput` for a config that asks for more layers than there are tensors, or for a side longer than all of them, before a model of that size is made."
+    tensors, numbers = 0, 0
+    for file in folder.glob("*.safetensors"):
+        try:
+            with open(file, "rb") as f:
+                length = struct.unpack("<Q", f.read(8))[0]
+                if length > 1 << 27: raise ValueError(f"a header of {length} bytes")
+                facts = json.loads(f.read(length))
+                shapes = [v["shape"] for k, v in facts.items() if k != "__metadata__"]
+                numbers += sum(math.prod(shape) for shape in shapes)
+        except (OSError, ValueError, RecursionError, struct.error, KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+        tensors += len(shapes)
+    if not tensors: return   # what is missing, from_pretrained says
+    for key, value in config.items():
+        counts = "layer" in key or "depth" in key or "blocks" in key
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > (tensors if counts else max(numbers, 1 << 16)):
+                raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights beside it are {tensors} tensors of {numbers} numbers")
 
 def _from_pipeline(folder: Path) -> nn.Module:
     for part in BACKBONE_PARTS:
@@ -316,6 +337,6 @@ def _from_pipeline(folder: Path) -> nn.Module:
 def _from_hub(repo_id: str) -> nn.Module:
     said = []
     for part in BACKBONE_PARTS:
-        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)
+        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)   # no pickles of strangers
         except (OSError, ValueError) as e: said.append(" ".join(str(e).split())[:200])
     raise BadInput(f"{repo_id!r} is neither a run nor a diffusers pipeline on the hub that could be reached: {said[0]}")

@@ -8,9 +8,8 @@ __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES
            'ImageData', 'digits', 'data_path', 'BadImage', 'open_regular', 'read_image', 'centre_crop', 'to_tensor',
            'split_kind', 'folder_splits', 'pick_split', 'ImageFiles', 'SkippedImages', 'image_folder', 'image_files',
            'metadata_columns', 'captioned_folder', 'DataRows', 'hub_data', 'only_split', 'load_images', 'EpochOrder',
-           'LatentCoder', 'draw_latents', 'load_vae', 'fingerprint', 'TextCoder', 'load_text_encoder', 'EncodedImages',
-           'read_entry', 'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split', 'LatentCache',
-           'load_data']
+           'LatentCoder', 'draw_latents', 'load_vae', 'TextCoder', 'load_text_encoder', 'EncodedImages', 'read_entry',
+           'read_cache_facts', 'write_cache', 'ConsecutiveBatches', 'cached_split', 'LatentCache', 'load_data']
 
 # %% ../nbs/07_data.ipynb #2426e789
 import bisect
@@ -38,6 +37,7 @@ from safetensors.torch import save
 from torch import nn
 
 from .core import BadInput, MissingFile, open_plain, progress, read_json, seed_of, sha256_of, unknown, write_atomic, write_json
+from .patching import fingerprint
 from .settings import DataConfig
 
 # %% ../nbs/07_data.ipynb #8f7c5b09
@@ -703,13 +703,6 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
         return LatentCoder(vae, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
-
-def fingerprint(model: nn.Module) -> str:
-    "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.detach().flatten()[:256].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 # %% ../nbs/07_data.ipynb #acf6bcc1
 class TextCoder(nn.Module):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOOKS_NAME', 'PerThread', 'Scoped', 'first_tensor', 'Call', 'Inputs', 'Operation', 'BlockHooks', 'is_offloaded',
-           'weights_loaded', 'hooks_of', 'attach']
+           'is_on_disk', 'weights_loaded', 'hooks_of', 'attach']
 
 # %% ../nbs/02_hooks.ipynb #ebc2fae5
 import contextlib
@@ -97,16 +97,22 @@ class Call:
         given = inputs.get(anatomy.timestep_argument)
         if given is None: raise BadInput(f"{type(model).__name__} was called without a timestep: expected the argument {anatomy.timestep_argument!r}, which its patch or route needs")
         names = [k for k in ("hidden_states", "sample", *arguments, *inputs) if k in inputs and k != anatomy.timestep_argument]
-        images = next((inputs[k] for k in names if first_tensor(inputs[k], 2) is not None), None)
+        images: Any = next((inputs[k] for k in names if first_tensor(inputs[k], 2) is not None), None)
         some = first_tensor(images, 2)
         if some is None: raise BadInput(f"{type(model).__name__} was called without images: expected a tensor or a list of tensors, one an image")
         self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else some.device)   # [B] or [1], as the model takes it
         self.batch = len(images)
         self.inputs: Any = inputs   # dropped when all have started
-        if anatomy.leading_tokens is not None: self.leading = self._leading(anatomy.leading_tokens(model, inputs))
+        if anatomy.leading_tokens is not None: self.leading = self._leading(anatomy.leading_tokens(model, inputs), inputs)
 
-    def _leading(self, given: Sequence) -> list:
+    def _leading(self, given: Sequence, inputs: dict) -> list:
         "Numbers, and tuples of them where the samples' differ."
+        mask = inputs.get("encoder_attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and all(isinstance(v, int) for v in given) and any(given) and not torch.compiler.is_compiling():
+            lengths = sorted({int(n) for n in (mask != 0).sum(1).tolist()})
+            if len(lengths) > 1:
+                raise BadInput(f"the texts of this batch have lengths {' and '.join(map(str, lengths))}, and leading_tokens gives one number for all: expected a number for each sample, "
+                               "equal ones where short texts are padded before the image")
         known: dict[int, Any] = {}   # most blocks share one object, and asking a GPU takes long
         for v in given:
             if id(v) in known: continue
@@ -308,14 +314,22 @@ def is_offloaded(model: nn.Module) -> bool:
     "Whether accelerate keeps the weights of any part elsewhere, and loads them when the part is called."
     return any(hasattr(m, "_hf_hook") for m in model.modules())
 
+def _group(module: nn.Module) -> Any:
+    "The weights that diffusers' group offloading loads when a module is called; None if there are none."
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    return None if hook is None else hook.group
+
+def is_on_disk(model: nn.Module) -> bool:
+    "Whether diffusers' group offloading keeps weights in files, so that what the parameters hold between calls means nothing."
+    return any(getattr(_group(m), "offload_to_disk_path", None) for m in model.modules())
+
 @contextlib.contextmanager
 def weights_loaded(model: nn.Module, *parts: nn.Module):
     "Inside, the weights are there that diffusers' group offloading holds back until the model, or one of these parts of it, is called."
     groups: dict[int, Any] = {}
     if hooks_of(model).call is None:   # a model that runs has them already
-        for module in (model, *parts):
-            hook = getattr(module, "_diffusers_hook", None) and module._diffusers_hook.get_hook("group_offloading")
-            if hook: groups[id(hook.group)] = hook.group
+        groups = {id(group): group for group in map(_group, (model, *parts)) if group is not None}
     for group in groups.values(): group.onload_()
     try: yield
     finally:

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from .anatomy import anatomy_of
+from .anatomy import anatomy_of, backbones_inside, unwrap_model
 from .core import BadInput
 from .hooks import HOOKS_NAME, Call, Operation, attach, hooks_of
 from .settings import KINDS, DTRConfig   # noqa: F401
@@ -100,10 +100,11 @@ class Router(Operation):
     def forget(self, index: int, call: Call): call.state[self.key]["kept"].pop(index, None)
 
 def route(
-    model: nn.Module,                 # a supported backbone; changed in place
+    model: nn.Module,                 # a supported backbone, wrapped or not; changed in place
     config: DTRConfig | None = None,  # the paper's settings if None
 ) -> Router:
     "Send every timestep through its own channels of a model's blocks. Raises `BadInput` if the model is routed already or the settings make no sense."
+    model = unwrap_model(model)
     if get_router(model) is not None: raise BadInput(f"this {type(model).__name__} is routed already: unroute it first")
     router = Router(model, config or DTRConfig())
     attach(model, router)
@@ -111,11 +112,14 @@ def route(
 
 def get_router(model: nn.Module) -> Router | None:
     "The route on a model; None if there is none."
+    model = unwrap_model(model)
     return next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None) if hasattr(model, HOOKS_NAME) else None
 
-def unroute(model: nn.Module) -> nn.Module:
+def unroute(model: nn.Module) -> nn.Module: # as it was given
     "Take the route off: the model is what it was."
-    router = get_router(model)
-    if router is None: raise BadInput(f"this {type(model).__name__} is not routed: call dmp_wb.route first")
-    hooks_of(model).detach(router)
+    backbone, router = unwrap_model(model), get_router(model)
+    if router is None:
+        inside = backbones_inside(backbone)
+        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
+    hooks_of(backbone).detach(router)
     return model

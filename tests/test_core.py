@@ -232,3 +232,8 @@ def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
     child.wait()
     assert not process_alive(identity)
     with pytest.raises(ProcessLookupError, match=f"no process {child.pid}"): process_identity(child.pid)
+
+
+def test_an_error_that_quotes_a_whole_book_is_cut_in_the_middle():
+    said = str(BadInput(f"name is {'x' * 10**6!r}: expected a folder name"))
+    assert len(said) <= 2000 and said.startswith("name is 'xxx") and said.endswith("xx': expected a folder name") and " … " in said

@@ -137,7 +137,7 @@ def test_subclasses_with_open_signatures(inputs):
     assert torch.allclose(p.last_gates, p.gates(inputs[1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "DiT"])
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layerwise_casting(name, when):
     "Weights stored in eight bits and computed with in 32: the gates are those of the same weights without it."
@@ -194,7 +194,7 @@ def test_a_pipeline_or_a_wrapper_instead_of_its_model():
     class Pipeline:
         def __init__(self): self.transformer = tiny_dit()
     with pytest.raises(BadInput, match="Pipeline is not a known backbone.*did you mean its .transformer"): wb.patch(Pipeline())
-    with pytest.raises(BadInput, match="did you mean its .module"): wb.route(nn.DataParallel(tiny_dit()))
+    with pytest.raises(BadInput, match="did you mean its .net.inner"): wb.route(nn.ModuleDict({"net": nn.ModuleDict({"inner": nn.DataParallel(tiny_dit())})}))
     model = tiny_dit()
     model.dmp = nn.Linear(2, 2)
     with pytest.raises(BadInput, match="has a part of its own named 'dmp'"): wb.patch(model)

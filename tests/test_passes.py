@@ -2,11 +2,15 @@
 import asyncio
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from backbones import BACKBONES, INPUT_SIZE, inputs_for, output
 from conftest import randomise, tiny_dit
+from torch import nn
 
 import dmp_wb as wb
 from dmp_wb.core import BadInput
@@ -247,3 +251,177 @@ def test_hooks_that_give_the_model_other_arguments():
     handle.remove()
     with pytest.raises(BadInput, match="was called alone"): model.blocks[0](torch.zeros(1, 16, 32), torch.zeros(1, 32))
     assert torch.equal(at(model, 500), want)
+
+
+# --- weights that come late
+
+def offloaded(model, kind, folder=None):
+    "The model with its weights elsewhere until they are needed, by diffusers or by accelerate."
+    if kind == "sequential": cpu_offload(model, "cpu", offload_buffers=True)
+    else:
+        more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+        model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind,
+                                   offload_to_disk_path=str(folder) if folder else None, **more)
+
+
+@pytest.mark.parametrize("order", ["patched first", "offloaded first"])
+@pytest.mark.parametrize("kind,disk", [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
+@pytest.mark.parametrize("name,changes", [("DiT", {}), ("DiT", {"gate_input": "condition"}), ("DiT", {"gate_input": "none"}), ("SD3Transformer2DModel", {"mode": "prepend", "num_prompts": 3}),
+                                          ("UNet2DConditionModel-SD15", {}), ("FluxTransformer2DModel", {"gate_input": "condition"})])
+def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, order, tmp_path):
+    config, kwargs = wb.DMPConfig(input_size=INPUT_SIZE.get(name), **changes), inputs_for(name)
+    model = BACKBONES[name]()
+    p = randomise(wb.patch(model, config), 0.3)
+    wb.route(model)
+    want, gates = output(model, kwargs), p.last_gates
+    wb.save_patch(model, tmp_path / "want")
+    model = BACKBONES[name]()
+    if order == "offloaded first": offloaded(model, kind, tmp_path / "disk" if disk else None)
+    p = randomise(wb.patch(model, config), 0.3)
+    wb.route(model)
+    if order == "patched first": offloaded(model, kind, tmp_path / "disk" if disk else None)
+    for _ in range(2): assert torch.equal(output(model, kwargs), want) and torch.equal(p.last_gates, gates)
+    if config.gate_input == "timestep" and name == "DiT":
+        torch.testing.assert_close(p.gates(kwargs["timestep"]), gates)
+        with p.baked(kwargs["timestep"]): torch.testing.assert_close(output(model, kwargs), want)
+    if kind != "sequential":   # there a state dict holds no numbers
+        wb.save_patch(model, tmp_path / "got")
+        assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")   # no fingerprint of numbers that are not there
+            wb.load_patch(BACKBONES[name](), tmp_path / "got")
+
+
+def test_autocast_leaves_the_gates_in_float32():
+    for name, changes in (("DiT", {}), ("DiT", {"gate_input": "condition", "noisy_gating": True, "top_k": 3}), ("SD3Transformer2DModel", {"gate_input": "condition"})):
+        model, kwargs = BACKBONES[name](), inputs_for(name)
+        p = randomise(wb.patch(model, wb.DMPConfig(**changes)), 0.5)
+        output(model, kwargs)
+        want = p.last_gates
+        low = {k: v.bfloat16() if k in ("pooled_projections", "encoder_hidden_states") else v for k, v in kwargs.items()}
+        kwargs = kwargs if name == "DiT" else low | {"pooled_projections": kwargs["pooled_projections"]}
+        with torch.autocast("cpu", torch.bfloat16):
+            output(model, kwargs)
+            assert torch.equal(p.last_gates, want) and p.last_gates.dtype == torch.float32
+            if name == "DiT": torch.testing.assert_close(p.gates(kwargs["timestep"], **{k: v for k, v in kwargs.items() if k == "class_labels" and changes}), want, atol=1e-6, rtol=1e-5)
+            output(model, low)   # a condition in half precision meets weights that are not
+
+
+# --- tokens that blocks do not see alike
+
+def sd3_with_prompts(depth=None, **more):
+    "What SD3 answers with three prepended prompts, by the formula and by a patch."
+    name = "SD3Transformer2DModel"
+    model, kwargs = BACKBONES[name](), inputs_for(name) | more
+    p = randomise(wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=3, depth=depth)), 0.3)
+    got, gates = output(model, kwargs), p.last_gates
+    wb.unpatch(model)
+    left = {}
+    for i, block in enumerate(model.transformer_blocks):
+        plain = block.forward
+
+        def forward(hidden_states, *args, i=i, plain=plain, **kw):   # the prompts enter and leave by hand
+            if i in p.blocks: lead = gates[:, p.blocks.index(i), :, None] * p.prompts[p.blocks.index(i)]
+            elif left: lead = left[max(left)]
+            else: return plain(hidden_states, *args, **kw)
+            text, x = plain(torch.cat([lead, hidden_states], 1), *args, **kw)
+            left[i] = x[:, :3]
+            return text, x[:, 3:]
+        block.forward = forward
+    return got, output(model, kwargs)
+
+
+@pytest.mark.parametrize("depth", [None, 1, [1, 2], [2]])
+@pytest.mark.parametrize("more", [{}, {"skip_layers": [0]}, {"skip_layers": [1]}, {"skip_layers": [2]}, {"skip_layers": [0, 1, 2]},
+                                  {"block_controlnet_hidden_states": [torch.ones(2, 16, 32)] * 3}], ids=str)
+def test_prepended_prompts_where_blocks_are_skipped_or_a_controlnet_adds(depth, more):
+    got, want = sd3_with_prompts(depth, **more)
+    torch.testing.assert_close(got, want)
+
+
+def test_prepended_prompts_in_checkpointed_blocks_beyond_the_depth():
+    model, kwargs, grads = BACKBONES["DiT"]().train(), inputs_for("DiT"), []
+    p = randomise(wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=3, depth=1)), 0.3)
+    for on in (False, True):
+        model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()
+        losses = [model(**inputs_for("DiT", timestep=t)).sample.square().mean() for t in (5, 900)]
+        grads.append(torch.autograd.grad(sum(losses), [p.prompts, p.gate.weight]))
+    for a, b in zip(*grads, strict=True): torch.testing.assert_close(a, b)
+    assert kwargs and all(g.abs().sum() > 0 for g in grads[0])
+
+
+class Joint(nn.Module):
+    "As Lumina: every sample's text, as long as it is, then its image, then nothing."
+    def __init__(self):
+        super().__init__()
+        self.time, self.layers = nn.Linear(1, 8), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask):
+        lengths = encoder_attention_mask.sum(1).tolist()
+        x = hidden_states.new_zeros(len(hidden_states), max(lengths) + 4, 8)
+        for row, text, image, n in zip(x, encoder_hidden_states, hidden_states.flatten(2).mT, lengths): row[:n], row[n:n + 4] = text[:n], image
+        pad = torch.arange(x.shape[1]) >= torch.tensor(lengths)[:, None] + 4
+        for layer in self.layers: x = layer(x, src_key_padding_mask=pad)
+        return torch.stack([row[n:n + 4] for row, n in zip(x, lengths)])
+
+
+def joint(leading):
+    wb.register_backbone(Joint, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8, embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
+                                           embedding_width=lambda m: 8, leading_tokens=leading, tokens_argument="src", any_length=True))
+    return randomise(Joint(), 0.3).eval()
+
+
+@pytest.mark.parametrize("leading", [lambda m, i: [i["encoder_attention_mask"].sum(1)] * 2, lambda m, i: [i["encoder_attention_mask"].sum(1).tolist()] * 2])
+def test_texts_of_different_lengths_before_the_images(leading):
+    x, text, t, mask = torch.randn(3, 8, 2, 2), torch.randn(3, 5, 8), torch.tensor([5, 400, 900]), torch.tensor([[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0]])
+    model = joint(leading)
+    for prompts in (None, 2):
+        randomise(wb.patch(model, wb.DMPConfig(num_prompts=prompts)), 0.5)
+        wb.route(model)
+        with torch.no_grad():
+            together = model(x, t, text, mask)
+            for i in range(3): torch.testing.assert_close(together[i:i + 1], model(x[i:i + 1], t[i:i + 1], text[i:i + 1, :int(mask[i].sum())], mask[i:i + 1, :int(mask[i].sum())]))
+        wb.unroute(wb.unpatch(model))
+    wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=2))
+    with pytest.raises(BadInput, match="texts of this batch have different lengths: expected equal ones"): model(x, t, text, mask)
+
+
+def test_one_number_for_texts_that_a_mask_says_are_of_different_lengths():
+    model = joint(lambda m, inputs: [int(inputs["encoder_attention_mask"].sum(1).max())] * 2)
+    wb.patch(model)
+    x, text, t = torch.randn(2, 8, 2, 2), torch.randn(2, 5, 8), torch.tensor([5, 400])
+    model(x, t, text, torch.ones(2, 5, dtype=torch.long))
+    with pytest.raises(BadInput, match="lengths 2 and 5.*leading_tokens gives one number.*expected a number for each sample"): model(x, t, text, torch.tensor([[1, 1, 0, 0, 0], [1] * 5]))
+    with pytest.raises(BadInput, match="gives 3 numbers for a block"): joint_of_three(model, x, t, text)
+
+
+def joint_of_three(model, x, t, text):
+    joint(lambda m, inputs: [[1, 2, 3]] * 2)
+    return model(x, t, text, torch.ones(2, 5, dtype=torch.long))
+
+
+class Listed(nn.Module):
+    "As Z-Image: a list of images, one tensor each."
+    def __init__(self):
+        super().__init__()
+        self.inp, self.time = nn.Linear(1, 8), nn.Linear(1, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+
+    def forward(self, x, t, captions):
+        h = self.inp(torch.stack([i.flatten(1).T for i in x]))
+        for layer in self.layers: h = layer(h)
+        return list(h)
+
+
+def test_images_given_as_a_list():
+    wb.register_backbone(Listed, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8, embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
+                                            embedding_width=lambda m: 8, timestep_argument="t", tokens_argument="src"))
+    model = randomise(Listed(), 0.3)
+    x, captions = torch.randn(3, 1, 2, 2), [torch.randn(5, 8), torch.randn(2, 8), torch.randn(3, 8)]
+    for mode in (False, True):
+        p = randomise(wb.patch(model.train(mode)), 0.5)
+        assert len(model(list(x), torch.tensor([1, 500, 900]), captions)) == 3 and p.last_gates.shape == (3, 2, 4)
+        model(list(x), 500, captions)
+        assert len(p.last_gates) == (3 if mode else 1)
+        with pytest.raises(BadInput, match="Listed was called without images: expected a tensor or a list of tensors"): model([], 500, [])
+        wb.unpatch(model)

@@ -109,7 +109,7 @@ def test_unpatch_restores_exactly(backbone, inputs):
 def test_model_saves_as_if_unpatched(backbone, inputs, tmp_path):
     names, before = set(backbone.state_dict()), run(backbone, inputs)
     trained(backbone)
-    assert set(backbone.state_dict()) == names
+    assert {k for k in backbone.state_dict() if not k.startswith(f"{PATCH_NAME}.")} == names
     backbone.load_state_dict(backbone.state_dict())                 # strict
     backbone.save_pretrained(tmp_path)
     assert torch.equal(run(type(backbone).from_pretrained(tmp_path), inputs), before)
@@ -118,8 +118,10 @@ def test_model_saves_as_if_unpatched(backbone, inputs, tmp_path):
 def test_a_patched_model_inside_another_module_loads_strictly(inputs):
     outer = torch.nn.ModuleDict({"net": tiny_dit()})
     trained(outer["net"])
-    assert not any(PATCH_NAME in k for k in outer.state_dict())
+    assert f"net.{PATCH_NAME}.default.prompts" in outer.state_dict()
     outer.load_state_dict(outer.state_dict())
+    without = {k: v for k, v in outer.state_dict().items() if f".{PATCH_NAME}." not in k}
+    with pytest.warns(UserWarning, match="no patch 'default' of this DiT"), pytest.raises(RuntimeError, match="net.dmp.default.prompts"): outer.load_state_dict(without)
 
 
 def test_round_trip_through_files(backbone, inputs, tmp_path):
@@ -210,7 +212,9 @@ def test_bfloat16(inputs, tmp_path):
     trained(model)
     out = run(model, (inputs[0].bfloat16(), *inputs[1:]))
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
-    assert wb.get_patch(model).prompts.dtype == torch.bfloat16 and model.dtype == torch.bfloat16
+    assert wb.get_patch(model).prompts.dtype == torch.float32 and model.dtype == torch.bfloat16
+    wb.unpatch(model)
+    assert {w.dtype for w in wb.patch(model, dtype=torch.bfloat16).parameters()} == {torch.bfloat16} and run(model, (inputs[0].bfloat16(), *inputs[1:])).isfinite().all()
 
 
 @pytest.mark.slow
