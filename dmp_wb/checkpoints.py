@@ -11,7 +11,10 @@ __all__ = ['OWNER_FILE', 'BACKBONE_PARTS', 'split_tensors', 'join_tensors', 'sav
 import os
 import re
 import secrets
+import json
+import math
 import shutil
+import struct
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -255,7 +258,7 @@ def load_model(
     place = usual_device(device)   # a wrong one is told before anything is read
     return _load(model, patched, num_attention_heads).eval().to(place)
 
-def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> nn.Module:
+def _load(model: str | Path, patched: bool, num_attention_heads: int | None, above: tuple[Path, ...] = ()) -> nn.Module:
     path = expanded(model)
     if path.is_file(): return DiT.from_official(path, num_attention_heads)
     if path.suffix in (".pt", ".pth", ".safetensors"): raise MissingFile(f"no checkpoint {path}: expected an official DiT checkpoint")
@@ -273,7 +276,9 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None) -> 
         return backbone
     if not (folder / "patch" / CONFIG_FILE).is_file(): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     run = Run(folder)
-    backbone = _load(run.experiment.base or "", True, None)
+    here = folder.resolve()
+    if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
+    backbone = _load(run.experiment.base or "", True, None, (*above, here))
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
         raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
@@ -290,13 +295,39 @@ def trained_objective(model: str | Path) -> ObjectiveConfig | None:
 def _from_diffusers(folder: Path) -> nn.Module:
     config = read_json(folder / "config.json")
     name = config.get("_class_name") if isinstance(config, dict) else None
-    cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    try: cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    except Exception: cls = None   # a class whose own imports fail
     known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
     if not known:
-        raise BadInput(f"{folder / 'config.json'} has _class_name {name!r}: expected a diffusers model class or DiT")
-    try: return cls.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: {' '.join(str(e).split())[:300]}") from None
+        raise BadInput(f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
+    _check_against_weights(folder, config)
+    try: model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as e:   # whatever the class makes of values and tensors of others
+        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    for keys, fault in (("missing_keys", "miss"), *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):   # other classes drop keys of older versions
+        if told[keys]: raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, first {min(told[keys])[:100]}: expected those of its config.json")
+    return model
+
+def _check_against_weights(folder: Path, config: dict):
+    "Raise `BadInput` for a config that asks for more layers than there are tensors, or for a side longer than all of them, before a model of that size is made."
+    tensors, numbers = 0, 0
+    for file in filter(Path.is_file, folder.glob("*.safetensors")):   # no pipe, which would wait
+        try:
+            with open(file, "rb") as f:
+                length = struct.unpack("<Q", f.read(8))[0]
+                if length > 1 << 27: raise ValueError(f"a header of {length} bytes")
+                facts = json.loads(f.read(length))
+                shapes = [v["shape"] for k, v in facts.items() if k != "__metadata__"]
+                numbers += sum(math.prod(shape) for shape in shapes)
+        except (OSError, ValueError, RecursionError, struct.error, KeyError, TypeError, AttributeError) as e:
+            raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+        tensors += len(shapes)
+    if not tensors: return   # what is missing, from_pretrained says
+    for key, value in config.items():
+        counts = key.endswith(("layers", "blocks", "depth", "per_block"))
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and number > (tensors if counts else max(numbers, 1 << 16)):
+                raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights beside it are {tensors} tensors of {numbers} numbers")
 
 def _from_pipeline(folder: Path) -> nn.Module:
     for part in BACKBONE_PARTS:
@@ -306,6 +337,6 @@ def _from_pipeline(folder: Path) -> nn.Module:
 def _from_hub(repo_id: str) -> nn.Module:
     said = []
     for part in BACKBONE_PARTS:
-        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)
+        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)   # no pickles of strangers
         except (OSError, ValueError) as e: said.append(" ".join(str(e).split())[:200])
     raise BadInput(f"{repo_id!r} is neither a run nor a diffusers pipeline on the hub that could be reached: {said[0]}")

@@ -53,7 +53,7 @@ from .checkpoints import Run, drop_checkpoints_after, list_checkpoints, load_che
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
 from .core import BadInput, append_text, assets_folder, atomic_folder, expanded, git_commit, in_kernel, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
-from .distributed import check_launch, launched, like, load_optimizer_state, optimizer_state, set_up_sharding, splits_weights, whole
+from .distributed import check_launch, check_processes, file_rendezvous, launched, like, load_optimizer_state, optimizer_state, rendezvous_kwargs, set_up_sharding, splits_weights, whole
 from .dit import DiT
 from .folders import flat, read_rows
 from .hooks import hooks_of
@@ -352,12 +352,12 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     "accelerate's `Accelerator` for an experiment; raises `BadInput` where it contradicts the machine or the launcher, and for trackers that are not installed."
     t = exp.train
     names = [n.strip() for n in (t.log_with or "").split(",") if n.strip()]
-    check_launch()
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS: raise unknown("train.log_with", name, LOGGER_TYPE_TO_CLASS)
         if name not in installed: raise BadInput(f"train.log_with is {t.log_with!r}, but {name} is not installed: pip install {name.replace('_', '-')}, or choose among {', '.join(installed) or 'null'}")
     cpu = t.cpu or not torch.accelerator.is_available()
+    check_launch(cpu)
     if cpu and t.mixed_precision == "fp16": raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", t.mixed_precision): raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is {t.mixed_precision!r}: set train.mixed_precision={launched}")
@@ -366,7 +366,8 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
         torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = t.tf32
     accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
-                              project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])   # every process makes the same buffers
+                              project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), *rendezvous_kwargs()])   # every process makes the same buffers
+    check_processes(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = t.gradient_accumulation_steps   # over what a launcher's environment says
     accelerator.gradient_state._set_sync_gradients(True)                      # an interrupted run in this process may have left it off
     set_up_sharding(accelerator, t, exp.optim)
@@ -686,7 +687,11 @@ def start_cpu_processes(argv: list[str]):
     given = re.search(r"--num[-_]processes[= ](\d+)", " ".join(psutil.Process(os.getppid()).cmdline()))
     if not given: raise BadInput("accelerate was asked for several CPU processes but starts one: name them with --num_processes N, or use torchrun --nproc_per_node N -m dmp_wb.training")
     for name in ("MASTER_ADDR", "MASTER_PORT"): os.environ.pop(name, None)
-    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", given[1], "-m", "dmp_wb.training", *argv])
+    if "PET_RDZV_ENDPOINT" not in os.environ:   # of a launch, which removes its own
+        memory = os.memfd_create("rendezvous", 0) if hasattr(os, "memfd_create") else None   # a file without a name, which ends with torchrun
+        os.environ.update(file_rendezvous("" if memory is None else f"/proc/self/fd/{memory}"))
+    os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--rdzv-id", f"dmp-wb-{os.getpid()}",
+                              "--nproc_per_node", given[1], "-m", "dmp_wb.training", *argv])
 
 def main(argv: list[str] | None = None):
     "`python -m dmp_wb.training EXPERIMENT.yaml [key=value …]`"
