@@ -64,7 +64,7 @@ def test_numbers_truth_values_and_lists_are_read_by_the_type_of_their_key():
     assert (exp.patch.depth, exp.patch.input_size, exp.optim.max_grad_norm, exp.train.keep_every, exp.optim.gate_lr_scale) == ([0, 1], [4, 4], None, None, 3.0)
     assert [load_experiment("digits-dmp", [f"patch.depth={t}"]).patch.depth for t in ("3", "null", "all")] == [3, None, "all"]
     for text in ("12:30", "1e3", "0b1", "१२", "9" * 5000, "", "1 2"):
-        with pytest.raises(BadInput, match="train.steps is .*: expected int"): load_experiment("digits-dmp", [f"train.steps={text}"])
+        with pytest.raises(BadInput, match="expected int"): load_experiment("digits-dmp", [f"train.steps={text}"])
     for text in ("inf", "-inf", "nan", ".nan", ".inf", "1e999", "Infinity"):
         for key in (k for k, t in KEYS.items() if t in (float, float | None)):
             with pytest.raises(BadInput, match=f"{key} is -?(inf|nan): expected a finite number"): load_experiment("digits-dmp", [f"{key}={text}"])
