@@ -7,6 +7,7 @@ __all__ = ['app', 'new', 'train', 'latents', 'sample', 'evaluate', 'guidance', '
 
 # %% ../nbs/16_cli.ipynb #aeae0b54
 import contextlib
+import math
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from .core import BadInput, one_line_errors, printable, safe_path
+from .core import BadInput, expanded, one_line_errors, printable, runs_root, safe_path, unknown
 
 # %% ../nbs/16_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -63,8 +64,45 @@ def train(
     folder: Annotated[Path | None, typer.Option(help="The run folder; runs/<name> if not given.")] = None,
 ):
     "Train an experiment in one process. For several: accelerate launch -m dmp_wb.training EXPERIMENT [KEY=VALUE]..."
+    from dmp_wb.config import load_experiment
+    from dmp_wb.folders import run_folder
+    exp = load_experiment(experiment, overrides or [])
+    if exp.base and "/" not in exp.base and not Path(exp.base).exists(): run_folder(exp.base)   # tells the nearest name
+    if folder is None: runs_root()   # which may be a file
+    _begin(f"{exp.name}: {exp.train.steps:,} steps of {exp.method}")
     from dmp_wb.training import train
-    train(experiment, overrides or [], folder)
+    train(experiment, overrides or [], folder and expanded(folder))
+
+# %% ../nbs/16_cli.ipynb #c11f0002
+def _begin(what: str):
+    "Say what is going to happen: importing PyTorch takes seconds. The processes that this command starts say nothing."
+    if "RANK" not in os.environ: print(printable(f"{what} …"), file=sys.stderr, flush=True)
+
+def _at_least(least: float, **given: float | None):
+    "Raise `BadInput` for a number below the least that makes sense."
+    for name, value in given.items():
+        if value is not None and not least <= value < math.inf: raise BadInput(f"{name} is {value:g}: expected {'at least' if least else 'a number ≥'} {least:g}")
+
+def _one_of(what: str, value: str, known):
+    if value not in known: raise unknown(what, value, known)
+
+def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_size: int, bootstrap: int, sampler: str, num_inference_steps: int):
+    "Raise `BadInput` for what no evaluation can have, whatever it measures."
+    from dmp_wb.folders import METRICS
+    from dmp_wb.settings import EXTRACTOR_NAMES, SAMPLERS
+    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTOR_NAMES)
+    for metric in (metrics or "").replace(",", " ").split(): _one_of("metric", metric, METRICS)
+    _at_least(1, num_images=num_images, batch_size=batch_size, num_inference_steps=num_inference_steps)
+    _at_least(0, bootstrap=bootstrap)
+    _one_of("sampler", sampler, SAMPLERS)
+
+def _check_runs(runs: list[str]):
+    "Raise `BadInput` for a name that leads to nothing at all."
+    from dmp_wb.folders import run_folder
+    for run in runs:
+        label, sep, model = run.partition(":")
+        name = model if sep and label and not expanded(run).exists() else run
+        if not expanded(name).exists() and not (runs_root() / name).is_dir(): run_folder(name)
 
 # %% ../nbs/16_cli.ipynb #fd9b90b1
 @app.command()
@@ -90,13 +128,18 @@ def latents(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even if there is a GPU.")] = False,
 ):
     "Encode a data set once: the VAE's moments of every image and its mirror image, for training."
-    from dmp_wb.checkpoints import usual_device
-    from dmp_wb.data import DataConfig, LatentCache, write_cache
+    from dmp_wb.settings import DTYPE_NAMES, DataConfig
     rank, world = _share(num_processes)
+    data, folder = str(expanded(data)) if data.startswith("~") else data, expanded(folder)
+    config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional, image_column=image_column, label_column=label_column, caption_column=caption_column,
+                        vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images, num_workers=num_workers).check()
+    _one_of("dtype", dtype, DTYPE_NAMES)
+    _at_least(1, batch_size=batch_size, images_per_shard=images_per_shard)
+    _begin(f"latents of {data}, into {folder}")
+    from dmp_wb.checkpoints import usual_device
+    from dmp_wb.data import LatentCache, write_cache
     if num_processes > 1 and world == 1: cache = _in_parallel(num_processes) or LatentCache(folder)
     else:
-        config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional, image_column=image_column, label_column=label_column, caption_column=caption_column,
-                            vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images, num_workers=num_workers)
         say = lambda line: print(printable(line), file=sys.stderr, flush=True)
         cache = write_cache(config, folder, batch_size, images_per_shard, dtype, usual_device("cpu" if cpu else "auto"), (rank, world), say)
     if cache is not None and (world == 1 or num_processes == 1):
@@ -126,10 +169,17 @@ def sample(
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even if there is a GPU.")] = False,
 ):
     "Draw many images of a run as PNG files, and an .npz for evaluators. Killed, it goes on where it was: run it again."
+    from dmp_wb.folders import run_folder
+    from dmp_wb.settings import SAMPLERS
     rank, world = _share(num_processes)
+    home = run_folder(run)
+    _at_least(1, num_images=num_images, batch_size=batch_size)
+    _at_least(0, guidance_scale=guidance_scale)
+    if sampler is not None: _one_of("sampler", sampler, SAMPLERS)
+    _begin(f"{home.name}: {num_images:,} images")
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
     from dmp_wb.sampling import sample_run
-    done = sample_run(run, num_images, folder, labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
+    done = sample_run(home, num_images, folder and expanded(folder), labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
     if done is not None: print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
 def _share(num_processes: int) -> tuple[int, int]:
@@ -179,14 +229,20 @@ def evaluate(
     "How far samples are from real images, as JSON. The row of a run goes to its summary as well."
     import json
 
+    from dmp_wb.folders import run_folder
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
+    _at_least(0, guidance_scale=guidance_scale)
+    given, run = expanded(samples), None
+    files = given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file()
+    if files and reference is None: raise BadInput("--reference is not given: expected the real images that samples are compared with")
+    home = given if files else run_folder(samples)
+    _begin(f"{home.name}: measuring" if files else f"{home.name}: {num_images:,} images to draw and measure")
     from dmp_wb.checkpoints import open_run
     from dmp_wb.metrics import evaluate, evaluate_run, note_evaluation
-    given, run = Path(samples), None
-    if given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file():
-        if reference is None: raise BadInput("--reference is not given: expected the real images that samples are compared with")
-        row = evaluate(samples, reference, extractor, metrics, bootstrap=bootstrap, seed=seed, batch_size=batch_size)
+    if files:
+        row = evaluate(given, reference, extractor, metrics, bootstrap=bootstrap, seed=seed, batch_size=batch_size)
     else:
-        run = open_run(samples)
+        run = open_run(home)
         row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps,
                            bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False)
     print(json.dumps(row, indent=2), flush=True)   # before anything can go wrong with the note
@@ -210,11 +266,16 @@ def guidance(
     "Metrics against the guidance scale, one line each; the rows go to the run's summary as well."
     import io
 
-    from dmp_wb.checkpoints import open_run
     from dmp_wb.core import write_atomic
-    from dmp_wb.metrics import METRICS, guidance_sweep, note_evaluation
+    from dmp_wb.folders import run_folder
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
     if figure is not None and figure.suffix not in (".png", ".svg"): raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
-    opened, unnoted, header = open_run(run), [], True
+    for scale in scales or []: _at_least(0, guidance_scale=scale)
+    home = run_folder(run)
+    _begin(f"{home.name}: {num_images:,} images at each guidance scale")
+    from dmp_wb.checkpoints import open_run
+    from dmp_wb.metrics import METRICS, guidance_sweep, note_evaluation
+    opened, unnoted, header = open_run(home), [], True
 
     def tell(row: dict):
         "A row is printed as soon as it is measured, and then noted; where that fails, the others are measured all the same."
@@ -348,13 +409,18 @@ def compare(
     "Runs side by side on one page: settings, metrics with intervals, samples from the same seeds, curves, gates and masks."
     import tempfile
 
+    from dmp_wb.core import named_files, short, write_atomic
+    from dmp_wb.sweeps import find_notebook
+    output = expanded(output)
+    if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
+    _check_runs(runs)
+    _check_measure(extractor, None, max(num_images, 1), 1, 0, "ddim", num_inference_steps)
+    _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
+    _begin(f"comparing {', '.join(runs)}")
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     from dmp_wb.compare import open_compared
-    from dmp_wb.core import named_files, short, write_atomic
-    from dmp_wb.sweeps import find_notebook
-    if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
     open_compared(runs)   # a wrong name is told before a kernel starts
     file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]   # to compare is to read: a notebook that lies about is code
     given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,

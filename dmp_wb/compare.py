@@ -25,7 +25,7 @@ from torch import nn
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, load_model, open_run, run_folder
 from .config import Experiment
-from .core import BadInput, progress, seed_of
+from .core import BadInput, expanded, progress, seed_of
 from .data import DataConfig, Source, load_data
 from .folders import LOWER_IS_BETTER, METRICS, RunFacts, ago, find_runs, flat, read_run
 from .metrics import classifier_accuracy, frechet_bootstrap, inception_weights, load_extractor, reference_statistics
@@ -59,7 +59,7 @@ class Compared:
 
 def labelled(models: Sequence[str | Path]) -> dict[str, str]: # label → model
     "“label:model” as such, and other models under their own name; a path's last parts, as many as tell them apart."
-    given = [(label, model) if sep and label and not Path(str(m)).exists() else ("", str(m)) for m in models for label, sep, model in [str(m).partition(":")]]
+    given = [(label, model) if sep and label and not expanded(str(m)).exists() else ("", str(m)) for m in models for label, sep, model in [str(m).partition(":")]]
     parts = lambda model, n: "/".join(Path(model.rstrip("/")).parts[-n:])
     out, n = {}, 1
     while n < 8 and len({parts(m, n) for label, m in given if not label}) < len({m for label, m in given if not label}): n += 1
@@ -70,7 +70,7 @@ def labelled(models: Sequence[str | Path]) -> dict[str, str]: # label → model
 
 def _inside(run: str | Path) -> list[str]:
     "A folder of runs, as that of a sweep, stands for the runs in it."
-    folder = Path(str(run))
+    folder = expanded(str(run))
     if not folder.is_dir() or (folder / "config.yaml").is_file(): return [str(run)]
     return [str(p) for p in find_runs(folder) if (p / "config.yaml").is_file()] or [str(run)]
 
@@ -82,7 +82,7 @@ def open_compared(
     for label, model in labelled([inner for r in runs for inner in _inside(r)]).items():
         try: folder = run_folder(model)
         except BadInput:
-            if not Path(model).exists(): raise
+            if not expanded(model).exists(): raise
             out.note(f"{label} is left out: it is no training run, which has a config.yaml")
             continue
         if (same := seen.get(folder.resolve())) is not None:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['YAML_LARGEST', 'YAML_DEEPEST', 'YAML_MOST', 'LOCKS', 'QUIET', 'STATES', 'COLUMNS', 'METRICS', 'LOWER_IS_BETTER',
            'read_rows', 'last_row', 'flat', 'read_yaml', 'locked', 'clear_leftovers', 'writer_of', 'changed', 'fresh',
-           'RunFacts', 'run_name', 'read_run', 'newest_metrics', 'find_runs', 'list_runs', 'ago', 'runs_table']
+           'RunFacts', 'run_name', 'read_run', 'newest_metrics', 'find_runs', 'list_runs', 'ago', 'runs_table',
+           'run_folder']
 
 # %% ../nbs/00_folders.ipynb #9d593d49
 import contextlib
@@ -25,7 +26,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from .core import BadInput, MissingFile, open_plain, printable, process_alive, process_identity, read_json, read_regular, runs_root, short, unknown
+from .core import BadInput, MissingFile, assets_folder, expanded, open_plain, printable, process_alive, process_identity, read_json, read_regular, runs_root, short, unknown
 
 # %% ../nbs/00_folders.ipynb #42f48895
 def read_rows(file: Path, limit: int = 1 << 30) -> list[dict]: # limit in bytes
@@ -405,3 +406,13 @@ def runs_table(
     widths, left = [max(map(len, column)) for column in zip(*rows, strict=True)], {0, 1, 2}
     lines = ["  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     return "\n".join([*lines, *(printable(f"{r.name}: {r.error}") for r in runs if r.error)])
+
+# %% ../nbs/00_folders.ipynb #f01de502
+def run_folder(
+    run: str | Path,  # a run folder, a name below `runs/`, or the name of a run that ships with the package
+) -> Path:
+    "Where a run is; the names of shipped runs come before those below `runs/`. Raises `BadInput` that suggests the nearest known name."
+    for folder in (expanded(run), assets_folder() / run, runs_root() / run):
+        if (folder / "config.yaml").is_file(): return folder
+    known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
+    raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)

@@ -163,6 +163,7 @@ class Operation:
 
     def acts_on(self, model) -> list[tuple[int, nn.Module]]: raise NotImplementedError   # the modules it acts around, each with its number
     def rests_here(self) -> bool: return False   # in this thread, for now
+    def on(self, model: nn.Module) -> "Operation": return self   # what acts on a replica of DataParallel
     def start(self, call: Call): "Prepare the call's `state` under this key."
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: return x
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: return x
@@ -233,7 +234,8 @@ class BlockHooks:
 
     def _before_model(self, model, args, kwargs):
         resting = self.resting
-        call = Call(model, [o for o in self.operations if o.key not in resting and not o.rests_here()])
+        operations = self.operations if model is self.model else [o.on(model) for o in self.operations]
+        call = Call(model, [o for o in operations if o.key not in resting and not o.rests_here()])
         if call.operations: call.read(self.arguments, {**dict(zip(self.arguments, args)), **kwargs})
         here = self.threads.here
         call.previous, call.around = here.call, here.around
@@ -315,19 +317,22 @@ def is_offloaded(model: nn.Module) -> bool:
     "Whether accelerate keeps the weights of any part elsewhere, and loads them when the part is called."
     return any(hasattr(m, "_hf_hook") for m in model.modules())
 
+def _group(module: nn.Module) -> Any:
+    "The weights that diffusers' group offloading loads when a module is called; None if there are none."
+    registry = getattr(module, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("group_offloading")
+    return None if hook is None else hook.group
+
 def is_on_disk(model: nn.Module) -> bool:
-    "Whether diffusers' group offloading keeps the weights of any part in files, and memory that nobody has filled in their place."
-    hooks = [m._diffusers_hook.get_hook("group_offloading") for m in model.modules() if hasattr(m, "_diffusers_hook")]
-    return any(h is not None and h.group.offload_to_disk_path is not None for h in hooks)
+    "Whether diffusers' group offloading keeps weights in files, so that what the parameters hold between calls means nothing."
+    return any(getattr(_group(m), "offload_to_disk_path", None) for m in model.modules())
 
 @contextlib.contextmanager
 def weights_loaded(model: nn.Module, *parts: nn.Module):
     "Inside, the weights are there that diffusers' group offloading, or accelerate for these parts, holds back until the model, or one of these parts of it, is called."
     groups: dict[int, Any] = {}
     if hooks_of(model).call is None:   # a model that runs has them already
-        for module in (model, *parts):
-            hook = getattr(module, "_diffusers_hook", None) and module._diffusers_hook.get_hook("group_offloading")
-            if hook: groups[id(hook.group)] = hook.group
+        groups = {id(group): group for group in map(_group, (model, *parts)) if group is not None}
     for group in groups.values(): group.onload_()
     try:
         with contextlib.ExitStack() as stack:

@@ -41,7 +41,7 @@ from torch import nn
 
 from .anatomy import anatomy_of, input_size, unwrap_model
 from .checkpoints import Run, load_model, open_run, usual_device
-from .core import BadInput, MissingFile, assets_folder, atomic_folder, progress, project_root, read_json, real_number, runs_root, said, seed_of, sha256_of, short, unknown, whole_number, write_json, yes_or_no
+from .core import BadInput, MissingFile, assets_folder, atomic_folder, expanded, progress, project_root, read_json, real_number, runs_root, said, seed_of, sha256_of, short, unknown, whole_number, write_json, yes_or_no
 from .data import BadImage, CACHE_FILE, ConsecutiveBatches, DATASETS, DataConfig, IMAGE_SUFFIXES, ImageData, ImageFiles, SkippedImages, cached_split, data_path, digits, fingerprint, image_files, load_data, load_images, only_split, open_regular, read_cache_facts, read_image, to_tensor
 from .sampling import balanced_labels, captions_of, sample, usual_sampler
 
@@ -502,7 +502,7 @@ INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.
 def inception_weights() -> Path:
     "The file of Inception's weights: `$DMP_WB_INCEPTION`, or one of the two usual names in torch's hub cache or in `data/`. Raises `MissingFile` that says how to get it."
     if given := os.environ.get("DMP_WB_INCEPTION"):
-        if Path(given).is_file(): return Path(given)
+        if expanded(given).is_file(): return expanded(given)
         raise MissingFile(f"no file {given}, which $DMP_WB_INCEPTION names: expected {INCEPTION_FILES[0]} from {INCEPTION_URL}")
     places = [Path(torch.hub.get_dir()) / "checkpoints", project_root() / "data"]
     for file in (place / name for place in places for name in INCEPTION_FILES):
@@ -514,7 +514,7 @@ class InceptionFeatures(Extractor):
     name, width, gives = "inception", 2048, ("features", "logits", "spatial")
     def __init__(self, file: str | Path | None = None):
         super().__init__()
-        file = inception_weights() if file is None else Path(file)
+        file = inception_weights() if file is None else expanded(file)
         if not file.is_file(): raise MissingFile(f"no file {file}: expected the weights of extractor inception, {INCEPTION_FILES[0]} from {INCEPTION_URL}")
         try: state = torch.load(file, map_location="cpu", weights_only=True)
         except (*_UNREADABLE, pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as e: raise BadInput(f"{file} is damaged or no file of weights: expected {INCEPTION_FILES[0]} from {INCEPTION_URL} ({type(e).__name__})") from None
@@ -734,7 +734,7 @@ def open_samples(samples: torch.Tensor | str | Path | Images) -> Images:
     if isinstance(samples, Images): return samples
     if isinstance(samples, torch.Tensor): return _tensor_images(samples, "samples")
     if not isinstance(samples, (str, Path)): raise BadInput(f"samples are a {type(samples).__name__}: expected a tensor [N, C, H, W], a folder of images or an .npz")
-    path = Path(samples)
+    path = expanded(samples)
     if path.is_dir(): return _folder_images(path)
     if path.suffix == ".npz": return _npz_images(path)
     if path.is_file(): raise BadInput(f"samples are {path}: expected a folder of images or an .npz")
@@ -848,8 +848,8 @@ def reference_statistics(
     "Moments and rows of real images, from the cache if it has them. Raises `BadInput` for a reference that leads nowhere, and statistics of another width."
     extractor = load_extractor(extractor)
     known: dict[str, Any] = {}
-    if isinstance(reference, (str, Path)) and Path(reference).suffix == ".npz":
-        file = Path(reference)
+    if isinstance(reference, (str, Path)) and expanded(reference).suffix == ".npz":
+        file = expanded(reference)
         names = _npz_arrays(file)
         known = {part: _published(file, *pair) for part, pair in (("moments", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))) if {*pair} <= names and (part == "moments" or "spatial" in extractor.gives)}
         if known and "arr_0" not in names: images = None

@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .anatomy import Size, anatomy_of, backbones_inside, unwrap_model, wrappers_of
-from .core import BadInput, MissingFile, atomic_folder, read_json, unknown, write_json
+from .core import BadInput, MissingFile, atomic_folder, expanded, read_json, unknown, write_json
 from .dit import plain_state_dict, read_state_dict
 from .hooks import Call, Operation, PerThread, Scoped, attach, hooks_of, is_offloaded, is_on_disk, weights_loaded
 from .schedules import check_timesteps
@@ -119,9 +120,14 @@ def _as_they_are(p: torch.Tensor) -> torch.Tensor:
     "A view that outlives the moment when a hook gives the parameter other data."
     return p.view_as(p) if torch.is_grad_enabled() else p.detach()
 
+_Left = tuple[dict[int, torch.Tensor], torch.Tensor | None]
+
 class Newest:
     "What the newest forward pass left: its gates by number of prompts, and its load balance loss."
-    def __init__(self): self.left: tuple[dict[int, torch.Tensor], torch.Tensor | None] | None = None
+    def __init__(self):
+        self.left: _Left | None = None
+        self.by_replica: _Left | None = None   # where that pass was a replica's, of whose thread nobody asks
+
 
 class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"], paper_url="https://arxiv.org/abs/2405.17825"):
     """The learnable part of DMP on a frozen backbone.
@@ -194,6 +200,14 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     def rests_here(self) -> bool: return bool(self.off.value)
 
+    def on(self, model: nn.Module) -> "PromptPatch": return patches_of(model)[self.name]
+
+    def _replicate_for_data_parallel(self):
+        "A replica runs in a thread of its own, and is made in that of the `with` blocks that it has to heed."
+        replica = super()._replicate_for_data_parallel()
+        replica.off, replica.tables = SimpleNamespace(value=self.off.value), SimpleNamespace(value=self.tables.value)
+        return replica
+
     @property
     def gated(self) -> bool: return self.config.gate_input != "none"
 
@@ -248,7 +262,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         "u: the timestep's embedding or the full condition, as the backbone makes it; in float32 where its weights are, also under autocast."
         if not self.gated: return None
         anatomy, device = anatomy_of(model), timestep.device
-        wide = _autocasts(device) and next(model.parameters()).dtype in (torch.float32, torch.float64)
+        wide = _autocasts(device) and next(self.model.parameters()).dtype in (torch.float32, torch.float64)   # a replica has no parameters
         with torch.autocast(device.type, enabled=False) if wide else contextlib.nullcontext():
             if self.config.gate_input == "timestep" or anatomy.condition is None: return anatomy.embed_timestep(model, timestep)
 
@@ -300,7 +314,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
 
     def _newest_pass(self) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
         "Gates and load balance loss of this thread's newest forward pass; where it had none, as when a pool of threads runs the model, of the newest of all."
-        return self.threads.here.left or self.newest.left or (None, None)
+        return self.newest.by_replica or self.threads.here.left or self.newest.left or (None, None)
 
     @property
     def last_gates(self) -> torch.Tensor | None: # [B or 1, patched blocks, prompts]
@@ -390,6 +404,7 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
         call.state[self.key] = gates, prompts
         self.newest.left = self.threads.here.left = gates, load
+        self.newest.by_replica = None if call.model is self.model else (gates, load)
 
     def _other_size(self, grid: Size, position: int) -> BadInput:
         size = lambda g: f"{math.prod(g)} tokens ({' × '.join(map(str, g))})"
@@ -752,7 +767,7 @@ def save_patch(
     Raises `BadInput` for a folder that holds something else, weights that could not be loaded again, and a disk that is full or read-only;
     an older patch there is then untouched.
     """
-    p, folder = get_patch(model, name), Path(folder)
+    p, folder = get_patch(model, name), expanded(folder)
     with _one_line(folder):
         theirs = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
         if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES} or theirs and CONFIG_FILE not in theirs):
@@ -764,7 +779,7 @@ def save_patch(
 
 def _patch_folder(folder: str | Path, hub: dict) -> Path:
     "A local folder, or the files of a repository on the hub."
-    path = Path(folder)
+    path = expanded(folder)
     if path.is_dir(): return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir(): raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the id of one on the hub")
     try: return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))

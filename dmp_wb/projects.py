@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from .core import NAMED, BadInput, atomic_folder, shipped_folder, write_atomic
+from .core import NAMED, BadInput, atomic_folder, expanded, shipped_folder, write_atomic
 
 # %% ../nbs/15_projects.ipynb #67f45e6d
 def opening(
@@ -59,7 +59,7 @@ def new_project(
     add: bool = False,    # into a folder that holds other things: write what is missing, change nothing that is there
 ) -> tuple[list[str], list[str]]: # paths that were written, and paths that were there and say something else
     "Write the run notebooks, the experiments and a README. Raises `BadInput` for a folder that is in use, or cannot be written."
-    folder = Path(folder)
+    folder = expanded(folder)
     files = project_files(folder.resolve().name)
     if folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder to make, or an empty one")
     try:

@@ -227,10 +227,19 @@ def harmless(
         if name == "src": return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*$", value))
         if name == "style": return not re.search(r"url|image|expression|[\\@]", value, re.IGNORECASE)
         return name in _ATTRIBUTES or name.startswith("aria-")
-    html = re.sub(r"(?is)<svg\b.*?</svg\s*>", lambda m: _svg_picture(m[0]), html)
-    html = re.sub(r"(?is)<(script|style|iframe|object|noscript|template|textarea|title)\b.*?</\1\s*>", "", html)   # with what is in them; the cleaner would leave that as text
-    html = re.sub(r'(<img\b[^>]*?\bsrc=")(?!data:)([^"]+)(")', lambda m: f"{m[1]}{_in_page(m[2], folders)}{m[3]}", html)
+    html = _each(html, "svg", _svg_picture)
+    for tag in ("script", "style", "iframe", "object", "noscript", "template", "textarea", "title"): html = _each(html, tag, lambda _: "")   # with what is in them; the cleaner would leave that as text
+    html = re.sub(r'(<img\b[^<>]*?\bsrc=")(?!data:)([^"]+)(")', lambda m: f"{m[1]}{_in_page(m[2], folders)}{m[3]}", html)
     return Cleaner(_TAGS, allowed, {"http", "https", "mailto", "data"}, strip=True, css_sanitizer=CSSSanitizer(allowed_css_properties=_CSS)).clean(html)
+
+def _each(html: str, tag: str, become) -> str:
+    "HTML in which each element of a kind has become something else; in one pass, whatever is left open."
+    parts, at, lower = [], 0, html.translate({n: n + 32 for n in range(65, 91)})   # `lower` would make some letters two
+    while (start := lower.find(f"<{tag}", at)) >= 0 and (end := lower.find(f"</{tag}", start)) >= 0:
+        end = lower.find(">", end) + 1 or len(html)
+        parts += [html[at:start], become(html[start:end])]
+        at = end
+    return "".join([*parts, html[at:]])
 
 def _svg_picture(svg: str) -> str:
     "A drawing as a picture, in which no browser runs or loads anything."

@@ -35,7 +35,7 @@ from torch import nn
 
 from .anatomy import anatomy_of, input_size, learned_variance, unwrap_model
 from .checkpoints import Run, load_model, open_run, run_lock
-from .core import BadInput, MissingFile, assets_folder, progress, read_json, read_regular, real_number, runs_root, said, seed_of, unknown, whole_number, write_atomic, write_json, yes_or_no
+from .core import BadInput, MissingFile, assets_folder, expanded, progress, read_json, read_regular, real_number, runs_root, said, seed_of, unknown, whole_number, write_atomic, write_json, yes_or_no
 from .data import CACHE_FILE, PLAN_FILE, TEXT_INPUTS, BadImage, DataConfig, Source, data_path, fingerprint, load_data, load_vae, read_image
 from .objectives import PREDICTION_TYPES, ObjectiveConfig, predicted_x0
 from .patching import patches_of
@@ -402,7 +402,7 @@ def sample_run(
     walk = _Walk(model, num_images, labels, guidance_scale, sampler, num_inference_steps, exp.schedule, seed, 0, exp.objective.prediction_type, None, None, guidance_interval, guidance_channels, texts)
     decode, decoder = sample_decoder(run, walk.shape[0], vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
-    folder = Path(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
+    folder = expanded(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
     plan = _plan(run, model, walk, num_inference_steps, batch_size, decoder, guidance_interval)
     try:
         _same_images(folder, json.loads(json.dumps(plan, default=str)))
@@ -457,16 +457,16 @@ def _draw(folder: Path, walk: "_Walk", decode: Callable | None, batch_size: int,
 def _read_labels(given) -> list[int] | torch.Tensor | None:
     if given is None or isinstance(given, str) and given == "balanced": return None
     if not isinstance(given, (str, Path)): return given
-    if not Path(given).is_file(): raise MissingFile(f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
-    words = read_regular(given).decode("utf-8", "replace").split()
+    if not expanded(given).is_file(): raise MissingFile(f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
+    words = read_regular(expanded(given)).decode("utf-8", "replace").split()
     wrong = [w for w in words if not re.fullmatch(r"-?[0-9]{1,18}", w)]
     if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0][:60]!r}: expected a class number for each image")
     return [int(w) for w in words]
 
 def _read_captions(given) -> list[str] | None:
     if not isinstance(given, (str, Path)): return given
-    if not Path(given).is_file(): raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
-    try: return read_regular(given).decode("utf-8-sig").splitlines()
+    if not expanded(given).is_file(): raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
+    try: return read_regular(expanded(given)).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e: raise BadInput(f"captions file {given} is no UTF-8, from byte {e.start}: expected a caption on each line") from None
 
 def sample_decoder(

@@ -32,10 +32,9 @@ def test_the_fuzzer_sees_a_traceback_a_forged_line_a_hang_and_a_dead_process(fuz
 
     import fuzz
     from dmp_wb.core import BadInput
-    def forged(data, folder):
-        error = BadInput("a")
-        error.args = ("a\nerror: b",)
-        raise error
+    class Forged(BadInput):
+        def __str__(self): return "a\nerror: b"   # which a `BadInput` itself would escape
+    def forged(data, folder): raise Forged
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
     for reader, fault in ((lambda data, folder: 1 / 0, "ZeroDivisionError"), (forged, "a message holds"), (lambda data, folder: time.sleep(9), "no answer within 1 s"),
                           (lambda data, folder: os.kill(os.getpid(), 11), "died of SIGSEGV")):

@@ -137,7 +137,7 @@ def test_subclasses_with_open_signatures(inputs):
     assert torch.allclose(p.last_gates, p.gates(inputs[1]), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n in BACKBONES if n != "DiT"])
+@pytest.mark.parametrize("name", BACKBONES)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layerwise_casting(name, when):
     "Weights stored in eight bits and computed with in 32: the gates are those of the same weights without it."

@@ -36,6 +36,9 @@ def started(run, step=3, limit=300):
 def family(process): return [process_identity(p.pid) for p in process.children(recursive=True)]
 
 
+def ears(processes): return [c.laddr.ip for p in processes for c in p.net_connections("inet") if c.status == "LISTEN"]
+
+
 def gone(processes, limit=120):
     end = time.monotonic() + limit
     while left := [p for p in processes if process_alive(p)]:
@@ -61,14 +64,16 @@ def test_two_processes_give_the_run_of_one(tmp_path, runs_folder, capfd, monkeyp
 
 def test_an_interrupted_cell_leaves_a_checkpoint_and_no_process(runs_folder, capfd):
     run = Run(runs_folder / "long")
-    seen, others = [], set(family(psutil.Process()))   # a worker of pytest has children of its own
+    listening, seen, others = [], [], set(family(psutil.Process()))   # a worker of pytest has children of its own
 
     def interrupt():
         started(run)
+        listening.extend(ears(psutil.Process().children(recursive=True)))
         seen.extend(p for p in family(psutil.Process()) if p not in others)
         os.kill(os.getpid(), signal.SIGINT)
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt): launch("digits-quick", [*LONG, "name=long"], num_processes=2)
+    assert listening and {address for address in listening} == {"127.0.0.1"}   # nobody else's machine can reach them
     assert len(seen) >= 3 and not any(process_alive(p) for p in seen)    # accelerate, torchrun or its like, two that train
     step = json.loads((newest_checkpoint(run.folder) / "state.json").read_text())["step"]
     assert not run.finished and f"step-{step:07d}: launch again to go on" in capfd.readouterr().out
@@ -156,3 +161,65 @@ def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("one of 2 processes already", "digits-quick")
     assert not any(p.name != "taken" for p in runs_folder.iterdir())
+
+
+def commanded(monkeypatch, *arguments, **more):
+    "The command line and environment with which a launch would start."
+    class Started(Exception): pass
+
+    def start(command, env, **_): raise Started(command, env)
+    with monkeypatch.context() as m, pytest.raises(Started) as e:
+        m.setattr(launching.subprocess, "Popen", start)
+        launch(*arguments, **more)
+    return e.value.args
+
+
+def test_a_config_file_of_one_process_does_not_make_one_of_several(tmp_path, runs_folder, monkeypatch):
+    config = dict(compute_environment="LOCAL_MACHINE", mixed_precision="no", debug=False, num_processes=1, num_machines=1, machine_rank=0)
+    default = tmp_path / "accelerate" / "default_config.yaml"     # as HF_HOME has it
+    default.parent.mkdir()
+    monkeypatch.setattr(launching, "default_config_file", str(default))
+    ClusterConfig(distributed_type="NO", use_cpu=False, **config).to_yaml_file(default)
+    assert launching.launch_processes(wb.load_experiment("digits-quick"), None, None) == 1 and "--multi_gpu" not in commanded(monkeypatch, "digits-quick", num_processes=2)[0]
+    monkeypatch.setattr(launching.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    command, env = commanded(monkeypatch, "digits-quick", num_processes=4)
+    assert "--multi_gpu" in command and env["DMP_WB_PROCESSES"] == "4" and command[command.index("--num_processes") + 1] == "4"
+    assert "--multi_gpu" not in commanded(monkeypatch, "digits-quick", num_processes=1)[0]
+    ClusterConfig(distributed_type="FSDP", use_cpu=False, fsdp_config={"fsdp_version": 2}, **config).to_yaml_file(default)
+    assert "--multi_gpu" not in commanded(monkeypatch, "digits-quick", num_processes=4)[0]            # which is several by itself
+    ClusterConfig(distributed_type="NO", use_cpu=True, **config).to_yaml_file(default)
+    with pytest.raises(BadInput, match="num_processes is 4: expected at most 2, the CPU cores"): launch("digits-quick", num_processes=4)
+    command, env = commanded(monkeypatch, "digits-quick", num_processes=2)
+    assert env["CUDA_VISIBLE_DEVICES"] == "" and "--multi_gpu" not in command
+    for ids, n, message in (("0,1", 4, "num_processes is 4: expected at most 2, the gpu_ids 0,1 of"), (1, 2, "expected at most 1, the gpu_ids 1 of"), ("0,0", 2, "expected at most 1"), ("2,7", 2, "gpu_ids is 2,7 in .*: expected numbers below 4")):
+        ClusterConfig(distributed_type="MULTI_GPU", use_cpu=False, gpu_ids=ids, **config).to_yaml_file(default)
+        with pytest.raises(BadInput, match=message): launch("digits-quick", num_processes=n)
+    ClusterConfig(distributed_type="MULTI_GPU", use_cpu=False, gpu_ids="0, 3", **config).to_yaml_file(default)
+    commanded(monkeypatch, "digits-quick", num_processes=2)
+
+
+def test_fewer_processes_than_were_asked_for_are_an_error(runs_folder, monkeypatch):
+    monkeypatch.setenv("DMP_WB_PROCESSES", "4")
+    with pytest.raises(BadInput, match="num_processes is 4, but accelerate started 1: expected as many"): wb.train("digits-quick", [*SMALL, "train.steps=1"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(BadInput, match="4 processes were started on this machine, which shows them 2 GPUs"): wb.distributed.check_launch(cpu=False)
+
+
+def test_accelerate_on_a_cpu_meets_on_loopback_and_leaves_no_file(tmp_path, runs_folder):
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "dmp_wb.training", "digits-quick", *LONG, "name=two"]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as parent:
+        run = Run(runs_folder / "two")
+        end = time.monotonic() + 300
+        while not run.metrics().get("step"):
+            assert time.monotonic() < end and parent.poll() is None
+            time.sleep(0.1)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        found = ears([psutil.Process(parent.pid), *children])
+        for p in children: p.terminate()
+        parent.communicate()
+    assert found and set(found) == {"127.0.0.1"}
+    assert not [p for p in (tmp_path / "tmp").rglob("*") if p.is_file() and "torchelastic" not in str(p)]

@@ -1,8 +1,10 @@
 "A forward pass has its own state: in threads and tasks, after errors, with weights that come late, with tokens that blocks do not see alike."
 import asyncio
 import gc
+import importlib
 import math
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -257,9 +259,7 @@ def test_hooks_that_give_the_model_other_arguments():
 
 def offloaded(model, kind, folder=None):
     "The model with its weights elsewhere until they are needed, by diffusers or by accelerate."
-    if kind == "sequential":
-        weights = {n: v.detach() for n, v in [*model.named_parameters(), *model.named_buffers()]}
-        cpu_offload(model, "cpu", offload_buffers=True, state_dict=weights)
+    if kind == "sequential": cpu_offload(model, "cpu", offload_buffers=True)
     else:
         more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
         model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind,
@@ -286,6 +286,12 @@ def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, o
     if config.gate_input == "timestep" and name == "DiT":
         torch.testing.assert_close(p.gates(kwargs["timestep"]), gates)
         with p.baked(kwargs["timestep"]): torch.testing.assert_close(output(model, kwargs), want)
+    if kind != "sequential":   # there a state dict holds no numbers
+        wb.save_patch(model, tmp_path / "got")
+        assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")   # no fingerprint of numbers that are not there
+            wb.load_patch(BACKBONES[name](), tmp_path / "got")
     if disk and order == "patched first":   # in memory lies what nobody has filled
         for parameter in model.parameters(): parameter.data.fill_(math.nan)
     wb.save_patch(model, tmp_path / "got")
@@ -438,3 +444,41 @@ def test_images_given_as_a_list():
         assert len(p.last_gates) == (3 if mode else 1)
         with pytest.raises(BadInput, match="Listed was called without images: expected a tensor or a list of tensors"): model([], 500, [])
         wb.unpatch(model)
+
+
+# --- DataParallel
+
+def replicas(model, monkeypatch):
+    "As DataParallel makes them, on the CPU."
+    made = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(made, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices])
+    return made.replicate(model, [0, 1])
+
+
+@pytest.mark.parametrize("name", ["DiT", "UNet2DConditionModel-SD15"])
+def test_replicas_in_threads_heed_the_blocks_of_the_thread_that_made_them(name, monkeypatch):
+    model, kwargs = BACKBONES[name](), {t: inputs_for(name, timestep=t) for t in (5, 900)}
+    plain = {t: output(model, k) for t, k in kwargs.items()}
+    p = randomise(wb.patch(model), 0.3)
+    want = {t: output(model, k) for t, k in kwargs.items()}
+
+    def all_of(want):
+        def job(replica, t): return lambda: torch.testing.assert_close(output(replica, kwargs[t]), want[t])
+        together(*(job(r, t) for r, t in zip(replicas(model, monkeypatch), kwargs)), rounds=5)
+    all_of(want)
+    assert any(torch.allclose(p.last_gates, p.gates(t), atol=1e-6) for t in kwargs)
+    with wb.patch_disabled(model): all_of(plain)
+    with p.baked([5]), pytest.raises(BadInput, match="not in the baked table"): all_of(want)
+    with p.baked([5, 900]): all_of(want)
+    output(model, kwargs[5])
+    torch.testing.assert_close(p.last_gates, p.gates(5))
+
+
+def test_gradients_and_the_balance_loss_of_replicas_reach_the_patch(monkeypatch):
+    model = tiny_dit().train()
+    p = randomise(wb.patch(model), 0.3)
+    at(model, 5)   # this thread has had a pass of its own
+    copies = replicas(model, monkeypatch)
+    with torch.enable_grad(): together(lambda: copies[0](torch.ones(2, 1, 8, 8), timestep=torch.tensor(900), class_labels=torch.tensor([1, 2])), rounds=1)
+    p.balance_loss().backward()
+    assert p.gate.weight.grad.abs().sum() > 0

@@ -20,7 +20,7 @@ from dmp_wb import compare, core, sweeps
 from dmp_wb.checkpoints import drop_checkpoints_after, list_checkpoints, run_lock, save_checkpoint
 from dmp_wb.core import BadInput, append_text, atomic_folder, foreign, git_commit, named_files, open_to_append, project_root, write_atomic, write_json, write_progress
 from dmp_wb.folders import RunFacts, locked
-from dmp_wb.runs import LOG_FILE, NOTEBOOK_FILE, as_text, checksum, harmless, save_figure, saved_figure, write_page
+from dmp_wb.runs import LOG_FILE, NOTEBOOK_FILE, _each, as_text, checksum, harmless, save_figure, saved_figure, write_page
 from dmp_wb.slurm import slurm_executor
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="links and owners are those of Unix")
@@ -333,6 +333,11 @@ def test_a_page_keeps_its_tables_colours_pictures_and_links(tmp_path):
     assert out.count("src=") == 2
     drawing = new_notebook(cells=[new_code_cell("1", outputs=[new_output("display_data", {"image/svg+xml": "<svg><script>evil()</script></svg>"})])])
     assert 'src="data:image/svg+xml;base64,' in write_page(drawing, tmp_path / "y.html").read_text()
+
+
+def test_elements_are_found_in_one_pass_whatever_is_left_open():
+    assert _each("İ<SVG>a</svg >b<svg>c", "svg", lambda found: f"[{found}]") == "İ[<SVG>a</svg >]b<svg>c"
+    assert _each("</svg>" + "<svg " * 200_000, "svg", lambda _: "") == "</svg>" + "<svg " * 200_000
 
 
 def test_what_a_received_run_says_is_text_in_a_notebook():

@@ -1,9 +1,11 @@
 "What people write is what is held: YAML, key=value words, references, words in quotes."
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +13,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dmp_wb as wb
+from dmp_wb.compare import open_compared
 from dmp_wb.config import KEYS, Experiment, load_experiment, to_yaml
-from dmp_wb.core import BadInput, MissingFile
+from dmp_wb.core import BadInput, MissingFile, assets_folder
+from dmp_wb.folders import run_folder
+from dmp_wb.projects import new_project
 from dmp_wb.runs import listed
 from dmp_wb.settings import DMPConfig, DTRConfig, ModelConfig
 from dmp_wb.sweeps import plan, read_sweep
+from dmp_wb.training import new_run
 from dmp_wb.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted
 
 TEXTS = ["01", "1.10", "1e3", "12:30", "no", "v2 #3", "0123", "2024_05", "photos #1", "0x1f", "true", "null", "1_000", ".5", "a: b", "[a]", "{a", "- x", "*x", "&x", "2026-02-30", "=", " x ", "it's", "ünï", "+1"]
@@ -57,7 +64,7 @@ def test_numbers_truth_values_and_lists_are_read_by_the_type_of_their_key():
     assert (exp.patch.depth, exp.patch.input_size, exp.optim.max_grad_norm, exp.train.keep_every, exp.optim.gate_lr_scale) == ([0, 1], [4, 4], None, None, 3.0)
     assert [load_experiment("digits-dmp", [f"patch.depth={t}"]).patch.depth for t in ("3", "null", "all")] == [3, None, "all"]
     for text in ("12:30", "1e3", "0b1", "१२", "9" * 5000, "", "1 2"):
-        with pytest.raises(BadInput, match="train.steps is .*: expected int"): load_experiment("digits-dmp", [f"train.steps={text}"])
+        with pytest.raises(BadInput, match="expected int"): load_experiment("digits-dmp", [f"train.steps={text}"])
     for text in ("inf", "-inf", "nan", ".nan", ".inf", "1e999", "Infinity"):
         for key in (k for k, t in KEYS.items() if t in (float, float | None)):
             with pytest.raises(BadInput, match=f"{key} is -?(inf|nan): expected a finite number"): load_experiment("digits-dmp", [f"{key}={text}"])
@@ -241,3 +248,18 @@ def test_words_with_blanks_reach_an_experiment_from_a_parameter_of_a_notebook():
     assert listed(given) == ["train.steps=2", "data.name=my photos", "name=a b"] and listed(["a b", 3]) == ["a b", "3"] and listed(None) == []
     exp = load_experiment("digits-quick", given)
     assert (exp.train.steps, exp.data.name, exp.name) == (2, "my photos", "a b")
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(assets_folder() / "digits-dmp", tmp_path / "mine")
+    assert run_folder("~/mine") == tmp_path / "mine" and wb.open_run("~/mine").folder == tmp_path / "mine" and new_run(Experiment(), "~/runs/x").folder == tmp_path / "runs" / "x"
+    model = wb.load_model("~/mine")
+    wb.save_patch(model, "~/patch")
+    assert (tmp_path / "patch").is_dir() and not Path("~").exists()
+    wb.unpatch(model)
+    wb.load_patch(model, "~/patch")
+    assert list(open_compared(["~/mine"]).runs) == ["mine"] and new_project("~/project")[0] and (tmp_path / "project" / "nbs").is_dir()
+    (tmp_path / "labels.txt").write_text("1 2")
+    assert wb.sample_run("~/mine", 2, "~/samples", "~/labels.txt", num_inference_steps=2, npz=False, quiet=True) == tmp_path / "samples"
+    assert wb.evaluate("~/samples", None, metrics="is", splits=1, quiet=True)["num_images"] == 2
