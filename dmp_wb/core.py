@@ -210,7 +210,11 @@ def open_to_append(
 
 def append_text(path: str | os.PathLike, text: str):
     "Add text to the end of a regular file. Raises `BadInput` where a link or a pipe has its name."
-    with os.fdopen(open_to_append(path), "a", encoding="utf-8") as f: f.write(text)
+    try:
+        with os.fdopen(open_to_append(path), "a", encoding="utf-8") as f: f.write(text)
+    except OSError as e:
+        _name_file(e, path)
+        raise
 
 # %% ../nbs/00_core.ipynb #fd9ef0c4
 def write_atomic(
@@ -227,10 +231,15 @@ def write_atomic(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
+        _name_file(e, path)
         raise
     return path
+
+def _name_file(e: BaseException, path: str | os.PathLike):
+    "The system does not say which file a write was for: let the error's one line name it."
+    if isinstance(e, OSError) and e.errno is not None and e.filename is None: e.filename = os.fspath(path)
 
 def _new_beside(path: Path, folder: bool = False) -> tuple[int, Path]:
     "A new file or folder in the same place, under a name that nobody can have prepared; its mode is the usual one, as the system makes it."

@@ -25,7 +25,7 @@ from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
 from .core import BadInput, MissingFile, PROGRESS_VARIABLE, expanded, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCHER_FILE, LAUNCH_VARIABLE, PROCESSES_VARIABLE, file_rendezvous
-from .training import absolute_paths, asked_to_stop, check_folder, new_run, nothing_to_do, share_of_batch
+from .training import absolute_paths, asked_to_stop, check_folder, new_run, nothing_to_do, room_for, share_of_batch
 
 # %% ../nbs/15_launching.ipynb #b56b9376
 def accelerate_config(
@@ -142,7 +142,7 @@ def launch(
         print(f"{short(run.folder)} is finished: nothing to do")
         return run
     with run_lock(run.folder): pass   # whoever else writes it is told now
-    with tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp: return _launch(exp, run, n, config_file, Path(tmp))
+    with room_for(run), tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp: return _launch(exp, run, n, config_file, Path(tmp))
 
 def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path) -> Run:
     log = run.folder / "launch.log"

@@ -6,15 +6,16 @@
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'ECHO', 'make_model', 'model_inputs', 'check_text_inputs', 'trainable', 'param_groups',
            'make_optimizer', 'draw_batch', 'Steps', 'batches', 'leave_signals', 'train', 'make_accelerator',
            'start_trackers', 'absolute_paths', 'share_of_batch', 'new_run', 'check_folder', 'nothing_to_do', 'versions',
-           'write_config', 'say_longer', 'clear_run', 'append_row', 'note_skipped', 'count_skipped', 'resume', 'Asked',
-           'asked_to_stop', 'tell', 'set_rates', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm', 'Average', 'Meter',
-           'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise', 'start_cpu_processes',
-           'main']
+           'write_config', 'say_longer', 'room_for', 'clear_run', 'append_row', 'note_skipped', 'count_skipped',
+           'resume', 'Asked', 'asked_to_stop', 'tell', 'set_rates', 'scale_rate', 'stop_at_nonfinite', 'gradient_norm',
+           'Average', 'Meter', 'memory_gib', 'averages_itself', 'averaged', 'write_samples', 'export', 'summarise',
+           'start_cpu_processes', 'main']
 
 # %% ../nbs/11_training.ipynb #0e541a8e
 import argparse
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib
@@ -46,6 +47,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -53,7 +55,7 @@ from torch.distributed.tensor import DTensor
 from .anatomy import anatomy_of, input_size
 from .checkpoints import Run, drop_checkpoints_after, list_checkpoints, load_checkpoint, load_model, newest_checkpoint, prune_checkpoints, run_lock, save_checkpoint, trained_objective
 from .config import Experiment, OptimConfig, TrainConfig, load_experiment, to_yaml
-from .core import BadInput, append_text, assets_folder, atomic_folder, expanded, git_commit, in_kernel, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, unknown, write_atomic, write_json
+from .core import BadInput, append_text, assets_folder, atomic_folder, expanded, git_commit, in_kernel, one_line_errors, printable, progress, read_json, runs_root, seed_of, short, system_error, unknown, write_atomic, write_json
 from .data import DATASETS, TEXT_INPUTS, EpochOrder, SkippedImages, Source, fingerprint, load_data
 from .distributed import check_launch, check_processes, file_rendezvous, launched, like, load_optimizer_state, optimizer_state, rendezvous_kwargs, set_up_sharding, splits_weights, whole
 from .dit import DiT
@@ -224,6 +226,7 @@ def _train(experiment, overrides, folder, held: contextlib.ExitStack) -> Run:
     if nothing_to_do(run, exp):
         say(f"{short(run.folder)} is finished: nothing to do")
         return run
+    held.enter_context(room_for(run))
     if accelerator.is_main_process: held.enter_context(run_lock(run.folder))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -433,8 +436,8 @@ def check_folder(
                        + (f" (and {len(differs) - 1} more)" if len(differs) > 1 else "") + "; give the run another name, or remove that folder")
     steps, done = exp.train.steps, run.steps_done
     if steps < done: raise BadInput(f"train.steps is {steps:,}: expected at least {done:,}, which {short(run.folder)} has done already; or give the run another name")
-    if run.finished and steps > done and not list_checkpoints(run.folder):
-        raise BadInput(f"train.steps is {steps:,}, but {short(run.folder)}, finished at {done:,}, has no checkpoint to go on from: expected one in checkpoints/, or another name for the run")
+    if run.finished and steps > done and newest_checkpoint(run.folder) is None:   # to begin anew would lose what it has reached
+        raise BadInput(f"train.steps is {steps:,}, but {short(run.folder)}, finished at {done:,}, has no checkpoint to go on from: expected a whole one in checkpoints/, or another name for the run")
     return changed
 
 def nothing_to_do(run: Run, exp: Experiment) -> bool:
@@ -471,6 +474,18 @@ def say_longer(say: Callable, exp: Experiment, changed: dict[str, tuple], lr: fl
     if "train.steps" in changed and exp.optim.lr_scheduler in ("linear", "cosine"):
         old, new = changed["train.steps"]
         say(f"the {exp.optim.lr_scheduler} schedule of the learning rate, which ended at step {old:,}, now ends at {new:,}: it goes on at {lr:.3g}, not as a run of {new:,} steps would have begun")
+
+@contextlib.contextmanager
+def room_for(run: Run):
+    "Inside this context a full disk, or a quota, is one line that says where the run goes on from once there is room."
+    try: yield
+    except (OSError, SafetensorError, BadInput) as e:
+        cause = e.__cause__ or e   # a BadInput may have been made of it
+        by_number = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not by_number and not re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\)", str(cause)): raise   # as safetensors says it
+        said = e if isinstance(e, BadInput) else system_error(e) if isinstance(e, OSError) else f"weights cannot be written into {run.folder}: {e}"
+        after = f"step {run.steps_done:,}" if list_checkpoints(run.folder) else "the beginning, there is no checkpoint yet"
+        raise BadInput(f"{said}; once there is room, the same command goes on from {after}") from e
 
 WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json", "rollback.json", "launch.log")   # by this room, as whole files
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import dmp_wb as wb
 import dmp_wb.training as training
@@ -528,6 +529,50 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert equal(weights(wb.train(small(), folder=tmp_path / "run")), weights(wb.train(small(), folder=tmp_path / "whole")))
 
 
+@pytest.mark.parametrize("writer,after", [("config", 0), ("metrics", 3), ("samples", 3), ("checkpoint", 3), ("export", 8), ("summary", 8)])
+def test_every_writer_on_a_full_disk_says_what_goes_on(writer, after, tmp_path, monkeypatch):
+    "One line that names the file and the step to go on from, whoever writes; with room again the run is what it would have been."
+    import dmp_wb.core as core
+    import dmp_wb.dit as dit
+    exp = small(extra=[*STEADY, "train.sample_every=4", "train.sample_images=4", "train.sample_steps=2"])
+    whole = wb.train(exp, folder=tmp_path / "whole")
+    place = {"config": "config.yaml", "metrics": "metrics.jsonl", "samples": "step-0000004.png",
+             "checkpoint": "step-0000006", "export": "", "summary": "summary.json"}[writer]
+    subject, goes_on = "the checkpoint of step 6" if writer == "checkpoint" else place, f"step {after}" if after else "the beginning"
+    fsync, append, save_pretrained = os.fsync, training.append_row, dit.DiT.save_pretrained
+
+    def sync(fd):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        if writer != "export" and place in name and ("checkpoints" in name) == (writer == "checkpoint"): raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    def row(run, values):
+        if writer == "metrics" and values["step"] == 4:
+            monkeypatch.setattr(core, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))   # takes no byte
+        append(run, values)
+
+    def pretrained(model, folder, **more):
+        if writer == "export": raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_pretrained(model, folder, **more)
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(training, "append_row", row)
+    monkeypatch.setattr(dit.DiT, "save_pretrained", pretrained)
+    message = rf"(?i){subject}.*no space left on device.*once there is room, the same command goes on from {goes_on}"
+    with pytest.raises(BadInput, match=message) as e: wb.train(exp, folder=tmp_path / "run")
+    assert len(str(e.value).splitlines()) == 1
+    monkeypatch.undo()
+    run = wb.train(exp, folder=tmp_path / "run")
+    assert run.finished and equal(weights(run), weights(whole)) and run.metrics()["loss"] == whole.metrics()["loss"]
+    assert not list(run.folder.rglob("*.tmp"))
+
+
+def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path, monkeypatch):
+    def gone(*_): raise FileNotFoundError(2, "No such file or directory", "an-image.png")
+    monkeypatch.setattr(training, "append_row", gone)
+    with pytest.raises(FileNotFoundError) as e: wb.train(small(), folder=tmp_path / "run")
+    assert not isinstance(e.value, BadInput)
+
+
 def test_killed_at_random_moments():
     "Twenty kills, in pre-training and in DMP, with one process and with two. `--kills 20` kills each of the four so often."
     drill = Path(__file__).parents[1] / "tools" / "drills" / "kill_and_resume.py"
@@ -610,6 +655,10 @@ def test_more_steps_make_a_finished_run_longer_as_if_it_had_been_so_from_the_sta
     shutil.rmtree(run.folder / "checkpoints")
     with pytest.raises(BadInput, match="finished at 12, has no checkpoint to go on from"): wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=tmp_path / "run")
     assert run.finished and run.summary["steps"] == 12
+    for folder in list_checkpoints(whole.folder): (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(BadInput, match="no checkpoint to go on from: expected a whole one"):
+        wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=whole.folder)
+    assert whole.finished and whole.metrics()["step"][-1] == 12 and (whole.folder / "model").is_dir()
 
 
 def test_a_run_that_is_killed_while_it_is_made_longer_goes_on(tmp_path, monkeypatch):
