@@ -159,6 +159,7 @@ def one_line_errors():
     Under Python's development mode (PYTHONDEVMODE=1) errors of the system keep their traceback.
     """
     try:
+        if not _working_folder_exists(): raise _working_folder_is_gone()   # PyTorch's libraries end the process there, with words of their own
         with contextlib.nullcontext() if sys.flags.dev_mode else system_errors(): yield
     except BadInput as e:
         first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .anatomy import anatomy_of, timestep_batch
@@ -328,12 +329,16 @@ def is_on_disk(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def weights_loaded(model: nn.Module, *parts: nn.Module):
-    "Inside, the weights are there that diffusers' group offloading holds back until the model, or one of these parts of it, is called."
+    "Inside, the weights are there that diffusers' group offloading, or accelerate for these parts, holds back until the model, or one of these parts of it, is called."
     groups: dict[int, Any] = {}
     if hooks_of(model).call is None:   # a model that runs has them already
         groups = {id(group): group for group in map(_group, (model, *parts)) if group is not None}
     for group in groups.values(): group.onload_()
-    try: yield
+    try:
+        with contextlib.ExitStack() as stack:
+            for module in parts:
+                if hasattr(module, "_hf_hook"): stack.enter_context(align_module_device(module))
+            yield
     finally:
         for group in groups.values(): group.offload_()
 

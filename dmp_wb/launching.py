@@ -23,7 +23,7 @@ from accelerate.commands.config.config_args import default_config_file, load_con
 
 from .checkpoints import Run, newest_checkpoint, run_lock
 from .config import Experiment, load_experiment, to_yaml
-from .core import PROGRESS_VARIABLE, BadInput, MissingFile, expanded, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
+from .core import BadInput, MissingFile, PROGRESS_VARIABLE, expanded, mirror, open_to_append, process_identity, read_json, read_progress, safe_path, short, write_atomic, write_json
 from .distributed import GRACE, LAUNCHER_FILE, LAUNCH_VARIABLE, PROCESSES_VARIABLE, file_rendezvous
 from .training import absolute_paths, asked_to_stop, check_folder, new_run, nothing_to_do, share_of_batch
 

@@ -556,12 +556,15 @@ _PATCHES: weakref.WeakSet = weakref.WeakSet()      # all of this process, on a m
 _OPTIMIZERS: weakref.WeakSet = weakref.WeakSet()   # those that were looked at
 
 def _tell_idle(optimizer: torch.optim.Optimizer, args, kwargs):
-    "After the first step of any optimiser: a warning if it holds a patch that got no gradient, and so learns nothing."
+    "After the first step of any optimiser: a warning if it holds a patch that got no gradient, or nothing but what a patch froze, and so learns nothing."
     if optimizer in _OPTIMIZERS: return
     _OPTIMIZERS.add(optimizer)
     held = {id(w): w for group in optimizer.param_groups for w in group["params"]}
     for p in list(_PATCHES):
         mine = [held[id(w)] for w in p.parameters() if id(w) in held]
+        if not mine and not any(w.requires_grad for w in held.values()) and any(id(w) in held for w in p.model.parameters()):   # it was made before the patch
+            warnings.warn(f"an optimiser holds parameters of a patched {type(p.model).__name__}, all of them frozen: expected those of the patch, as patch.parameters() gives", stacklevel=3)
+            return
         if not mine or any(w.grad is not None for w in mine): continue
         why = ("its parameters are frozen, as peft's get_peft_model leaves them: expected patch.requires_grad_(True) before the optimiser is made"
                if not any(w.requires_grad for w in mine) else "it is not on its model any more: expected an optimiser of the patch that is"
@@ -737,7 +740,8 @@ def _origin(model: nn.Module) -> dict:
 
 def _write_files(p: PromptPatch, folder: Path, weights: dict[str, torch.Tensor] | None = None):
     from dmp_wb import __version__
-    weights = {k: v.detach().cpu().contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
+    with weights_loaded(p.model, *p.modules()):   # copies: memory that a hook lends is taken back
+        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
     _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **dataclasses.asdict(p.config),

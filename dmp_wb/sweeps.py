@@ -124,10 +124,14 @@ def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
         raise BadInput(f"parameter run is {given['run']!r}: expected none, each run of a batch has a folder of its own; --name or --folder says where they are")
     strange = [k for k in given if k not in known]
     if not strange: return dict(given)
-    from dmp_wb.config import LEAVES, load_experiment
+    from dmp_wb.config import LEAVES, OTHER_NAMES, load_experiment, unknown_key
     leaves, takes = list(LEAVES), "overrides" in known
     for key in strange:
-        if key not in leaves or not takes: raise unknown(f"parameter of notebook {notebook.stem}", key, {*known, *(leaves if takes and "." in key else [])})
+        kind = f"parameter of notebook {notebook.stem}"
+        if not takes: raise unknown(kind, key, known)
+        if key not in leaves:
+            of_experiment = "." in key or any(key in words.split() for words in OTHER_NAMES.values())
+            raise unknown_key(key, {*known, *(leaves if of_experiment else [])}, kind)
     parameters = {k: v for k, v in given.items() if k in known}
     before = parameters.get("overrides", known["overrides"])
     words = split_words(before) if isinstance(before, str) else list(before or [])

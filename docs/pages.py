@@ -9,7 +9,7 @@ from notebooks import NBS, PAGES, ROOT, relinked
 SECTIONS = {
     "tutorials": ("Tutorials", "Do it once, from the first line to a result", ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster", "pictures", "explore", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens", ["timesteps_as_tasks", "dmp", "dtr", "losses", "sampling", "measuring"]),
-    "howto": ("How-to", "One task a page, for when you know what you want", ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "several_gpus"]),
+    "howto": ("How-to", "One task a page, for when you know what you want", ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "trust", "several_gpus"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster", ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
 }
 SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own

@@ -321,6 +321,16 @@ def test_an_optimiser_that_holds_nothing_that_learns_is_told(inputs):
     with pytest.raises(UserWarning, match="not on its model any more"): step()
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_optimiser_that_was_made_before_the_patch_is_told(inputs):
+    model = tiny_diffusers_dit().train()
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1)
+    patch = wb.patch(model)
+    model(*inputs).sample.square().mean().backward()
+    with pytest.raises(UserWarning, match="parameters of a patched DiTTransformer2DModel, all of them frozen"): optimizer.step()
+    torch.optim.AdamW(patch.parameters(), 0.1).step()
+
+
 # --- wrapped models
 
 class Mine(nn.Module):

@@ -237,3 +237,11 @@ def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
 def test_an_error_that_quotes_a_whole_book_is_cut_in_the_middle():
     said = str(BadInput(f"name is {'x' * 10**6!r}: expected a folder name"))
     assert len(said) <= 2000 and said.startswith("name is 'xxx") and said.endswith("xx': expected a folder name") and " … " in said
+
+
+def test_a_command_in_a_folder_that_is_gone_is_one_line_before_it_begins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit), one_line_errors(): raise AssertionError("it began")
+    assert capsys.readouterr().err == "error: the working folder is gone: expected one that exists, change to another\n"

@@ -192,17 +192,3 @@ def test_a_model_of_the_hub_comes_from_safetensors_alone(monkeypatch):
     monkeypatch.setattr(diffusers.AutoModel, "from_pretrained", lambda *args, **kw: asked.append(kw) or tiny_dit())
     wb.load_model("someone/model", device="cpu")
     assert asked == [{"subfolder": "transformer", "use_safetensors": True}]
-
-
-@pytest.mark.parametrize("rank,want", [("0", 0), ("3", 3), ("5", 1), (None, None), ("x", None), ("", None)])
-def test_a_process_of_several_loads_onto_its_own_device(rank, want, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    if rank is not None: monkeypatch.setenv("LOCAL_RANK", rank)
-    assert checkpoints.usual_device("auto") == (torch.device("cuda") if want is None else torch.device("cuda", want))
-    moved = []
-    monkeypatch.setattr(checkpoints, "_load", lambda *args: type("Model", (), {"eval": lambda self: self, "to": lambda self, device: moved.append(device)})())
-    wb.load_model("x")
-    assert moved == [checkpoints.usual_device("auto")]

@@ -2,6 +2,7 @@
 import asyncio
 import gc
 import importlib
+import math
 import threading
 import warnings
 import weakref
@@ -291,6 +292,23 @@ def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, o
         with warnings.catch_warnings():
             warnings.simplefilter("error")   # no fingerprint of numbers that are not there
             wb.load_patch(BACKBONES[name](), tmp_path / "got")
+    if disk and order == "patched first":   # in memory lies what nobody has filled
+        for parameter in model.parameters(): parameter.data.fill_(math.nan)
+    wb.save_patch(model, tmp_path / "got")
+    assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind,disk", [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
+def test_weights_that_are_elsewhere_are_not_taken_for_others(kind, disk, tmp_path, recwarn):
+    model = BACKBONES["DiT"]()
+    wb.patch(model, wb.DMPConfig())
+    wb.save_patch(model, tmp_path / "patch")
+    model = BACKBONES["DiT"]()
+    offloaded(model, kind, tmp_path / "disk" if disk else None)
+    if disk:
+        for parameter in model.parameters(): parameter.data.fill_(math.nan)
+    wb.load_patch(model, tmp_path / "patch")
+    assert not [w for w in recwarn if "fingerprint" in str(w.message)]
 
 
 def test_autocast_leaves_the_gates_in_float32():

@@ -156,7 +156,7 @@ def test_the_command_line(monkeypatch, tiny):
     invoke = lambda *words: CliRunner().invoke(cli.app, ["run", *words])
     assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--timeout-min", "5").exit_code == 0
     arguments, options = got[0]
-    assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
+    assert arguments == ("tiny", {"fail": "a b"}, {"x": ["1", "-2", "3e-4"]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
     for words, message in ((("tiny", "-p", "x"), "-p x has no value"), ((), "no notebook is named"), (("tiny", "-p", "x", "1", "-p", "x", "2"), "parameter x is given more than once"), (("tiny", "-p"), "-p has no key")):
         assert message in str(invoke(*words).exception)
 
@@ -433,3 +433,8 @@ def test_a_long_list_fits_the_terminal(tmp_path):
     for n, s in states.items(): runs.write_state(tmp_path / n, s)
     lines = View(Sweep(tmp_path, names)).lines(states, 10)
     assert len(lines) == 11 and [t for _, t in lines if t.startswith("x=21 ")] and lines[-2][1] == "… and 21 more" and "20 finished, 1 running, 9 waiting" in lines[-1][1]
+
+
+@pytest.mark.parametrize("given,meant", [("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("max_steps", "train.steps")])
+def test_keys_that_other_trainers_call_otherwise_are_hinted_at_in_batches_too(given, meant):
+    with pytest.raises(BadInput, match=f"did you mean '{meant}'"): sweeps.with_overrides(sweeps.find_notebook("pretrain"), {given: 1}, {"overrides": ""})

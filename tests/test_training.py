@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -642,3 +643,34 @@ def test_keys_that_change_no_figure_may_change_when_a_run_goes_on(tmp_path):
     assert (e.train.keep_last, e.train.checkpoint_every, e.train.log_every, e.train.log_with, e.data.num_workers, e.train.on_nonfinite) == (5, 2, 2, None, 1, "skip")
     for other in ("optim.lr=0.5", "seed=3", "train.batch_size=4", "train.ema_decay=0.5"):
         with pytest.raises(BadInput, match=f"holds another experiment: {other.partition('=')[0]} is"): wb.train(small(extra=[*STEADY, other]), folder=tmp_path / "run")
+
+
+# --- what a kill leaves
+
+def test_what_killed_processes_left_is_gone_after_the_next_start_and_nothing_else(tmp_path):
+    run = wb.train(small(extra=[*STEADY, "train.keep_last=3"]), folder=tmp_path / "run").folder
+    kept = {p.name for p in list_checkpoints(run)}
+    (run / "samples").mkdir(exist_ok=True)
+    left = [".metrics.jsonl.ab12cd34.tmp", ".summary.json.ab12cd34.tmp", ".config.yaml.ab12cd34.tmp", "samples/.step-0000003.png.ab12cd34.tmp"]
+    mine = [".notes.txt.tmp", ".model.txt", "samples/.mine.png.ab12cd34.tmp", ".model.mine"]
+    for name in (*left, *mine): (run / name).write_text("x")
+    for name in (".model.ab12cd34.tmp", ".patch.ab12cd34.tmp", ".model.ab12cd34.old"): (run / name).mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "a.txt").write_text("x")
+    (run / ".model.linked01.tmp").symlink_to(elsewhere)
+    (run / "checkpoints" / ".step-0000003.ab12cd34.old").mkdir()
+    shutil.copytree(run / "checkpoints" / "step-0000006", run / "checkpoints" / "step-0000002")   # a surplus one
+    (run / "checkpoints" / "step-0000002" / "manifest.json").unlink()                             # and half of it gone
+    wb.train(small(extra=[*STEADY, "train.keep_last=2", "train.steps=9"]), folder=run)
+    names = {str(p.relative_to(run)) for p in run.rglob("*")}
+    assert not names & set(left) and set(mine) <= names and (elsewhere / "a.txt").exists()
+    assert not [n for n in names if n.startswith((".model.ab", ".patch.ab", "checkpoints/."))]
+    assert [p.name for p in list_checkpoints(run)] == ["step-0000008", "step-0000009"] and "step-0000006" in kept
+
+
+def test_an_error_leaves_no_worker_that_reads_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "append_row", lambda *_: 1 / 0)
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    try: wb.train(small(extra=["data.num_workers=2"]), folder=tmp_path / "run")
+    except ZeroDivisionError as e: held = e   # as a notebook holds its newest traceback
+    assert held.__traceback__ and {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE} <= before
