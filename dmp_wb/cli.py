@@ -331,17 +331,22 @@ def run(
     slurm: Annotated[list[str] | None, typer.Option(metavar="OPTION=VALUE", help="Any other option of submitit for Slurm, as exclude=node7 or \"setup=module load cuda\".", rich_help_panel="Slurm")] = None,
 ):
     "Execute a run notebook, or a batch of them: each run has its folder with the notebook, its page and its results. Run it again to go on after a failure or an interruption."
-    from dmp_wb.sweeps import sweep, typed
+    from dmp_wb.sweeps import find_notebook, kinds_of, parameters_of, read_sweep, sweep, typed
     from dmp_wb.values import unquoted
     if notebook is None and file is None: raise BadInput("no notebook is named: expected dmp-wb run NOTEBOOK, or --file")
+    named = notebook or (read_sweep(file).get("notebook") if file is not None else None)
+    kinds = {}
+    if named:
+        with contextlib.suppress(BadInput): kinds = kinds_of(parameters_of(find_notebook(named)))   # `sweep` tells what is wrong with it
+    read = lambda key, text: typed(text, kinds.get(key)) if named else unquoted(text)   # runs that name their notebooks: `sweep` knows the types
     fixed, grid = {}, {}
     for words in parameter or []:
         key, *values = words.split(_SEPARATOR)
         if not key: raise BadInput("-p has no key: expected -p KEY VALUE")
         if key in fixed or key in grid: raise BadInput(f"parameter {key} is given more than once: expected -p {key} VALUE VALUE for several values")
         if not values: raise BadInput(f"-p {key} has no value: expected -p {key} VALUE")
-        if len(values) == 1: fixed[key] = unquoted(values[0])   # its type is that of the key
-        else: grid[key] = [unquoted(v) for v in values]
+        if len(values) == 1: fixed[key] = read(key, values[0])
+        else: grid[key] = [read(key, v) for v in values]
     options = {k: v for k, v in {"partition": partition, "account": account, "qos": qos, "constraint": constraint, "timeout_min": timeout_min, "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task, "mem_gb": mem_gb}.items() if v is not None}
     for item in slurm or []:
         key, given, value = item.partition("=")

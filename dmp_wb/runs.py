@@ -282,7 +282,7 @@ thead th { border-bottom: 2px solid var(--line); white-space: nowrap; } .table t
 td:first-child code { white-space: nowrap; } details { color: var(--faint); font-size: .9rem; } summary { cursor: pointer; } small { color: var(--faint); white-space: nowrap; }
 .output_stderr, .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); } .ansi-bold { font-weight: bold; } .ansi-green-fg, .ansi-green-intense-fg { color: #2e8b57; } .ansi-cyan-fg, .ansi-blue-fg { color: #4682b4; } .ansi-yellow-fg { color: #b8860b; }
 @media (max-width: 600px) { th, td { padding: .25rem .4rem; } .table tbody th { width: 6.5rem; min-width: 6.5rem; overflow-wrap: break-word; } }
-.failed { background: #b3261e; color: #fff; padding: .3rem 1.1rem .8rem; border-radius: 8px; margin-bottom: 1.6rem; } .failed pre, .failed code { background: #0003; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+.failed { background: #b3261e; color: #fff; padding: .3rem 1.1rem .8rem; border-radius: 8px; margin-bottom: 1.6rem; } .failed h2 { border-top: 0; margin-top: .6rem; padding-top: 0; } .failed pre, .failed code { background: #0003; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { h2 { break-after: avoid; } .output_png { break-inside: avoid; } }
 """
 

@@ -147,7 +147,7 @@ def drill(case: Case, points: int, work: Path) -> list[str]: # what was wrong, o
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=6, help="full disks for each command")
-    parser.add_argument("--only", default="", help="commands that begin so")
+    parser.add_argument("--only", default="", help="commands that begin with one of these, separated by commas")
     a = parser.parse_args()
     if "DMP_WB_OWN_MOUNTS" not in os.environ:
         if os.geteuid() or not shutil.which("unshare"): sys.exit("full_disk.py needs root and unshare: it mounts a small disk in a mount namespace of its own")
@@ -163,7 +163,7 @@ def main() -> int:
         make_inputs(work)
         situations = faults = 0
         for case in cases(work):
-            if not case.name.startswith(a.only): continue
+            if not case.name.startswith(tuple(a.only.split(","))): continue
             begun = time.monotonic()
             wrong = drill(case, a.points, work)
             situations, faults = situations + a.points, faults + len(wrong)

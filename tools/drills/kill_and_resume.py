@@ -62,7 +62,7 @@ def wait(children):
 
 
 def drill(name, processes, kills, folder, seed=0):
-    "Kill a run `kills` times and let it finish; returns the kills that hit and whether its weights equal those of an unbroken run."
+    "Kill a run `kills` times and let it finish; returns the kills that hit, and whether its weights equal those of an unbroken run and nothing is left over."
     draw, folder = random.Random(seed), Path(folder)
     begun, hits, starts = time.perf_counter(), 0, []
     assert wait(start(name, folder / "whole", processes)), (folder / "whole.error-0").read_text()
@@ -87,7 +87,9 @@ def drill(name, processes, kills, folder, seed=0):
     same = whole["model"].keys() == broken["model"].keys() and all(torch.equal(w, broken["model"][k]) for k, w in whole["model"].items())
     same = same and all(torch.equal(a, b) for a, b in zip(whole["ema"]["shadow_params"], broken["ema"]["shadow_params"], strict=True))
     lines = Run(folder / "broken").metrics()["step"] == Run(folder / "whole").metrics()["step"]
-    return hits, starts, same and lines
+    left = [str(p.relative_to(folder)) for p in (folder / "broken").rglob(".*") if p.suffix in (".tmp", ".old")]
+    if left: print(f"left over: {', '.join(left)}", flush=True)
+    return hits, starts, same and lines and not left
 
 
 def main():
