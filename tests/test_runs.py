@@ -1,15 +1,19 @@
 "The run notebooks under plain papermill, as a user starts them."
 import ast
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import numpy as np
 import pytest
 from conftest import run_cells
 
+from dmp_wb.checkpoints import Run, newest_checkpoint
 from dmp_wb.config import load_experiment
 from dmp_wb.core import BadInput, project_root
 from dmp_wb.patching import get_patch
@@ -22,6 +26,22 @@ SMALL = "model.hidden_size=16 model.num_layers=2 model.num_attention_heads=2 tra
 def papermill(notebook, output, *parameters):
     flat = [word for name, value in zip(parameters[::2], parameters[1::2], strict=True) for word in ("-p", name, str(value))]
     return subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(output), *flat], capture_output=True, text=True, cwd=project_root())
+
+
+def test_ctrl_c_under_plain_papermill_leaves_a_checkpoint_and_no_page_of_errors(runs_folder):
+    output = runs_folder / "a" / "pretrain.ipynb"
+    given = ["-p", "overrides", f"{SMALL} train.steps=100000 train.checkpoint_every=100000 train.log_with=null"]
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(RUNS / "pretrain.ipynb"), str(output), *given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project_root(), start_new_session=True) as process:
+        while not (output.parent / "metrics.jsonl").exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)      # as a terminal sends it
+        said = process.communicate(timeout=120)[0]
+    assert process.returncode == 1 and "Ctrl-C again stops at once" in said and len(said.splitlines()) < 15, said
+    assert newest_checkpoint(output.parent) is not None and not Run(output.parent).finished
+    ran = [c.execution_count is not None for c in nbformat.read(output, 4).cells if c.cell_type == "code"]
+    assert ran[0] and not ran[-1]                  # no cell after the one that trains
 
 
 def assert_page(page):

@@ -69,17 +69,18 @@ def test_workers_and_interruptions_change_nothing(photos, tmp_path, monkeypatch)
     assert not equal(weights(wb.train(pixels(photos, "data.flip=false"), folder=tmp_path / "straight")), weights(runs[0]))
 
 
-def test_sigterm_to_the_whole_group_leaves_a_checkpoint(photos, tmp_path):
-    "As torchrun and Slurm send it: the workers that read ahead get it too."
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_to_the_whole_group_leave_a_checkpoint(number, photos, tmp_path):
+    "As torchrun, Slurm and a terminal send them: the workers that read ahead get them too."
     exp = pixels(photos, "train.steps=100000", "train.checkpoint_every=100000", "data.num_workers=1")
     (tmp_path / "x.yaml").write_text(wb.config.to_yaml(exp))
     process = subprocess.Popen([sys.executable, "-m", "dmp_wb.training", str(tmp_path / "x.yaml"), "--folder", str(tmp_path / "run")], env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
         assert process.poll() is None, process.stderr.read()
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by a signal at step" in said and newest_checkpoint(tmp_path / "run") is not None
+    assert process.returncode == (130 if number == signal.SIGINT else 0) and "stopped by a signal at step" in said and newest_checkpoint(tmp_path / "run") is not None
 
 
 def poison(monkeypatch, *calls_that_fail):
