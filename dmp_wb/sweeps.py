@@ -503,6 +503,7 @@ def clear_jobs(folder: Path, cluster: str):
     """
     pickles = {}
     for file in folder.glob("*"):
+        if re.fullmatch(r"\.submission_file_\w+\.sh", file.name) and file.is_symlink() and Path(os.path.realpath(file)).parent == folder.resolve(): continue   # submitit's own
         check_plain(file)   # logs are written here
         if file.suffix == ".pkl": pickles[file] = m[1] if (m := re.fullmatch(r"(\d+(_\d+)?)_(submitted|\d+_result)\.pkl", file.name)) else ""
         elif file.stat().st_nlink > 1: file.unlink()   # a log that has a name elsewhere as well

@@ -37,7 +37,7 @@ def test_the_fuzzer_sees_a_traceback_a_forged_line_a_hang_and_a_dead_process(fuz
     def forged(data, folder): raise Forged
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
     for reader, fault in ((lambda data, folder: 1 / 0, "ZeroDivisionError"), (forged, "a message holds"), (lambda data, folder: time.sleep(9), "no answer within 1 s"),
-                          (lambda data, folder: os.kill(os.getpid(), 11), "died of SIGSEGV")):
+                          (lambda data, folder: os.kill(os.getpid(), 9), "died of SIGKILL")):
         monkeypatch.setitem(fuzzer.kinds, "words", (fuzzer.kinds["words"][0], reader))
         [(number, said)] = run_kind(fuzzer, "words", 1)
         assert number == 0 and fault in said

@@ -167,7 +167,7 @@ def test_reference_tells_parameters_defaults_errors_and_links_types():
     entry = page[page.index('id="dmp_wb.patch"'):page.index('id="dmp_wb.patching.patches_of"')]
     text = re.sub(r"<[^>]+>", "", entry)
     assert "a supported backbone" in text and "the paper’s settings if None" in text and "Raises BadInput if there is a patch of that name already" in text and "Returns PromptPatch" in text
-    assert "docs.pytorch.org/docs/stable/generated/torch.nn.Module.html" in entry and 'href="#dmp_wb.DMPConfig"' in entry
+    assert "docs.pytorch.org/docs/stable/generated/torch.nn.Module.html" in entry and 'href="settings.html#dmp_wb.DMPConfig"' in entry
 
 
 def test_inventories_are_what_their_list_says():

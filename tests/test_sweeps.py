@@ -156,7 +156,7 @@ def test_the_command_line(monkeypatch, tiny):
     invoke = lambda *words: CliRunner().invoke(cli.app, ["run", *words])
     assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--timeout-min", "5").exit_code == 0
     arguments, options = got[0]
-    assert arguments == ("tiny", {"fail": "a b"}, {"x": ["1", "-2", "3e-4"]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
+    assert arguments == ("tiny", {"fail": "a b"}, {"x": [1, -2, 3e-4]}, None, None, None, None, 2, "slurm", False) and options == {"partition": "gpu", "mem": "8GB", "timeout_min": 5}
     for words, message in ((("tiny", "-p", "x"), "-p x has no value"), ((), "no notebook is named"), (("tiny", "-p", "x", "1", "-p", "x", "2"), "parameter x is given more than once"), (("tiny", "-p"), "-p has no key")):
         assert message in str(invoke(*words).exception)
 
