@@ -38,7 +38,7 @@ demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gate
 	@$(PAPERMILL)/gates.ipynb $(DEMO)/gates/gates.ipynb -p model $(DEMO)/dmp
 	@echo "== 6/6 one page of it all"
 	@$(PAPERMILL)/report.ipynb $(DEMO)/report.ipynb
-	@$(BIN)/python -m dmp_wb.runs $(DEMO)/sample
+	@$(BIN)/python -m dmp_wb.batch.notebook $(DEMO)/sample
 	@echo "== done: open $(DEMO)/report.html for the pictures and figures; each step has its notebook and page in $(DEMO)/"
 
 test: test-notebooks test-python  ## all tests: every notebook, then pytest

@@ -53,6 +53,6 @@ setup(
     package_data={"dmp_wb": ["assets/**/*", "py.typed"]},
     cmdclass={"build_py": BuildWithNotebooks},
     include_package_data=False,
-    entry_points={"console_scripts": ["dmp-wb = dmp_wb.cli:main"], "papermill.engine": ["dmp-wb = dmp_wb.runs:RunEngine"]},
+    entry_points={"console_scripts": ["dmp-wb = dmp_wb.cli:main"], "papermill.engine": ["dmp-wb = dmp_wb.batch.engine:RunEngine"]},
     zip_safe=False,
 )

@@ -3,28 +3,30 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
+from ._names import MOVED
+
 # The names users type, and the module of each. They load on first use, so that `import dmp_wb` costs nothing.
 _PUBLIC = {
-    "DiT": "dit", "ModelConfig": "settings",
-    "Anatomy": "anatomy", "register_backbone": "anatomy", "supported_models": "anatomy",
-    "DMPConfig": "settings", "PromptPatch": "patching", "patch": "patching", "unpatch": "patching", "get_patch": "patching",
-    "save_patch": "patching", "load_patch": "patching", "load_reference_patch": "patching", "use_patches": "patching", "patch_disabled": "patching",
-    "DTRConfig": "settings", "route": "routing", "unroute": "routing", "get_router": "routing", "routing_mask": "routing",
-    "diffusion_losses": "objectives",
-    "timestep_clusters": "multitask", "task_affinity": "multitask",
-    "load_data": "data",
-    "list_runs": "folders",
+    "DiT": "models.dit", "ModelConfig": "core.settings",
+    "Anatomy": "models.anatomy", "register_backbone": "models.anatomy", "supported_models": "models.backbones",
+    "DMPConfig": "core.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.dmp", "get_patch": "methods.dmp",
+    "save_patch": "methods.dmp", "load_patch": "methods.dmp", "load_reference_patch": "methods.dmp", "use_patches": "methods.dmp", "patch_disabled": "methods.dmp",
+    "DTRConfig": "core.settings", "route": "methods.dtr", "unroute": "methods.dtr", "get_router": "methods.dtr", "routing_mask": "methods.dtr",
+    "diffusion_losses": "diffusion.objectives",
+    "timestep_clusters": "tasks.intervals", "task_affinity": "tasks.affinity",
+    "load_data": "data.load",
+    "list_runs": "store.listing",
     "Experiment": "config", "load_experiment": "config",
-    "Run": "checkpoints", "open_run": "checkpoints", "load_model": "checkpoints",
-    "train": "training", "launch": "launching",
-    "respace": "schedules",
-    "sample": "sampling", "sample_trajectory": "sampling", "sample_run": "sampling", "posterior": "sampling",
-    "evaluate": "metrics", "evaluate_run": "metrics", "guidance_sweep": "metrics", "load_extractor": "metrics", "reference_statistics": "metrics",
-    "frechet_distance": "metrics", "kernel_distance": "metrics", "inception_score": "metrics", "precision_recall": "metrics", "density_coverage": "metrics",
-    "sweep": "sweeps",
-    "BadInput": "core",
+    "Run": "store.run", "open_run": "store.run", "load_model": "store.run",
+    "train": "training.loop", "launch": "training.launching",
+    "respace": "diffusion.schedules",
+    "sample": "diffusion.sampling", "sample_trajectory": "diffusion.sampling", "sample_run": "evaluation.sample_files", "posterior": "diffusion.sampling",
+    "evaluate": "evaluation.evaluate", "evaluate_run": "evaluation.evaluate", "guidance_sweep": "evaluation.evaluate", "load_extractor": "evaluation.extractors", "reference_statistics": "evaluation.statistics",
+    "frechet_distance": "evaluation.distances", "kernel_distance": "evaluation.distances", "inception_score": "evaluation.distances", "precision_recall": "evaluation.distances", "density_coverage": "evaluation.distances",
+    "sweep": "batch.sweep",
+    "BadInput": "core.errors",
 }
-_MODULES = ("core", "values", "folders", "settings", "schedules", "dit", "anatomy", "hooks", "patching", "routing", "objectives", "multitask", "data", "config", "checkpoints", "distributed", "training", "sampling", "metrics", "viz", "explore", "compare", "launching", "runs", "slurm", "sweeps", "projects", "cli")
+_MODULES = ("core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation", "batch", "look", "cli", *MOVED)
 __all__ = ["__version__", *_PUBLIC]
 
 

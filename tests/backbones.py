@@ -8,7 +8,7 @@ from diffusers import (AuraFlowTransformer2DModel, CogVideoXTransformer3DModel, 
                        UNet2DModel, WanTransformer3DModel)
 from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
-from dmp_wb.dit import DiT
+from dmp_wb.models.dit import DiT
 
 UNET = dict(sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=1, norm_num_groups=8)
 

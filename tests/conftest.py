@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from dmp_wb.core import project_root
-from dmp_wb.dit import DiT
+from dmp_wb.core.paths import project_root
+from dmp_wb.models.dit import DiT
 
 signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background deaf to interrupts, and its children after it
 

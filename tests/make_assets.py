@@ -11,8 +11,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from dmp_wb.core import assets_folder, write_json
-from dmp_wb.metrics import train_digit_classifier
+from dmp_wb.core.files import write_json
+from dmp_wb.core.paths import assets_folder
+from dmp_wb.evaluation.features import train_digit_classifier
 
 
 def classifier():

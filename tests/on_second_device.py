@@ -14,9 +14,18 @@ from second_device import DEVICE  # noqa: E402
 from conftest import tiny_dit  # noqa: E402
 
 import dmp_wb as wb  # noqa: E402
-from dmp_wb import metrics, multitask, objectives, sampling, schedules, viz  # noqa: E402
-from dmp_wb.core import BadInput  # noqa: E402
-from dmp_wb.explore import DenoiseExplorer, GateExplorer, RunExplorer, seen_x0  # noqa: E402
+from dmp_wb.evaluation import distances
+from dmp_wb.evaluation import evaluate
+from dmp_wb.evaluation import extractors
+from dmp_wb.evaluation import features as evaluation_features
+from dmp_wb.tasks import affinity
+from dmp_wb.tasks import intervals as tasks_intervals
+from dmp_wb.diffusion import objectives
+from dmp_wb.diffusion import sampling
+from dmp_wb.diffusion import schedules
+from dmp_wb.look import viz  # noqa: E402
+from dmp_wb.core.errors import BadInput  # noqa: E402
+from dmp_wb.look.explore import DenoiseExplorer, GateExplorer, RunExplorer, seen_x0  # noqa: E402
 
 CPU = torch.device("cpu")
 PAIRS = [(CPU, DEVICE), (DEVICE, CPU), (DEVICE, DEVICE)]
@@ -40,29 +49,29 @@ def test_the_device_refuses_to_mix():
 
 @pytest.mark.parametrize("a, b", PAIRS)
 def test_extract_answers_where_the_images_are(a, b):
-    network = metrics.digit_classifier()
-    expected = metrics.extract(network, IMAGES)
-    found = metrics.extract(network.to(a), IMAGES.to(b))
+    network = evaluation_features.digit_classifier()
+    expected = extractors.extract(network, IMAGES)
+    found = extractors.extract(network.to(a), IMAGES.to(b))
     assert found.device == b
     same(found, expected)
 
 
 @pytest.mark.parametrize("a, b", PAIRS)
 def test_digits_are_measured_on_any_device(a, b):
-    assert metrics.classifier_accuracy(IMAGES.to(a), LABELS.to(b)) == metrics.classifier_accuracy(IMAGES, LABELS)
-    expected = metrics.evaluate_digits(IMAGES, LABELS)
-    assert metrics.evaluate_digits(IMAGES.to(a), LABELS.to(b)) == pytest.approx(expected, rel=1e-4)
+    assert extractors.classifier_accuracy(IMAGES.to(a), LABELS.to(b)) == extractors.classifier_accuracy(IMAGES, LABELS)
+    expected = extractors.evaluate_digits(IMAGES, LABELS)
+    assert extractors.evaluate_digits(IMAGES.to(a), LABELS.to(b)) == pytest.approx(expected, rel=1e-4)
     features, strata = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), LABELS % 2
-    intervals = lambda f, s: metrics.frechet_bootstrap({"m": f}, features, strata=s, rounds=3)["m"]["interval"]
+    intervals = lambda f, s: distances.frechet_bootstrap({"m": f}, features, strata=s, rounds=3)["m"]["interval"]
     assert intervals(features.to(a), strata.to(b)) == pytest.approx(intervals(features, strata))
-    assert metrics.bootstrap_mean(features[:, 0].to(a), 20, strata=strata.to(b)) == pytest.approx(metrics.bootstrap_mean(features[:, 0], 20, strata=strata))
+    assert distances.bootstrap_mean(features[:, 0].to(a), 20, strata=strata.to(b)) == pytest.approx(distances.bootstrap_mean(features[:, 0], 20, strata=strata))
 
 
 @pytest.mark.parametrize("place", [CPU, DEVICE])
 def test_metrics_of_samples_on_any_device(place):
     settings = dict(metrics="fid,is,precision,density,kid", bootstrap=3, splits=2, cache=False, quiet=True, strata=LABELS.to(place))
-    found = metrics.evaluate(IMAGES.to(place), -IMAGES.to(place), "digits", **settings)
-    expected = metrics.evaluate(IMAGES, -IMAGES, metrics.digit_classifier(), "fid", cache=False, quiet=True)
+    found = evaluate.evaluate(IMAGES.to(place), -IMAGES.to(place), "digits", **settings)
+    expected = evaluate.evaluate(IMAGES, -IMAGES, evaluation_features.digit_classifier(), "fid", cache=False, quiet=True)
     assert found["fid"] == pytest.approx(expected["fid"], rel=1e-3) and found["intervals"].keys() == {"fid", "is", "precision", "density", "kid"}
 
 
@@ -84,17 +93,17 @@ def test_analysis_of_timesteps_on_any_device(a, b):
     t, clusters, losses = torch.arange(0, 1000, 50), schedules.timestep_intervals(1000, 4), torch.rand(20)
     assert schedules.snr("linear", t.to(a)).device == a
     same(schedules.snr("cosine", t.to(a)), schedules.snr("cosine", t))
-    found = multitask.interval_losses(losses.to(a), t.to(b), clusters)
+    found = tasks_intervals.interval_losses(losses.to(a), t.to(b), clusters)
     assert found.device == a
-    same(found, multitask.interval_losses(losses, t, clusters))
+    same(found, tasks_intervals.interval_losses(losses, t, clusters))
     values = schedules.snr().log()
-    assert multitask.clusters_cost(values.to(a), clusters) == multitask.clusters_cost(values, clusters)
-    assert multitask.timestep_clusters(values.to(a), 3) == multitask.timestep_clusters(values, 3)
-    assert multitask.interval_of(t.to(a), clusters).device == a
+    assert tasks_intervals.clusters_cost(values.to(a), clusters) == tasks_intervals.clusters_cost(values, clusters)
+    assert tasks_intervals.timestep_clusters(values.to(a), 3) == tasks_intervals.timestep_clusters(values, 3)
+    assert tasks_intervals.interval_of(t.to(a), clusters).device == a
     mask = wb.routing_mask(t.to(a), 64)
-    assert mask.device == a and multitask.mask_overlap(mask).device == a
-    assert multitask.balanced_timesteps(8, clusters, g := torch.Generator(a)).device == g.device   # this device draws on the CPU
-    assert multitask.spread_affinity(torch.eye(4, device=a), clusters).device == a
+    assert mask.device == a and affinity.mask_overlap(mask).device == a
+    assert tasks_intervals.balanced_timesteps(8, clusters, g := torch.Generator(a)).device == g.device   # this device draws on the CPU
+    assert affinity.spread_affinity(torch.eye(4, device=a), clusters).device == a
     x, output = IMAGES[:20].to(a), IMAGES[:20].to(b)
     assert sampling.posterior(output, x, t.to(b))[0].device == a
 
@@ -108,7 +117,7 @@ def test_pictures_of_tensors_on_a_device():
     viz.sample_grid(IMAGES.to(DEVICE).bfloat16())
     viz.compare_samples({"base": list(IMAGES.to(DEVICE)), "dmp": IMAGES.to(DEVICE)})
     viz.film_strip({"base": IMAGES[:4].to(DEVICE), "patched": IMAGES[4:8].to(DEVICE)}, t[:4])
-    viz.timestep_affinities({"masks": multitask.mask_overlap(wb.routing_mask(t, 64))}, t)
+    viz.timestep_affinities({"masks": affinity.mask_overlap(wb.routing_mask(t, 64))}, t)
     viz.loss_by_timestep(schedules.timestep_intervals(1000, 4), {"base": torch.rand(4, device=DEVICE), "dmp": torch.rand(4)})
     viz.training_curves({"a": {"step": [1, 2], "mse": torch.rand(2, device=DEVICE)}})
     viz.prompt_similarity(torch.randn(3, 16, 8, device=DEVICE), gates)
@@ -162,12 +171,12 @@ def test_a_run_trains_samples_and_is_measured(overrides, monkeypatch):
 
 def test_affinities_of_a_model_on_a_device():
     settings = dict(clusters=schedules.timestep_intervals(1000, 2), quiet=True)
-    expected = multitask.task_affinity(tiny_dit(), IMAGES[:4], LABELS[:4], **settings)
-    same(multitask.task_affinity(tiny_dit().to(DEVICE), IMAGES[:4], LABELS[:4], **settings), expected)
+    expected = affinity.task_affinity(tiny_dit(), IMAGES[:4], LABELS[:4], **settings)
+    same(affinity.task_affinity(tiny_dit().to(DEVICE), IMAGES[:4], LABELS[:4], **settings), expected)
 
 
 def test_each_process_has_its_own_device(monkeypatch):
-    from dmp_wb.checkpoints import usual_device
+    from dmp_wb.store.run import usual_device
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert usual_device() == torch.device("emu:2")

@@ -10,10 +10,10 @@ from backbones import BACKBONES, INPUT_SIZE, SCALE, inputs_for, output
 from conftest import randomise
 
 import dmp_wb as wb
-from dmp_wb.anatomy import anatomy_of
-from dmp_wb.core import BadInput
-from dmp_wb.hooks import HOOKS_NAME
-from dmp_wb.patching import PATCH_NAME, patches_of
+from dmp_wb.models.backbones import anatomy_of
+from dmp_wb.core.errors import BadInput
+from dmp_wb.methods.hooks import HOOKS_NAME
+from dmp_wb.methods.dmp import PATCH_NAME, patches_of
 
 NAMES = list(BACKBONES)
 every = pytest.mark.parametrize("name", NAMES)

@@ -20,10 +20,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dmp_wb as wb
-from dmp_wb.anatomy import unwrap_model
-from dmp_wb.core import BadInput
-from dmp_wb.dit import DiT
-from dmp_wb.patching import PATCH_NAME, adapter_parameters, fingerprint, patches_of
+from dmp_wb.models.anatomy import unwrap_model
+from dmp_wb.core.errors import BadInput
+from dmp_wb.models.dit import DiT
+from dmp_wb.methods.dmp import adapter_parameters, fingerprint, PATCH_NAME, patches_of
 
 
 @torch.no_grad()

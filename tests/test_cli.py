@@ -5,10 +5,13 @@ import sys
 
 import pytest
 
-from dmp_wb import cli, metrics, settings
-from dmp_wb.core import BadInput
-from dmp_wb.data import CACHE_DTYPES
-from dmp_wb.folders import METRICS
+from dmp_wb import cli
+from dmp_wb.evaluation import evaluate
+from dmp_wb.evaluation import extractors
+from dmp_wb.core import settings
+from dmp_wb.core.errors import BadInput
+from dmp_wb.data.cache_facts import CACHE_DTYPES
+from dmp_wb.store.listing import METRICS
 
 WRONG = ["train digits-dmp optim.lr=x", "train digits-dmp train.epochs=3", "train nosuch", "train digits-dmp base=nosuch", "train digits-dmp schedule.name=x", "train digits-dmp multitask.method=x",
          "run patch -p nosuch 1", "run nosuch", "run patch -p train.step 1", "run patch -p seed x", "sample nosuch 1", "sample digits-dmp 0", "sample digits-dmp 1 --sampler x", "sample digits-dmp 1 --guidance-scale -1",
@@ -71,7 +74,7 @@ def test_the_first_line_comes_before_the_work(monkeypatch, capsys):
 
 
 def test_the_names_that_the_command_knows_are_those_of_the_modules():
-    assert tuple(metrics.EXTRACTORS) == settings.EXTRACTOR_NAMES and tuple(CACHE_DTYPES) == settings.DTYPE_NAMES and set(metrics.METRICS) == set(METRICS)
+    assert tuple(extractors.EXTRACTORS) == settings.EXTRACTOR_NAMES and tuple(CACHE_DTYPES) == settings.DTYPE_NAMES and set(evaluate.METRICS) == set(METRICS)
 
 
 def test_numbers_below_the_least_are_named():

@@ -11,12 +11,17 @@ import torch
 from conftest import CHROMIUM, run_cells, tiny_dit
 from torch import nn
 
-from dmp_wb import compare, viz
-from dmp_wb.checkpoints import load_model, open_run
+from dmp_wb.core import files
+from dmp_wb.evaluation import draw
+from dmp_wb.look import compare
+from dmp_wb.look import tables
+from dmp_wb.look import viz
+from dmp_wb.store.run import load_model, open_run
 from dmp_wb.config import load_experiment, to_yaml
-from dmp_wb.core import BadInput, assets_folder
-from dmp_wb.data import load_data
-from dmp_wb.training import train
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.paths import assets_folder
+from dmp_wb.data.load import load_data
+from dmp_wb.training.loop import train
 
 TINY = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=5", "train.steps=10", "train.checkpoint_every=10"]
 
@@ -41,32 +46,33 @@ def copies(runs_folder):
 def test_which_runs(made, runs_folder, monkeypatch):
     for name in ("sweep/a", "sweep/b", "other/a"): made(name)
     (runs_folder / "pictures").mkdir()
-    c = compare.open_compared([str(runs_folder / "sweep"), str(runs_folder / "pictures"), "again:other/a", runs_folder / "other" / "a", "digits-base"])
+    c = tables.open_compared([str(runs_folder / "sweep"), str(runs_folder / "pictures"), "again:other/a", runs_folder / "other" / "a", "digits-base"])
     assert list(c.runs) == ["sweep/a", "sweep/b", "again", "digits-base"]
     assert c.notes == ["runs/pictures is left out: it is no training run, which has a config.yaml", "other/a is left out: it is the same run as again"]
-    with pytest.raises(BadInput, match="unknown run 'other/b': did you mean 'other/a'"): compare.open_compared(["other/b"])
-    with pytest.raises(BadInput, match="can be compared: expected training runs"): compare.open_compared([runs_folder / "pictures"])
-    with pytest.raises(BadInput, match="no runs can be compared"): compare.open_compared([])
-    with pytest.raises(BadInput, match="label 'x' is given to"): compare.open_compared(["x:digits-base", "x:digits-dmp"])
-    assert "nothing is compared" in compare.open_compared(["digits-base"]).notes[0]
+    with pytest.raises(BadInput, match="unknown run 'other/b': did you mean 'other/a'"): tables.open_compared(["other/b"])
+    with pytest.raises(BadInput, match="can be compared: expected training runs"): tables.open_compared([runs_folder / "pictures"])
+    with pytest.raises(BadInput, match="no runs can be compared"): tables.open_compared([])
+    with pytest.raises(BadInput, match="label 'x' is given to"): tables.open_compared(["x:digits-base", "x:digits-dmp"])
+    assert "nothing is compared" in tables.open_compared(["digits-base"]).notes[0]
     monkeypatch.chdir(runs_folder)
-    assert compare.labelled(["sweep/a", "other/a", "x:sweep/b"]) == {"sweep/a": "sweep/a", "other/a": "other/a", "x": "sweep/b"}
+    assert tables.labelled(["sweep/a", "other/a", "x:sweep/b"]) == {"sweep/a": "sweep/a", "other/a": "other/a", "x": "sweep/b"}
 
 
 def test_what_differs():
-    a, b = ({**compare.flat(compare.dataclasses.asdict(load_experiment("digits-quick", over)))} for over in ([], ["optim.lr=1e-4", "train.compile=true", "patch.top_k=3", "name=z"]))
-    assert compare.differences({"a": a, "b": b}) == {"optim.lr": {"a": 2e-3, "b": 1e-4}, "train.compile": {"a": False, "b": True}}   # no patch is trained
+    a, b = ({**files.flat(tables.dataclasses.asdict(load_experiment("digits-quick", over)))} for over in ([], ["optim.lr=1e-4", "train.compile=true", "patch.top_k=3", "name=z"]))
+    assert tables.differences({"a": a, "b": b}) == {"optim.lr": {"a": 2e-3, "b": 1e-4}, "train.compile": {"a": False, "b": True}}   # no patch is trained
     old = {k: v for k, v in a.items() if k != "train.compile"}
-    assert compare.differences({"old": old, "new": a}) == {} and compare.differences({"old": old, "b": b})["train.compile"] == {"old": False, "b": True}
-    dmp = compare.flat(compare.dataclasses.asdict(load_experiment("digits-dmp", ["patch.top_k=3"])))
-    found = compare.differences({"a": a, "dmp": dmp})
+    assert tables.differences({"old": old, "new": a}) == {} and tables.differences({"old": old, "b": b})["train.compile"] == {"old": False, "b": True}
+    dmp = files.flat(tables.dataclasses.asdict(load_experiment("digits-dmp", ["patch.top_k=3"])))
+    found = tables.differences({"a": a, "dmp": dmp})
     assert found["patch.top_k"] == {"dmp": 3} and found["model.hidden_size"] == {"a": 64} and "patch.mode" not in found
-    assert compare.differences({"a": a, "yaml": {**a, "optim.betas": list(a["optim.betas"])}}) == {}
+    assert tables.differences({"a": a, "yaml": {**a, "optim.betas": list(a["optim.betas"])}}) == {}
 
 
 @pytest.mark.parametrize("settings", [{"sharing_ratio": 0.5}, {"alpha": 1.0}, {"kind": "random"}, {"kind": "random", "seed": 7}, {"num_train_timesteps": 500}])
 def test_the_masks_of_a_page_are_those_that_act(settings):
-    from dmp_wb.routing import DTRConfig, route
+    from dmp_wb.core.settings import DTRConfig
+    from dmp_wb.methods.dtr import route
     model, seen = tiny_dit(), []
     route(model, DTRConfig(**settings))
     model.blocks[1].register_forward_pre_hook(lambda module, args, kwargs: seen.append(next(a for a in (*args, *kwargs.values()) if torch.is_tensor(a) and a.ndim == 3)), with_kwargs=True)
@@ -83,15 +89,15 @@ def test_a_broken_run_is_a_note_on_the_page_and_takes_no_other_down(copies):
         (copies / name / "config.yaml").write_text(content)
     shutil.copytree(copies / "my-digits-dmp", copies / "odd-curve")
     (copies / "odd-curve" / "metrics.jsonl").write_text('{"step": 1, "loss": "x"}\n{"step": [], "loss": 1}\n{"step": 2, "loss": 0.5}\n')
-    c = compare.open_compared(["digits-base", "my-digits-base", *(str(copies / n) for n in ("date", "types", "bombs", "odd-curve"))])
+    c = tables.open_compared(["digits-base", "my-digits-base", *(str(copies / n) for n in ("date", "types", "bombs", "odd-curve"))])
     assert list(c.runs) == ["digits-base", "my-digits-base", "odd-curve"] and [n.split(":")[0] for n in c.notes] == [f"{n} is left out" for n in ("date", "types", "bombs")]
-    compare.glance_table(c), compare.differences_table(c)
-    for rows in compare.evaluations(c, 1).values(): compare.metrics_table(rows, list(c.runs))
+    tables.glance_table(c), tables.differences_table(c)
+    for rows in tables.evaluations(c, 1).values(): tables.metrics_table(rows, list(c.runs))
     assert open_run(copies / "odd-curve").curve("loss") == {"step": [2], "loss": [0.5]} and any("my-digits-base: no summary" in n for n in c.notes)
 
 
 def test_tables_escape_what_they_show():
-    html = compare.html_table({"<b>": {"x&y": compare.Cell("<script>", "<i>", True)}}, ["x&y", "z"], {"z": "#fff"}, "<corner>")
+    html = tables.html_table({"<b>": {"x&y": tables.Cell("<script>", "<i>", True)}}, ["x&y", "z"], {"z": "#fff"}, "<corner>")
     assert "<script>" not in html and "<b>&lt;script&gt;</b>" in html and "&lt;corner&gt;" in html and "x&amp;y" in html and html.count("<td>") == 2
 
 
@@ -99,21 +105,21 @@ def test_evaluations_with_the_same_settings(copies):
     row = {"guidance_scale": 1.5, "sampler": "ddim", "num_inference_steps": 50, "seed": 0, "reference": "digits", "num_images": 100, "num_reference": 1797, "extractor": "digits"}
     for name, rows in (("my-digits-base", [row | {"fid": 2.0, "intervals": {"fid": [1.5, 2.5]}}, row | {"guidance_scale": 3, "fid": 9}]), ("my-digits-dmp", [row | {"fid": 1.0, "precision": 0.5}, row | {"seed": 1, "fid": 7}])):
         open_run(name).note(evaluations=rows)
-    found = compare.evaluations(compare.open_compared(["a:my-digits-base", "b:my-digits-dmp"]))
+    found = tables.evaluations(tables.open_compared(["a:my-digits-base", "b:my-digits-dmp"]))
     assert len(found) == 1 and next(iter(found)).startswith("100 samples against 1797 images of digits") and set(next(iter(found.values()))) == {"a", "b"}
-    html = compare.metrics_table(next(iter(found.values())), ["a", "b"])
+    html = tables.metrics_table(next(iter(found.values())), ["a", "b"])
     assert "<b>1</b>" in html and "1.5 – 2.5" in html and html.count("<td>–</td>") == 1
-    assert len(compare.evaluations(compare.open_compared(["my-digits-base"]))) == 2
+    assert len(tables.evaluations(tables.open_compared(["my-digits-base"]))) == 2
     several = [row | {"fid": 1.0}, row | {"seed": 1}, row | {"settings": {"k": 7}}, row | {"reference": "a/digits"}]
     open_run("my-digits-base").note(evaluations=several)
-    words = list(compare.evaluations(compare.open_compared(["my-digits-base"])))
+    words = list(tables.evaluations(tables.open_compared(["my-digits-base"])))
     assert [w.split("guidance 1.5, ")[1] for w in words] == ["seed 0 (reference digits)", "seed 1", "seed 0, k 7", "seed 0 (reference a/digits)"]
 
 
 def test_the_same_seeds_and_noise(copies):
-    base, again = compare.draw("digits-base", 12, num_inference_steps=3, quiet=True), compare.draw("my-digits-base", 12, num_inference_steps=3, batch_size=5, quiet=True)
+    base, again = draw.draw("digits-base", 12, num_inference_steps=3, quiet=True), draw.draw("my-digits-base", 12, num_inference_steps=3, batch_size=5, quiet=True)
     assert torch.allclose(base.images, again.images, atol=1e-5) and base.labels.tolist() == [*range(10), 0, 1]
-    assert not torch.allclose(base.images, compare.draw("digits-base", 12, num_inference_steps=3, seed=1, quiet=True).images, atol=1e-2)
+    assert not torch.allclose(base.images, draw.draw("digits-base", 12, num_inference_steps=3, seed=1, quiet=True).images, atol=1e-2)
     model, exp, data = load_model("digits-base"), open_run("digits-base").experiment, load_data("digits")
     spans, mse = compare.mse_by_timestep(model, exp, data, 64, 4)
     assert spans == [(0, 249), (250, 499), (500, 749), (750, 999)] and mse.shape == (4,) and (mse.diff() < 0).all()
@@ -128,15 +134,15 @@ def test_the_same_seeds_and_noise(copies):
 
 
 def test_distances_are_paired(copies):
-    drawn = {name: compare.draw(run, 80, num_inference_steps=3, quiet=True) for name, run in (("a", "digits-base"), ("same", "my-digits-base"), ("dmp", "digits-dmp"))}
+    drawn = {name: draw.draw(run, 80, num_inference_steps=3, quiet=True) for name, run in (("a", "digits-base"), ("same", "my-digits-base"), ("dmp", "digits-dmp"))}
     f = compare.paired_distances(drawn, "digits", rounds=50)
     assert f["same"]["difference"] == pytest.approx(0, abs=1e-5) and f["same"]["difference_interval"] == pytest.approx([0, 0], abs=1e-5)
     width = lambda pair: pair[1] - pair[0]
     assert width(f["dmp"]["difference_interval"]) < width(f["dmp"]["interval"]) / 2 and "accuracy" in f["a"]
     assert "difference to a" in compare.distances_table(f) and "excludes 0" in compare.distances_table({**f, "dmp": {**f["dmp"], "difference_interval": [0.1, 0.2]}})
-    few = {k: compare.Drawn(d.images[:20], d.labels[:20]) for k, d in drawn.items()}
+    few = {k: draw.Drawn(d.images[:20], d.labels[:20]) for k, d in drawn.items()}
     with pytest.raises(BadInput, match="raise num_images"): compare.paired_distances(few, "digits")
-    with pytest.raises(BadInput, match="images of 2 sizes"): compare.paired_distances({**drawn, "big": compare.Drawn(torch.zeros(80, 3, 16, 16), None)}, "digits")
+    with pytest.raises(BadInput, match="images of 2 sizes"): compare.paired_distances({**drawn, "big": draw.Drawn(torch.zeros(80, 3, 16, 16), None)}, "digits")
 
 
 def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_folder):
@@ -146,14 +152,14 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_fold
     torn = runs_folder / "torn"
     shutil.copytree(assets_folder() / "digits-base", torn)
     (torn / "model" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
-    c = compare.open_compared(["digits-base", "digits-dmp", "v", "unfinished", "photos", "torn", "gone:my-digits-base"])
+    c = tables.open_compared(["digits-base", "digits-dmp", "v", "unfinished", "photos", "torn", "gone:my-digits-base"])
     shutil.rmtree(runs_folder / "my-digits-base")   # while they are compared
     looked = compare.look_at(c, 10, 16, num_inference_steps=2)
     assert list(looked.drawn) == ["digits-base", "digits-dmp", "v"] and list(looked.mse) == ["digits-base", "digits-dmp"] and list(looked.gates) == ["digits-dmp"]
     said = "\n".join(c.notes)
     for pattern in ("the loss of v cannot be compared with digits-base's: objective.prediction_type is v_prediction there and epsilon", "the loss of photos .* data.name is photos", "unfinished: .* holds no model yet",
                     "torn: no samples, gates or masks", "gone: no samples, gates or masks"): assert re.search(pattern, said), pattern
-    assert "gone" in compare.glance_table(c) and "photos" in compare.differences_table(c)
+    assert "gone" in tables.glance_table(c) and "photos" in tables.differences_table(c)
 
 
 def test_run_colours_are_those_of_the_methods():

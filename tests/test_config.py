@@ -1,8 +1,9 @@
 import pytest
 
 from dmp_wb.config import Experiment, load_experiment, to_yaml
-from dmp_wb.core import BadInput, MissingFile, project_root
-from dmp_wb.dit import ModelConfig
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.paths import project_root
+from dmp_wb.core.settings import ModelConfig
 
 
 @pytest.mark.parametrize("file", sorted((project_root() / "nbs" / "experiments").glob("*.yaml")), ids=lambda f: f.stem)

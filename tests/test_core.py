@@ -15,34 +15,18 @@ from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 
 import dmp_wb as wb
-from dmp_wb.core import (
-    BadInput,
-    LogBar,
-    MissingFile,
-    atomic_folder,
-    expanded,
-    mirror,
-    one_line_errors,
-    printable,
-    process_alive,
-    process_identity,
-    progress,
-    progress_line,
-    project_root,
-    read_json,
-    read_progress,
-    runs_root,
-    seed_of,
-    short,
-    system_error,
-    system_errors,
-    unknown,
-    write_atomic,
-    write_json,
+from dmp_wb.core.errors import (
+    BadInput, MissingFile, one_line_errors, printable, system_error, system_errors, unknown,
 )
-from dmp_wb.folders import RunFacts, runs_table
-from dmp_wb.runs import RunState, figures_table
-from dmp_wb.sweeps import Sweep, View
+from dmp_wb.core.files import atomic_folder, read_json, write_atomic, write_json
+from dmp_wb.core.paths import expanded, project_root, runs_root, short
+from dmp_wb.core.processes import process_alive, process_identity
+from dmp_wb.core.progress import LogBar, mirror, progress, progress_line, read_progress
+from dmp_wb.core.seeds import seed_of
+from dmp_wb.store.listing import RunFacts, runs_table
+from dmp_wb.batch.notebook import figures_table
+from dmp_wb.batch.state import RunState
+from dmp_wb.batch.view import Sweep, View
 
 
 def test_import_is_light_and_public_names_exist():

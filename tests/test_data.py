@@ -24,11 +24,21 @@ from pipelines import PROMPT_LENGTH, autoencoder, clip, clip_tokenizer, t5
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-import dmp_wb.data as D
+from dmp_wb.core import files as core_files
+from dmp_wb.data import cache as data_cache
+from dmp_wb.data import sources
+from dmp_wb.models import anatomy
 from conftest import tiny_diffusers_dit
-from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.data import (BadImage, DataConfig, EncodedImages, EpochOrder, ImageData, ImageFiles, LatentCache, LatentCoder, SkippedImages, centre_crop, digits, draw_latents, fingerprint, hub_data,
-                         image_folder, load_data, load_images, load_text_encoder, load_vae, read_image, to_tensor, write_cache)
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import LatentCache, write_cache
+from dmp_wb.data.encoders import draw_latents, EncodedImages, LatentCoder, load_text_encoder, load_vae
+from dmp_wb.data.folders import image_folder, ImageFiles, SkippedImages
+from dmp_wb.data.images import BadImage, centre_crop, read_image, to_tensor
+from dmp_wb.data.load import load_data
+from dmp_wb.data.sources import digits, EpochOrder, ImageData
+from dmp_wb.data.tables import hub_data, load_images
+from dmp_wb.methods.dmp import fingerprint
 
 SCALE, SHIFT = 0.3611, 0.1159
 datasets.disable_progress_bars()
@@ -837,7 +847,7 @@ def test_a_cache_is_direct_encoding(models, tmp_path):
 
 def test_digits_can_be_cached_too(tmp_path, monkeypatch):
     few = ImageData(digits().images[:5], digits().labels[:5], digits().class_names)
-    monkeypatch.setitem(D.DATASETS, "digits", lambda: few)
+    monkeypatch.setitem(sources.DATASETS, "digits", lambda: few)
     autoencoder(2, in_channels=1, out_channels=1).save_pretrained(tmp_path / "vae")
     cache = write_cache(DataConfig(vae=str(tmp_path / "vae")), tmp_path / "latents", images_per_shard=2)
     assert len(cache) == 5 and cache.num_classes == 10 and torch.equal(cache.batch(torch.arange(5))["class_labels"], few.labels)
@@ -853,7 +863,7 @@ def test_captions_are_cached(encoder, dtype, models, tmp_path):
     found, indices = cache.batch(torch.tensor([4, 1, 2])), [4, 1, 2]
     direct = text.embed(**text.tokens([texts[i] for i in indices]))
     close = dict(atol=1e-5) if dtype == "float32" else dict(atol=5e-3, rtol=1e-3)
-    assert set(found) == {"images", *direct} and set(direct) <= set(D.TEXT_INPUTS) and set(cache.null) == set(direct)
+    assert set(found) == {"images", *direct} and set(direct) <= set(anatomy.TEXT_INPUTS) and set(cache.null) == set(direct)
     for k, v in direct.items():
         assert found[k].dtype == (torch.int64 if k.endswith("mask") else torch.float32) and torch.allclose(found[k], v, **close), k
         assert torch.equal(cache.null[k].to(found[k].dtype), found[k][1]) or torch.allclose(cache.null[k].float(), found[k][1].float(), **close), k   # the empty caption's
@@ -900,14 +910,14 @@ def test_interrupted_and_continued_is_byte_identical(function, last, when, model
     root = captioned(tmp_path, ["a", "b", "c", "", "e", "f", "g"], bad=(3,))
     kwargs = dict(caption_column="text", text_encoder=str(models / "t5"))
     cached(root, models, tmp_path / "whole", **kwargs)
-    original = getattr(D, function)
+    original = getattr(data_cache, function)
     def die(path, value):
         if when == "after" and Path(path).name == last: original(path, value)
         if Path(path).name == last: raise Killed
         return original(path, value)
-    monkeypatch.setattr(D, function, die)
+    monkeypatch.setattr(data_cache, function, die)
     with pytest.raises(Killed): cached(root, models, tmp_path / "broken", **kwargs)
-    monkeypatch.setattr(D, function, original)
+    monkeypatch.setattr(data_cache, function, original)
     there = content(tmp_path / "broken") if (tmp_path / "broken").exists() else {}
     kept = {p: (tmp_path / "broken" / p.replace(".json", ".safetensors")).stat().st_mtime_ns for p in there if p.startswith("shard") and p.endswith("json")}
     assert len(cached(root, models, tmp_path / "broken", **kwargs)) == 6
@@ -1083,8 +1093,8 @@ def test_a_damaged_shard(damage, models, tmp_path):
 
 def test_a_shard_is_verified_once(models, tmp_path, monkeypatch):
     cached(photos(tmp_path / "photos", 7), models, tmp_path / "latents")
-    read, original = [], D.sha256_of
-    monkeypatch.setattr(D, "sha256_of", lambda file: read.append(Path(file).name) or original(file))
+    read, original = [], core_files.sha256_of
+    monkeypatch.setattr(data_cache, "sha256_of", lambda file: read.append(Path(file).name) or original(file))
     LatentCache(tmp_path / "latents")
     assert read == []
     os.utime(tmp_path / "latents" / "shard-00002.safetensors", ns=(1, 1))
@@ -1126,7 +1136,7 @@ def test_a_cache_in_a_folder_that_cannot_be_written(models, tmp_path, monkeypatc
     (tmp_path / "latents" / ".verified.json").unlink()
     (tmp_path / "latents").chmod(stat.S_IRUSR | stat.S_IXUSR)
     def refuse(path, obj): raise OSError(30, "Read-only file system")    # root can write everywhere
-    monkeypatch.setattr(D, "write_json", refuse)
+    monkeypatch.setattr(data_cache, "write_json", refuse)
     try: assert equal(LatentCache(tmp_path / "latents").batch(torch.arange(7)), expected) and not (tmp_path / "latents" / ".verified.json").exists()
     finally: (tmp_path / "latents").chmod(0o755)
 

@@ -16,9 +16,13 @@ import torch
 from PIL import Image, features
 from test_data import IMAGES, cached, captioned, encoded, equal, folder_config, models, no_hub, noise_image, one_line, photos, quiet, saved  # noqa: F401
 
-from dmp_wb.core import BadInput
-from dmp_wb.data import BadImage, ConsecutiveBatches, SkippedImages, image_folder, load_data, load_images, read_image
-from dmp_wb.metrics import data_images, open_samples
+from dmp_wb.core.errors import BadInput
+from dmp_wb.data.cache import ConsecutiveBatches
+from dmp_wb.data.folders import image_folder, SkippedImages
+from dmp_wb.data.images import BadImage, read_image
+from dmp_wb.data.load import load_data
+from dmp_wb.data.tables import load_images
+from dmp_wb.evaluation.images import data_images, open_samples
 
 
 # --- suffixes

@@ -8,10 +8,15 @@ import pytest
 import torch
 from test_data import IMAGES, cached, equal, folder_config, models, no_hub, noise_image, one_line, quiet  # noqa: F401
 
-from dmp_wb.core import BadInput
-from dmp_wb.data import (DataConfig, LatentCache, SkippedImages, centre_crop, folder_splits, image_folder, load_data,
-                         load_images, only_split, split_kind, to_tensor)
-from dmp_wb.metrics import data_images, reference_statistics
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import LatentCache
+from dmp_wb.data.folders import folder_splits, image_folder, SkippedImages, split_kind
+from dmp_wb.data.images import centre_crop, to_tensor
+from dmp_wb.data.load import load_data
+from dmp_wb.data.tables import load_images, only_split
+from dmp_wb.evaluation.images import data_images
+from dmp_wb.evaluation.statistics import reference_statistics
 
 
 def tree(root, *files):

@@ -11,7 +11,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 from safetensors.torch import load_file
 
 import dmp_wb as wb
-from dmp_wb.checkpoints import Run, load_checkpoint, newest_checkpoint
+from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint
+from dmp_wb.store.run import Run
 
 SMALL = ["train.batch_size=32", "train.steps=12", "train.log_every=2", "train.checkpoint_every=4"]
 PRETRAIN = ["digits-quick", "model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2", *SMALL]

@@ -6,8 +6,9 @@ from conftest import randomise, tiny_dit
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 from safetensors.torch import save_file
 
-from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.dit import NAMES, DiT
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.settings import NAMES
+from dmp_wb.models.dit import DiT
 
 OFFICIAL_NAMES = {
     "pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias",

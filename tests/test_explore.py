@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import dmp_wb as wb
-from dmp_wb import explore
-from dmp_wb.core import BadInput
-from dmp_wb.explore import DenoiseExplorer, GateExplorer, RoutingExplorer, RunExplorer, live, pixels_of
+from dmp_wb.look import explore
+from dmp_wb.core.errors import BadInput
+from dmp_wb.look.explore import DenoiseExplorer, GateExplorer, live, pixels_of, RoutingExplorer, RunExplorer
 
 
 @pytest.fixture

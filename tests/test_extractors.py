@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dmp_wb.core import BadInput, MissingFile, project_root
-from dmp_wb.data import load_data
-from dmp_wb.metrics import INCEPTION_FILES, InceptionFeatures, InceptionNetwork, digit_classifier, extract, inception_weights, load_extractor, resize_tf1
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.paths import project_root
+from dmp_wb.data.load import load_data
+from dmp_wb.evaluation.extractors import extract, load_extractor
+from dmp_wb.evaluation.features import digit_classifier
+from dmp_wb.evaluation.inception import (
+    INCEPTION_FILES, inception_weights, InceptionFeatures, InceptionNetwork, resize_tf1,
+)
 
 
 def random_inception(seed=0):
@@ -187,7 +192,7 @@ def test_a_network_of_ones_own():
     assert torch.equal(e(x)["features"], x.flatten(1)) and e.name == "Own" and not e.network.training and e.weights is None
     assert set(load_extractor(OwnDict(), "cpu")(x)) == {"features"}
     assert load_extractor(digit_classifier(), "cpu").features(torch.zeros(2, 1, 8, 8)).shape == (2, 64)
-    from dmp_wb.metrics import ModuleFeatures
+    from dmp_wb.evaluation.features import ModuleFeatures
     assert set(load_extractor(ModuleFeatures(OwnDict(), ("features", "logits")), "cpu")(x)) == {"features", "logits"}
     with pytest.raises(BadInput, match="extractor Own gave \\['features'\\]: expected logits as well"): ModuleFeatures(Own(), ("features", "logits"))(x)
 
@@ -264,9 +269,10 @@ def test_vision_models_that_are_not_there_or_of_another_family(vision, tmp_path,
 @pytest.mark.filterwarnings("ignore:(fid|sfid) from")
 def test_inception_statistics_are_kept_whole(weights_file, runs_folder, monkeypatch):
     "All three outputs of Inception through the cache; sFID of shuffled patches sees what pooled features do not need to."
-    from dmp_wb.metrics import evaluate, reference_statistics
+    from dmp_wb.evaluation.evaluate import evaluate
+    from dmp_wb.evaluation.statistics import reference_statistics
     e, real, fake = load_extractor(f"inception:{weights_file}", "cpu"), bytes_of(9, 3, 16, 16), bytes_of(8, 3, 16, 16, seed=2)
-    from dmp_wb.metrics import Images
+    from dmp_wb.evaluation.images import Images
     opened = Images("bytes", 9, (3, 16, 16), real.split, lambda: "nine")
     first = reference_statistics(opened, e, quiet=True)
     monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, **kw: pytest.fail("computed again"))

@@ -10,9 +10,11 @@ import time
 import pytest
 import yaml
 
-from dmp_wb.checkpoints import run_lock
-from dmp_wb.core import BadInput, write_json
-from dmp_wb.folders import list_runs, locked, read_run, runs_table, writer_of
+from dmp_wb.store.checkpoints import run_lock
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.files import write_json
+from dmp_wb.core.processes import locked, writer_of
+from dmp_wb.store.listing import list_runs, read_run, runs_table
 
 
 @pytest.fixture
@@ -126,8 +128,10 @@ def test_list_on_the_command_line(made):
 
 
 def test_every_room_names_the_same_metrics():
-    from dmp_wb import folders, metrics, viz
-    assert tuple(metrics.METRICS) == folders.METRICS == tuple(viz.CURVES)
+    from dmp_wb.store import listing
+    from dmp_wb.evaluation import evaluate
+    from dmp_wb.look import viz
+    assert tuple(evaluate.METRICS) == listing.METRICS == tuple(viz.CURVES)
 
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}' if i else '*a'] * 9)}]\n" for i in range(9))

@@ -31,7 +31,7 @@ def test_the_fuzzer_sees_a_traceback_a_forged_line_a_hang_and_a_dead_process(fuz
     import time
 
     import fuzz
-    from dmp_wb.core import BadInput
+    from dmp_wb.core.errors import BadInput
     class Forged(BadInput):
         def __str__(self): return "a\nerror: b"   # which a `BadInput` itself would escape
     def forged(data, folder): raise Forged

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dmp_wb as wb
-from dmp_wb.anatomy import registered
-from dmp_wb.core import BadInput
-from dmp_wb.hooks import HOOKS_NAME
-from dmp_wb.patching import PATCH_NAME
+from dmp_wb.models.backbones import registered
+from dmp_wb.core.errors import BadInput
+from dmp_wb.methods.hooks import HOOKS_NAME
+from dmp_wb.methods.dmp import PATCH_NAME
 
 
 @torch.no_grad()

@@ -13,12 +13,15 @@ import torch
 from safetensors.torch import load_file, save, save_file
 from test_data import cached, captioned, content, models, no_hub, one_line, photos, quiet  # noqa: F401
 
-import dmp_wb.core as core
-import dmp_wb.data as D
-from dmp_wb.core import BadInput
-from dmp_wb.data import DataConfig, LatentCache, load_data, write_cache
-from dmp_wb.metrics import data_images
-from dmp_wb.sampling import _read_captions, _read_labels
+from dmp_wb.core import errors
+from dmp_wb.data import cache_facts
+from dmp_wb.data import encoders
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import LatentCache, write_cache
+from dmp_wb.data.load import load_data
+from dmp_wb.evaluation.images import data_images
+from dmp_wb.evaluation.sample_files import _read_captions, _read_labels
 
 
 @pytest.fixture(scope="module")
@@ -186,8 +189,8 @@ def test_an_empty_caption_of_right_checksum_and_wrong_content_is_refused(change,
 
 
 def test_latents_that_are_not_finite_are_not_written(models, tmp_path, monkeypatch):  # noqa: F811
-    original = D.LatentCoder.moments
-    monkeypatch.setattr(D.LatentCoder, "moments", lambda coder, images: original(coder, images) * 1e6)
+    original = encoders.LatentCoder.moments
+    monkeypatch.setattr(encoders.LatentCoder, "moments", lambda coder, images: original(coder, images) * 1e6)
     with pytest.raises(BadInput, match="moments of images near cat/00.png are not finite in float16"): cached(photos(tmp_path / "photos", 7), models, tmp_path / "latents", dtype="float16")
 
 
@@ -222,7 +225,7 @@ def test_a_full_disk_is_one_line_and_the_cache_goes_on_when_there_is_room(last, 
         def full(a, b):
             if Path(b).name == last: raise OSError(code, os.strerror(code))
             return replace(a, b)
-        m.setattr(core.os, "replace", full)
+        m.setattr(errors.os, "replace", full)
         with pytest.raises(BadInput, match=f"{last} cannot be written: {os.strerror(code)}; the shards that are done stay, run dmp-wb latents again") as error: again(made, models, tmp_path)
         assert one_line(error) and leftovers(tmp_path / "latents") == []
     again(made, models, tmp_path)
@@ -262,4 +265,4 @@ def test_a_caption_file_that_is_not_utf8_is_one_line(tmp_path):
 
 def test_a_cache_can_be_written_by_many_processes_that_share_a_lock(models, tmp_path):  # noqa: F811
     root = photos(tmp_path / "photos", 7)
-    with D._writing(tmp_path / "latents"): assert write_cache(DataConfig(name=str(root), size=8, num_workers=0, vae=str(models / "vae")), tmp_path / "latents", images_per_shard=3, part=(0, 2), say=quiet) is None
+    with cache_facts._writing(tmp_path / "latents"): assert write_cache(DataConfig(name=str(root), size=8, num_workers=0, vae=str(models / "vae")), tmp_path / "latents", images_per_shard=3, part=(0, 2), say=quiet) is None

@@ -12,10 +12,12 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 
 import dmp_wb as wb
-import dmp_wb.launching as launching
-from dmp_wb.checkpoints import Run, newest_checkpoint
-from dmp_wb.core import BadInput, process_alive, process_identity
-from dmp_wb.launching import launch, launch_error
+from dmp_wb.training import launching as training_launching
+from dmp_wb.store.checkpoints import newest_checkpoint
+from dmp_wb.store.run import Run
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.processes import process_alive, process_identity
+from dmp_wb.training.launching import launch, launch_error
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=1000"]
 LONG = [*SMALL, "train.steps=100000"]
@@ -139,7 +141,7 @@ def test_what_an_error_says(tmp_path):
 
 def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
     def never(*_, **__): raise AssertionError("a process was started")
-    monkeypatch.setattr(launching.subprocess, "Popen", never)
+    monkeypatch.setattr(training_launching.subprocess, "Popen", never)
 
     def refused(message, *arguments, **more):
         with pytest.raises(BadInput, match=message): launch(*arguments, **more)
@@ -157,7 +159,7 @@ def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
     ClusterConfig(distributed_type="MULTI_CPU", num_processes=5, **config).to_yaml_file(tmp_path / "five.yaml")
     refused("num_processes is 5", "digits-quick", config_file=tmp_path / "five.yaml")                      # the file says how many
     refused("name is 'digits-dmp', which is a run that ships", "digits-dmp")
-    with wb.checkpoints.run_lock(runs_folder / "taken"): refused("is being written by", "digits-quick", ["name=taken"])
+    with wb.store.checkpoints.run_lock(runs_folder / "taken"): refused("is being written by", "digits-quick", ["name=taken"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused("one of 2 processes already", "digits-quick")
     assert not any(p.name != "taken" for p in runs_folder.iterdir())
@@ -169,7 +171,7 @@ def commanded(monkeypatch, *arguments, **more):
 
     def start(command, env, **_): raise Started(command, env)
     with monkeypatch.context() as m, pytest.raises(Started) as e:
-        m.setattr(launching.subprocess, "Popen", start)
+        m.setattr(training_launching.subprocess, "Popen", start)
         launch(*arguments, **more)
     return e.value.args
 
@@ -178,11 +180,11 @@ def test_a_config_file_of_one_process_does_not_make_one_of_several(tmp_path, run
     config = dict(compute_environment="LOCAL_MACHINE", mixed_precision="no", debug=False, num_processes=1, num_machines=1, machine_rank=0)
     default = tmp_path / "accelerate" / "default_config.yaml"     # as HF_HOME has it
     default.parent.mkdir()
-    monkeypatch.setattr(launching, "default_config_file", str(default))
+    monkeypatch.setattr(training_launching, "default_config_file", str(default))
     ClusterConfig(distributed_type="NO", use_cpu=False, **config).to_yaml_file(default)
-    assert launching.launch_processes(wb.load_experiment("digits-quick"), None, None) == 1 and "--multi_gpu" not in commanded(monkeypatch, "digits-quick", num_processes=2)[0]
-    monkeypatch.setattr(launching.torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 4)
+    assert training_launching.launch_processes(wb.load_experiment("digits-quick"), None, None) == 1 and "--multi_gpu" not in commanded(monkeypatch, "digits-quick", num_processes=2)[0]
+    monkeypatch.setattr(training_launching.torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(training_launching.torch.accelerator, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     command, env = commanded(monkeypatch, "digits-quick", num_processes=4)
     assert "--multi_gpu" in command and env["DMP_WB_PROCESSES"] == "4" and command[command.index("--num_processes") + 1] == "4"
@@ -204,8 +206,8 @@ def test_fewer_processes_than_were_asked_for_are_an_error(runs_folder, monkeypat
     monkeypatch.setenv("DMP_WB_PROCESSES", "4")
     with pytest.raises(BadInput, match="num_processes is 4, but accelerate started 1: expected as many"): wb.train("digits-quick", [*SMALL, "train.steps=1"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(launching.torch.accelerator, "device_count", lambda: 2)
-    with pytest.raises(BadInput, match="4 processes were started on this machine, which shows them 2 GPUs"): wb.distributed.check_launch(cpu=False)
+    monkeypatch.setattr(training_launching.torch.accelerator, "device_count", lambda: 2)
+    with pytest.raises(BadInput, match="4 processes were started on this machine, which shows them 2 GPUs"): wb.training.distributed.check_launch(cpu=False)
 
 
 def test_accelerate_on_a_cpu_meets_on_loopback_and_leaves_no_file(tmp_path, runs_folder):

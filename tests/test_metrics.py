@@ -12,11 +12,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.data import DataConfig, load_data, write_cache
-from dmp_wb.metrics import (
-    Images, ModuleFeatures, Moments, ScoreSums, bootstrap_mean, classifier_accuracy, collect, data_images, density_coverage, digit_classifier, evaluate, evaluate_digits, evaluate_run, extract, frechet_bootstrap,
-    frechet_distance, guidance_sweep, inception_score, kernel_distance, load_extractor, note_evaluation, open_samples, precision_recall, reference_statistics, split_digits)
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.data.load import load_data
+from dmp_wb.evaluation.distances import (
+    bootstrap_mean, density_coverage, frechet_bootstrap, frechet_distance, inception_score, kernel_distance,
+    Moments, precision_recall, ScoreSums,
+)
+from dmp_wb.evaluation.evaluate import evaluate, evaluate_run, guidance_sweep, note_evaluation
+from dmp_wb.evaluation.extractors import classifier_accuracy, evaluate_digits, extract, load_extractor
+from dmp_wb.evaluation.features import digit_classifier, ModuleFeatures, split_digits
+from dmp_wb.evaluation.images import data_images, Images, open_samples
+from dmp_wb.evaluation.statistics import collect, reference_statistics
 
 
 def by_definition(p, q):

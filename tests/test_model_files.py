@@ -15,8 +15,9 @@ from conftest import randomise, tiny_diffusers_dit, tiny_dit
 from safetensors.torch import load_file, save_file
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.dit import DiT, read_state_dict
+from dmp_wb.core.errors import BadInput
+from dmp_wb.models.dit import DiT
+from dmp_wb.models.weights import read_state_dict
 
 
 def one_line(call, match="", seconds=5.0):

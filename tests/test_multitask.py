@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.data import load_data
-from dmp_wb.multitask import (UncertaintyWeighting, aggregators, balanced_backward, balanced_timesteps, gate_similarity, interval_losses, interval_of, load_affinity, make_aggregator,
-                              mask_overlap, save_affinity, spread_affinity, task_affinity)
-from dmp_wb.schedules import timestep_intervals
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.data.load import load_data
+from dmp_wb.core.settings import aggregators
+from dmp_wb.tasks.affinity import (
+    gate_similarity, load_affinity, mask_overlap, save_affinity, spread_affinity, task_affinity,
+)
+from dmp_wb.tasks.intervals import balanced_timesteps, interval_losses, interval_of
+from dmp_wb.tasks.weighting import balanced_backward, make_aggregator, UncertaintyWeighting
+from dmp_wb.diffusion.schedules import timestep_intervals
 
 
 def cost(values, first, last):
@@ -97,8 +101,8 @@ def test_aggregators():
 
 def affinity_by_hand(model, x0, labels, clusters, seed=0):
     "Autograd of every group's loss, all gradients kept."
-    from dmp_wb.core import seed_of
-    from dmp_wb.objectives import GaussianTables, diffusion_losses
+    from dmp_wb.core.seeds import seed_of
+    from dmp_wb.diffusion.objectives import diffusion_losses, GaussianTables
     tables, rows = GaussianTables("linear"), []
     for first, last in clusters:
         g = torch.Generator().manual_seed(seed_of(seed, "affinity", 0))

@@ -8,9 +8,11 @@ from scipy.stats import norm
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.objectives import PREDICTION_TYPES, WEIGHTINGS, GaussianTables, diffusion_losses, make_tables, register_weighting
-from dmp_wb.schedules import SAMPLERS, SCHEDULES, ScheduleConfig, betas, noise_schedule, sampler, snr, timestep_intervals
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import PREDICTION_TYPES, WEIGHTINGS
+from dmp_wb.diffusion.objectives import diffusion_losses, GaussianTables, make_tables, register_weighting
+from dmp_wb.core.settings import SAMPLERS, ScheduleConfig, SCHEDULES
+from dmp_wb.diffusion.schedules import betas, noise_schedule, sampler, snr, timestep_intervals
 
 T_ALL = torch.tensor([0, 1, 50, 500, 998, 999])
 

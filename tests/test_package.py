@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dmp_wb.core import BadInput, named_files, project_root, shipped_folder
-from dmp_wb.projects import new_project, opening, project_files
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.paths import named_files, project_root, shipped_folder
+from dmp_wb.batch.projects import new_project, opening, project_files
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".venv", ".git", "__pycache__", "*.egg-info", ".ipynb_checkpoints", ".*_cache", ".hypothesis", "_proc", "_docs", "jupyter_execute", "build", "dist")

@@ -15,8 +15,8 @@ from conftest import randomise, tiny_dit
 from torch import nn
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.hooks import HOOKS_NAME
+from dmp_wb.core.errors import BadInput
+from dmp_wb.methods.hooks import HOOKS_NAME
 
 
 @torch.no_grad()

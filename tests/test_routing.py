@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.hooks import HOOKS_NAME
+from dmp_wb.core.errors import BadInput
+from dmp_wb.methods.hooks import HOOKS_NAME
 
 
 @torch.no_grad()

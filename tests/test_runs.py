@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from conftest import run_cells
 
-from dmp_wb.checkpoints import Run, newest_checkpoint
+from dmp_wb.store.checkpoints import newest_checkpoint
+from dmp_wb.store.run import Run
 from dmp_wb.config import load_experiment
-from dmp_wb.core import BadInput, project_root
-from dmp_wb.patching import get_patch
-from dmp_wb.runs import figures_table, here, listed
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.paths import project_root
+from dmp_wb.methods.dmp import get_patch
+from dmp_wb.batch.notebook import figures_table, here, listed
 
 RUNS = project_root() / "nbs" / "runs"
 SMALL = "model.hidden_size=16 model.num_layers=2 model.num_attention_heads=2 train.batch_size=16 train.log_every=5"
@@ -151,7 +153,7 @@ def test_parameters_and_folders(tmp_path, monkeypatch, runs_folder):
 def test_the_page_of_a_failed_run_opens_with_what_failed_and_how_to_try_again(tmp_path, monkeypatch):
     from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-    from dmp_wb.runs import COMMAND_VARIABLE, write_page
+    from dmp_wb.batch.page import COMMAND_VARIABLE, write_page
     monkeypatch.delenv(COMMAND_VARIABLE, raising=False)
     error = new_output("error", ename="ValueError", evalue="\x1b[31mno <b>such</b>\nthing", traceback=["here"])
     cells = [new_markdown_cell("# A run"), new_code_cell("x", execution_count=1), new_markdown_cell("## Works"), new_code_cell("y", execution_count=2, outputs=[error]),

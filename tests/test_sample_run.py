@@ -14,11 +14,16 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 import dmp_wb as wb
-import dmp_wb.sampling as sampling
+from dmp_wb.core import files as core_files
+from dmp_wb.data import images
+from dmp_wb.data import load
+from dmp_wb.diffusion import sampling as diffusion_sampling
+from dmp_wb.evaluation import sample_files
 from dmp_wb.config import to_yaml
-from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.data import DataConfig, write_cache
-from dmp_wb.sampling import SAMPLES_FILE, SAMPLES_PLAN, sample_run
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.evaluation.sample_files import sample_run, SAMPLES_FILE, SAMPLES_PLAN
 
 FAST = dict(num_inference_steps=3, device="cpu", quiet=True)
 
@@ -78,8 +83,8 @@ def test_settings_reach_the_sampler(run, tmp_path):
 
 
 def test_flow_matching_and_prediction_types_come_from_the_run(tmp_path):
-    from dmp_wb.objectives import ObjectiveConfig
-    from dmp_wb.schedules import ScheduleConfig
+    from dmp_wb.core.settings import ObjectiveConfig
+    from dmp_wb.core.settings import ScheduleConfig
     model = tiny_dit()
     for kind, sampler in (("flow_prediction", "flow-euler"), ("v_prediction", "ddpm")):
         run = make_run(tmp_path / kind, model, objective=ObjectiveConfig(prediction_type=kind), schedule=ScheduleConfig("cosine", 300))
@@ -145,8 +150,8 @@ def test_killed_at_any_file(nth, before, run, whole, tmp_path, monkeypatch):
             return original(path, content)
         return write
     with monkeypatch.context() as m:
-        m.setattr("dmp_wb.core.write_atomic", deadly(sampling.write_atomic))
-        m.setattr(sampling, "write_atomic", sys.modules["dmp_wb.core"].write_atomic)
+        m.setattr("dmp_wb.core.write_atomic", deadly(core_files.write_atomic))
+        m.setattr(sample_files, "write_atomic", sys.modules["dmp_wb.core"].write_atomic)
         with pytest.raises(Killed): sample_run(run, 8, folder, **JOB)
     left = files(folder) if folder.exists() else {}
     assert SAMPLES_FILE not in left and all(whole[name] == content for name, content in left.items())
@@ -159,10 +164,10 @@ def test_killed_at_any_file(nth, before, run, whole, tmp_path, monkeypatch):
 def test_killed_while_the_npz_is_written(nth, run, whole, tmp_path, monkeypatch):
     folder, calls = tmp_path / "out", itertools.count()
     with monkeypatch.context() as m:
-        if nth == 3: m.setattr(sampling.os, "replace", lambda a, b, replace=os.replace: replace(a, b) if str(b).endswith((".png", ".json")) else (_ for _ in ()).throw(Killed))
+        if nth == 3: m.setattr(sample_files.os, "replace", lambda a, b, replace=os.replace: replace(a, b) if str(b).endswith((".png", ".json")) else (_ for _ in ()).throw(Killed))
         else:
-            original = sampling.read_image
-            m.setattr(sampling, "read_image", lambda *a: original(*a) if next(calls) < 3 * nth else (_ for _ in ()).throw(Killed))
+            original = images.read_image
+            m.setattr(sample_files, "read_image", lambda *a: original(*a) if next(calls) < 3 * nth else (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed): sample_run(run, 8, folder, **JOB)
     assert SAMPLES_FILE not in files(folder) and len(list(folder.glob("*.png"))) == 8
     (folder / ".samples.npz.x.tmp").write_bytes(b"half of one"); (folder / ".000004.png.y.tmp").write_bytes(b"torn")   # what SIGKILL leaves
@@ -176,7 +181,7 @@ def test_what_is_missing_is_drawn_again(gone, run, whole, tmp_path):
 
 
 def test_a_finished_job_draws_nothing(run, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampling._Walk, "steps", None)
+    monkeypatch.setattr(diffusion_sampling._Walk, "steps", None)
     assert sample_run(run, 8, tmp_path / "whole", **JOB) == tmp_path / "whole" and files(tmp_path / "whole") == whole
 
 
@@ -195,7 +200,7 @@ def test_another_number_of_processes_goes_on(run, whole, tmp_path, monkeypatch):
 
 
 def test_while_another_writes_the_npz(run, tmp_path):
-    from dmp_wb.checkpoints import run_lock
+    from dmp_wb.store.checkpoints import run_lock
     (tmp_path / "out").mkdir()
     with run_lock(tmp_path / "out"): assert sample_run(run, 2, tmp_path / "out", **FAST) is None
     assert sample_run(run, 2, tmp_path / "out", **FAST) and len(array(tmp_path / "out")) == 2
@@ -208,7 +213,7 @@ def test_without_an_npz(run, tmp_path):
 
 def test_progress_counts_images(run, tmp_path, monkeypatch):
     bars, shown = [], []
-    monkeypatch.setattr(sampling, "progress", lambda **kw: (bars.append(wb.core.progress(**kw)), shown.append(not bars[-1].disable), bars[-1])[-1])
+    monkeypatch.setattr(diffusion_sampling, "progress", lambda **kw: (bars.append(wb.core.progress.progress(**kw)), shown.append(not bars[-1].disable), bars[-1])[-1])
     sample_run(run, 8, tmp_path / "out", batch_size=3, num_inference_steps=3, device="cpu")
     assert (bars[0].initial, bars[0].n, bars[0].total) == (0, 8, 8)
     (tmp_path / "out" / "000007.png").unlink()
@@ -235,7 +240,7 @@ def photos(tmp_path_factory):
 @pytest.mark.parametrize("cached", [False, True])
 def test_latents_are_decoded(cached, photos, tmp_path):
     data = DataConfig(name=str(photos / "images"), size=16, vae=str(photos / "vae"), num_workers=0)
-    coder = wb.data.load_vae(str(photos / "vae"))
+    coder = wb.data.encoders.load_vae(str(photos / "vae"))
     if cached:
         write_cache(data, tmp_path / "cache")
         data = DataConfig(name=str(tmp_path / "cache"))
@@ -355,19 +360,19 @@ def test_the_plan_says_what_the_images_are(run, tmp_path):
 # --- what goes wrong underneath
 
 def test_a_folder_that_is_renamed_meanwhile_is_a_failure(run, tmp_path, monkeypatch):
-    folder, write = tmp_path / "out", sampling._write_png
+    folder, write = tmp_path / "out", sample_files._write_png
     def move(where, number, array):
         if number == 4: folder.rename(tmp_path / "elsewhere")
         write(where, number, array)
-    monkeypatch.setattr(sampling, "_write_png", move)
+    monkeypatch.setattr(sample_files, "_write_png", move)
     with pytest.raises(BadInput, match="out cannot be written: it was renamed or removed meanwhile"): sample_run(run, 8, folder, batch_size=4, part=(0, 1), **FAST)
     assert not folder.exists() and (tmp_path / "elsewhere" / "000003.png").exists()
 
 
 @pytest.mark.parametrize("part", [(0, 1), (0, 2)])
 def test_images_that_are_missing_at_the_end_are_a_failure(part, run, tmp_path, monkeypatch):
-    write = sampling._write_png
-    monkeypatch.setattr(sampling, "_write_png", lambda folder, i, array: None if i == 1 else write(folder, i, array))
+    write = sample_files._write_png
+    monkeypatch.setattr(sample_files, "_write_png", lambda folder, i, array: None if i == 1 else write(folder, i, array))
     with pytest.raises(BadInput, match="1 of the images that were written to .*out are gone, first 000001.png"): sample_run(run, 4, tmp_path / "out", batch_size=2, part=part, **FAST)
 
 
@@ -375,7 +380,7 @@ def test_images_that_are_missing_at_the_end_are_a_failure(part, run, tmp_path, m
 def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(where, run, tmp_path, monkeypatch):
     def full(*args): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(sampling, where, full)
+        m.setattr(load, where, full)
         with pytest.raises(BadInput, match="out cannot be written: No space left on device") as e: sample_run(run, 4, tmp_path / "out", batch_size=2, **FAST)
     assert "\n" not in str(e.value) and not list(tmp_path.glob("out/.*.tmp"))
     assert files(sample_run(run, 4, tmp_path / "out", batch_size=2, **FAST)) == files(sample_run(run, 4, tmp_path / "other", batch_size=2, **FAST))
@@ -388,9 +393,9 @@ def test_an_image_of_another_size_does_not_end_in_the_npz(run, tmp_path):
 
 
 def test_latents_that_decode_to_nothing_finite_are_no_image():
-    walk = sampling._Walk(tiny_dit(), 2)
+    walk = diffusion_sampling._Walk(tiny_dit(), 2)
     with pytest.raises(BadInput, match="image 1 is not finite: its latents are, and what the VAE makes of them is not"):
-        sampling._pixels(torch.zeros(2, 1, 8, 8), lambda z: torch.stack([z[0], z[1] / 0]), range(2), walk)
+        sample_files._pixels(torch.zeros(2, 1, 8, 8), lambda z: torch.stack([z[0], z[1] / 0]), range(2), walk)
 
 
 @pytest.mark.parametrize("wrong", [dict(num_images=2.0), dict(seed=None), dict(guidance_scale="2"), dict(batch_size="8"), dict(part=3), dict(part=("a", 2)), dict(part=(0, 1, 2)), dict(npz="no"), dict(patched=None),
@@ -401,7 +406,7 @@ def test_an_argument_of_another_type_is_one_line_and_writes_nothing(wrong, run, 
 
 
 def test_each_process_of_a_launcher_takes_its_own_gpu(monkeypatch):
-    from dmp_wb.checkpoints import usual_device
+    from dmp_wb.store.run import usual_device
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

@@ -10,7 +10,7 @@ import torch
 from test_sample_run import files, make_run
 
 import dmp_wb as wb
-from dmp_wb.sampling import SAMPLES_FILE, sample_run
+from dmp_wb.evaluation.sample_files import sample_run, SAMPLES_FILE
 
 JOB = dict(num_images=120, batch_size=4, num_inference_steps=12, device="cpu", quiet=True)
 WORKER = f"""

@@ -7,10 +7,12 @@ import torch
 from conftest import randomise, tiny_diffusers_dit, tiny_dit
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput, seed_of
-from dmp_wb.objectives import PREDICTION_TYPES
-from dmp_wb.sampling import balanced_labels, guided
-from dmp_wb.schedules import SAMPLERS, ScheduleConfig, betas, noise_schedule, respace
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.seeds import seed_of
+from dmp_wb.core.settings import PREDICTION_TYPES
+from dmp_wb.diffusion.sampling import balanced_labels, guided
+from dmp_wb.core.settings import SAMPLERS, ScheduleConfig
+from dmp_wb.diffusion.schedules import betas, noise_schedule, respace
 
 FAST = dict(num_inference_steps=4, quiet=True)
 
@@ -283,7 +285,7 @@ def test_between_steps_the_model_is_as_it_was():
 
 
 def test_sample_bakes_once_and_leaves_no_table(monkeypatch):
-    from dmp_wb.patching import PromptPatch
+    from dmp_wb.methods.dmp import PromptPatch
     model, made, baked = tiny_dit(), [], PromptPatch.baked
     randomise(wb.patch(model), 0.3)
     monkeypatch.setattr(PromptPatch, "baked", lambda self, t: (made.append(len(t)), baked(self, t))[1])

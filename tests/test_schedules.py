@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.core import BadInput
-from dmp_wb.schedules import SAMPLERS, ScheduleConfig, betas, noise_schedule, respace, sampler
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import SAMPLERS, ScheduleConfig
+from dmp_wb.diffusion.schedules import betas, noise_schedule, respace, sampler
 
 
 def test_figures_worked_out_by_hand():

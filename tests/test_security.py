@@ -16,12 +16,25 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import dmp_wb as wb
-from dmp_wb import compare, core, sweeps
-from dmp_wb.checkpoints import drop_checkpoints_after, list_checkpoints, run_lock, save_checkpoint
-from dmp_wb.core import BadInput, append_text, atomic_folder, foreign, git_commit, named_files, open_to_append, project_root, write_atomic, write_json, write_progress
-from dmp_wb.folders import RunFacts, locked
-from dmp_wb.runs import LOG_FILE, NOTEBOOK_FILE, _each, as_text, checksum, harmless, save_figure, saved_figure, write_page
-from dmp_wb.slurm import slurm_executor
+from dmp_wb.look import tables
+from dmp_wb.core import paths
+from dmp_wb.batch import jobs as batch_jobs
+from dmp_wb.batch import plan
+from dmp_wb.batch import sweep
+from dmp_wb.store.checkpoints import drop_checkpoints_after, list_checkpoints, run_lock, save_checkpoint
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.files import append_text, atomic_folder, open_to_append, write_atomic, write_json
+from dmp_wb.core.paths import foreign, named_files, project_root
+from dmp_wb.core.progress import write_progress
+from dmp_wb.core.seeds import git_commit
+from dmp_wb.core.processes import locked
+from dmp_wb.store.listing import RunFacts
+from dmp_wb.batch.engine import LOG_FILE
+from dmp_wb.batch.execute import checksum
+from dmp_wb.batch.notebook import as_text, save_figure, saved_figure
+from dmp_wb.batch.page import _each, harmless, write_page
+from dmp_wb.batch.state import NOTEBOOK_FILE
+from dmp_wb.batch.slurm import slurm_executor
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="links and owners are those of Unix")
 
@@ -61,7 +74,7 @@ def test_the_commit_is_told_and_nothing_of_the_repositorys_configuration_runs(tm
     assert git_commit() == commit
     (folder / "a.txt").write_text("two")
     os.utime(folder / "a.txt", (1, 1))
-    assert git_commit() == f"{commit}-dirty" and wb.training.versions()["git_commit"] == f"{commit}-dirty" and not hit.exists()
+    assert git_commit() == f"{commit}-dirty" and wb.training.setup.versions()["git_commit"] == f"{commit}-dirty" and not hit.exists()
 
 
 def test_the_commit_of_packed_refs_worktrees_and_places_without_one(tmp_path):
@@ -87,10 +100,10 @@ def test_a_project_that_all_users_can_write_is_not_used_and_that_is_said_once(tm
     shared = project(tmp_path / "shared", 0o1777)
     (shared / "mine").mkdir()
     monkeypatch.chdir(shared / "mine")
-    assert project_root() == shared / "mine" and named_files("runs")["compare"] == core.shipped_folder("runs") / "compare.ipynb"
+    assert project_root() == shared / "mine" and named_files("runs")["compare"] == paths.shipped_folder("runs") / "compare.ipynb"
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.chdir(shared)                                                      # to stand in it is no reason either
-    assert named_files("experiments")["digits-dmp"] == core.shipped_folder("experiments") / "digits-dmp.yaml"
+    assert named_files("experiments")["digits-dmp"] == paths.shipped_folder("experiments") / "digits-dmp.yaml"
     monkeypatch.setenv("DMP_WB_PROJECT", str(shared))
     monkeypatch.chdir(tmp_path)
     assert project_root() == shared and named_files("experiments")["digits-dmp"] == shared / "nbs" / "experiments" / "digits-dmp.yaml"
@@ -101,9 +114,9 @@ def test_a_project_and_files_of_another_user_are_not_used(tmp_path, monkeypatch,
     monkeypatch.chdir(folder)
     assert named_files("runs")["compare"] == folder / "nbs" / "runs" / "compare.ipynb"
     (folder / "nbs" / "runs" / "compare.ipynb").chmod(0o666)
-    assert named_files("runs")["compare"] == core.shipped_folder("runs") / "compare.ipynb" and "can be written by all users" in capsys.readouterr().err
+    assert named_files("runs")["compare"] == paths.shipped_folder("runs") / "compare.ipynb" and "can be written by all users" in capsys.readouterr().err
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert foreign(folder) == "belongs to another user" and named_files("experiments")["digits-dmp"] == core.shipped_folder("experiments") / "digits-dmp.yaml"
+    assert foreign(folder) == "belongs to another user" and named_files("experiments")["digits-dmp"] == paths.shipped_folder("experiments") / "digits-dmp.yaml"
 
 
 def test_to_compare_executes_the_notebook_that_ships_in_a_folder_without_modules(tmp_path, monkeypatch):
@@ -119,16 +132,16 @@ def test_to_compare_executes_the_notebook_that_ships_in_a_folder_without_modules
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     cli.compare(["digits-base"], output=Path("a.html"))
     cli.compare(["digits-base"], output=Path("b.html"), notebook="compare")       # unless asked
-    assert asked[0][0] == core.shipped_folder("runs") / "compare.ipynb" and asked[0][1] not in (None, str(folder))
+    assert asked[0][0] == paths.shipped_folder("runs") / "compare.ipynb" and asked[0][1] not in (None, str(folder))
     assert asked[1] == (folder / "nbs" / "runs" / "compare.ipynb", None) and (folder / "a.html").read_text() == "page"
 
 
 def test_processes_of_this_package_take_no_modules_from_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert core.safe_path() == {"PYTHONSAFEPATH": "1"}
+    assert paths.safe_path() == {"PYTHONSAFEPATH": "1"}
     if not hasattr(sys.flags, "safe_path"): return   # Python 3.10
     (tmp_path / "typer.py").write_text("print('hit')")
-    done = subprocess.run([sys.executable, "-m", "dmp_wb", "--version"], env={**os.environ, **core.safe_path(), "PYTHONPATH": str(Path(wb.__file__).parent.parent)}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "dmp_wb", "--version"], env={**os.environ, **paths.safe_path(), "PYTHONPATH": str(Path(wb.__file__).parent.parent)}, capture_output=True, text=True)
     assert done.stdout.strip() == wb.__version__
 
 
@@ -239,7 +252,7 @@ def test_a_sweep_goes_through_no_link(tmp_path, precious, name):
     link = tmp_path / "t" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(precious)
-    with pytest.raises(BadInput, match="is a link: expected a regular file"): sweeps.sweep(notebook(tmp_path), folder=tmp_path / "t")
+    with pytest.raises(BadInput, match="is a link: expected a regular file"): sweep.sweep(notebook(tmp_path), folder=tmp_path / "t")
 
 
 @pytest.mark.parametrize("name", [".sweep", ".sweep/jobs", "x=1"])
@@ -247,7 +260,7 @@ def test_a_sweep_has_its_folders_in_itself(tmp_path, precious, name):
     link = tmp_path / "t" / name
     link.parent.mkdir(parents=True)
     link.symlink_to(precious.parent)
-    with pytest.raises(BadInput, match="is a link: expected a folder of the sweep itself"): sweeps.sweep(notebook(tmp_path), grid={"x": [1, 2]}, folder=tmp_path / "t")
+    with pytest.raises(BadInput, match="is a link: expected a folder of the sweep itself"): sweep.sweep(notebook(tmp_path), grid={"x": [1, 2]}, folder=tmp_path / "t")
 
 
 def test_pickles_and_notebooks_that_wait_in_a_sweeps_folder_are_not_used(tmp_path):
@@ -256,26 +269,26 @@ def test_pickles_and_notebooks_that_wait_in_a_sweeps_folder_are_not_used(tmp_pat
     for number in (1, 99999): (jobs / f"{number}_submitted.pkl").write_bytes(pickle.dumps("code"))
     (jobs / "99999_0_result.pkl").write_bytes(pickle.dumps("code"))
     (jobs / "5_0_log.err").write_text("what an earlier job said")
-    sweeps.clear_jobs(jobs, "local")
+    batch_jobs.clear_jobs(jobs, "local")
     assert [p.name for p in jobs.iterdir()] == ["5_0_log.err"]
     planted = jobs.parent / f"tiny-{checksum(own.read_text())}.ipynb"
     planted.write_text("code of others")
-    assert sweeps.keep_copy(own, jobs.parent) == planted and planted.read_text() == own.read_text()
+    assert sweep.keep_copy(own, jobs.parent) == planted and planted.read_text() == own.read_text()
 
 
 def test_jobs_on_a_cluster_that_are_under_way_keep_their_pickles(tmp_path, monkeypatch):
     for job in ("17_0", "18"): (tmp_path / f"{job}_submitted.pkl").write_bytes(b"")
-    monkeypatch.setattr(sweeps.shutil, "which", lambda name: name)
-    monkeypatch.setattr(sweeps, "job_states", lambda jobs: {"17_0": "PENDING", "18": "GONE"})
-    sweeps.clear_jobs(tmp_path, "slurm")
+    monkeypatch.setattr(batch_jobs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(batch_jobs, "job_states", lambda jobs: {"17_0": "PENDING", "18": "GONE"})
+    batch_jobs.clear_jobs(tmp_path, "slurm")
     assert [p.name for p in tmp_path.iterdir()] == ["17_0_submitted.pkl"]
-    monkeypatch.setattr(sweeps, "job_states", lambda jobs: dict.fromkeys(jobs, "UNKNOWN"))
-    with pytest.raises(BadInput, match="squeue does not say"): sweeps.clear_jobs(tmp_path, "slurm")
+    monkeypatch.setattr(batch_jobs, "job_states", lambda jobs: dict.fromkeys(jobs, "UNKNOWN"))
+    with pytest.raises(BadInput, match="squeue does not say"): batch_jobs.clear_jobs(tmp_path, "slurm")
 
 
 @pytest.mark.parametrize("name", ["../out", "/abs", "a/../../b", "~root", ".hidden", "a\nb", "a\x1b[2J", "a\u2028b", "a\\b", ""])
 def test_names_stay_inside_and_hold_no_control_characters(name):
-    with pytest.raises(BadInput, match="expected a folder name that stays inside"): sweeps.check_name(name, "the name of the sweep")
+    with pytest.raises(BadInput, match="expected a folder name that stays inside"): plan.check_name(name, "the name of the sweep")
 
 
 @pytest.mark.parametrize("options,folder,name", [
@@ -343,12 +356,12 @@ def test_elements_are_found_in_one_pass_whatever_is_left_open():
 def test_what_a_received_run_says_is_text_in_a_notebook():
     assert "<script" not in as_text("<script>").data and as_text("<a>", "b").data == "<ul><li>&lt;a&gt;</li><li>b</li></ul>"
     facts = RunFacts(HOSTILE, Path("x"), HOSTILE, "failed", 1, 2, 0.5, {}, 0.0, HOSTILE, {"method": "pretrain", "optim.lr": HOSTILE})
-    compared = compare.Compared({HOSTILE: facts, "b": dataclasses.replace(facts, config={"method": "pretrain"})})
-    for html in (compare.glance_table(compared), compare.differences_table(compared), as_text(*compared.notes).data, compare.metrics_table({HOSTILE: {"fid": 1.0}}, [HOSTILE])): assert_harmless(html)
+    compared = tables.Compared({HOSTILE: facts, "b": dataclasses.replace(facts, config={"method": "pretrain"})})
+    for html in (tables.glance_table(compared), tables.differences_table(compared), as_text(*compared.notes).data, tables.metrics_table({HOSTILE: {"fid": 1.0}}, [HOSTILE])): assert_harmless(html)
     assert compared.notes
 
 
-@pytest.mark.parametrize("file", sorted(core.shipped_folder("runs").glob("*.ipynb")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(paths.shipped_folder("runs").glob("*.ipynb")), ids=lambda f: f.stem)
 def test_run_notebooks_put_no_words_of_files_into_markup(file):
     for cell in nbformat.read(file, 4).cells:
         if cell.cell_type != "code": continue
@@ -358,7 +371,7 @@ def test_run_notebooks_put_no_words_of_files_into_markup(file):
 
 
 def test_the_explorer_of_runs_shows_words_of_files_as_text(runs_folder):
-    from dmp_wb.explore import RunExplorer
+    from dmp_wb.look.explore import RunExplorer
     run = runs_folder / "a"
     (run / "figures").mkdir(parents=True)
     (run / "config.yaml").write_text("method: pretrain\ndata: {}\ntrain: {}\n")

@@ -20,10 +20,11 @@ import torch
 from safetensors.torch import load_file
 
 import dmp_wb as wb
-from dmp_wb.checkpoints import Run, newest_checkpoint
-from dmp_wb.runs import read_state
-from dmp_wb.slurm import OVER, job_states
-from dmp_wb.sweeps import line_of
+from dmp_wb.store.checkpoints import newest_checkpoint
+from dmp_wb.store.run import Run
+from dmp_wb.batch.state import read_state
+from dmp_wb.batch.slurm import job_states, OVER
+from dmp_wb.batch.view import line_of
 
 SCRIPT = Path(__file__).with_name("slurm.sh")
 REQUIRED = os.environ.get("DMP_WB_REQUIRE_SLURM") == "1"

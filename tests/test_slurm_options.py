@@ -8,11 +8,13 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-import dmp_wb.slurm as slurm
-from dmp_wb import sweeps
-from dmp_wb.core import BadInput, read_json
-from dmp_wb.runs import RUNNING, STOPPED, RunState, read_state, write_state
-from dmp_wb.slurm import JobWatch, ending, job_states, notice, slurm_executor
+from dmp_wb.batch import slurm as batch_slurm
+from dmp_wb.batch import jobs
+from dmp_wb.batch import sweep
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.files import read_json
+from dmp_wb.batch.state import read_state, RUNNING, RunState, STOPPED, write_state
+from dmp_wb.batch.slurm import ending, job_states, JobWatch, notice, slurm_executor
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_states_of_jobs(monkeypatch):
     def squeue(command, **_):
         asked.append(command[-1])
         return subprocess.CompletedProcess(command, *answer)
-    monkeypatch.setattr(slurm.subprocess, "run", squeue)
+    monkeypatch.setattr(batch_slurm.subprocess, "run", squeue)
     answer = (0, "7_0|RUNNING\n7_1|COMPLETING\n", "")
     assert job_states(["7_1", "7_0", "7_2", "7_0"]) == {"7_0": "RUNNING", "7_1": "COMPLETING", "7_2": "GONE"} and asked == ["--jobs=7_0,7_1,7_2"]
     answer = (1, "", "slurm_load_jobs error: Invalid job id specified")
@@ -80,9 +82,9 @@ def test_a_notebook_gets_time_to_stop(tmp_path, monkeypatch, seconds):
 
     class Submitted(Exception): pass
     def submit(executor, workers, threads): raise Submitted(workers[0].grace)
-    monkeypatch.setattr(sweeps, "make_executor", lambda *_: None)
-    monkeypatch.setattr(sweeps, "submit", submit)
-    with pytest.raises(Submitted) as e: sweeps.sweep(tmp_path / "tiny.ipynb", folder=tmp_path / "t", cluster="slurm", signal_delay_s=seconds, timeout_min=None)
+    monkeypatch.setattr(sweep, "make_executor", lambda *_: None)
+    monkeypatch.setattr(sweep, "submit", submit)
+    with pytest.raises(Submitted) as e: sweep.sweep(tmp_path / "tiny.ipynb", folder=tmp_path / "t", cluster="slurm", signal_delay_s=seconds, timeout_min=None)
     assert 0 < e.value.args[0] < seconds
 
 
@@ -90,17 +92,17 @@ def job(number): return SimpleNamespace(job_id=number, paths=SimpleNamespace(std
 
 
 def test_which_job_has_which_run_is_kept(tmp_path):
-    assert sweeps.note_jobs(tmp_path, {"a": job("1"), "b": job("2")}) == {"1": "a", "2": "b"}
-    assert sweeps.note_jobs(tmp_path, {"b": job("3"), "c": job("4")}) == {"3": "b", "4": "c"}
+    assert jobs.note_jobs(tmp_path, {"a": job("1"), "b": job("2")}) == {"1": "a", "2": "b"}
+    assert jobs.note_jobs(tmp_path, {"b": job("3"), "c": job("4")}) == {"3": "b", "4": "c"}
     assert read_json(tmp_path / ".sweep" / "slurm.json") == {"a": "1", "b": "3", "c": "4"}
 
 
 def test_the_end_of_a_job_says_nothing_of_another(tmp_path):
     write_state(tmp_path / "a", RunState("x.ipynb", status=RUNNING, job="2"))
-    sweeps.bury_job(tmp_path, "a", job("1"), "FAILED")
+    jobs.bury_job(tmp_path, "a", job("1"), "FAILED")
     assert read_state(tmp_path / "a").status == RUNNING
-    sweeps.bury_job(tmp_path, "a", job("2"), "PREEMPTED")
-    assert read_state(tmp_path / "a").status == STOPPED and "PREEMPTED" in slurm.OVER
+    jobs.bury_job(tmp_path, "a", job("2"), "PREEMPTED")
+    assert read_state(tmp_path / "a").status == STOPPED and "PREEMPTED" in batch_slurm.OVER
 
 
 def test_why_a_job_ended(tmp_path):

@@ -17,10 +17,22 @@ from drills.kill_a_sweep import SMALL, drill, figures, left_behind
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from typer.testing import CliRunner
 
-from dmp_wb import runs, sweeps
-from dmp_wb.core import BadInput, process_identity, read_json
-from dmp_wb.runs import FAILED, FINISHED, STOPPED, WAITING, read_state
-from dmp_wb.sweeps import Sweep, View, gpu_share, plan, read_sweep, sweep
+from dmp_wb.batch import engine
+from dmp_wb.batch import execute
+from dmp_wb.batch import state as batch_state
+from dmp_wb.batch import jobs
+from dmp_wb.batch import plan as batch_plan
+from dmp_wb.batch import sweep as batch_sweep
+from dmp_wb.batch import view
+from dmp_wb.batch import worker as batch_worker
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.files import read_json
+from dmp_wb.core.processes import process_identity
+from dmp_wb.batch.state import FAILED, FINISHED, read_state, STOPPED, WAITING
+from dmp_wb.batch.jobs import gpu_share
+from dmp_wb.batch.plan import plan, read_sweep
+from dmp_wb.batch.sweep import sweep
+from dmp_wb.batch.view import Sweep, View
 
 PARAMETERS = """x = 1       # where the numbers start
 fail = ""
@@ -152,7 +164,7 @@ def test_bad_files(tmp_path, text, message):
 def test_the_command_line(monkeypatch, tiny):
     from dmp_wb import cli
     got = []
-    monkeypatch.setattr(sweeps, "sweep", lambda *a, **k: got.append((a, k)) or Sweep(tiny.parent, []))
+    monkeypatch.setattr(batch_sweep, "sweep", lambda *a, **k: got.append((a, k)) or Sweep(tiny.parent, []))
     invoke = lambda *words: CliRunner().invoke(cli.app, ["run", *words])
     assert invoke("tiny", "-p", "x", "1", "-2", "3e-4", "--jobs", "2", "-p", "fail", "a b", "--cluster", "slurm", "--partition", "gpu", "--slurm", "mem=8GB", "--timeout-min", "5").exit_code == 0
     arguments, options = got[0]
@@ -165,23 +177,23 @@ def test_a_default_that_is_no_value(tiny):
     nb = nbformat.read(tiny, 4)
     nb.cells[1].source += "\nodd = {[]: 1}"
     nbformat.write(nb, tiny)
-    assert sweeps.parameters_of(tiny)["odd"] is None
+    assert batch_plan.parameters_of(tiny)["odd"] is None
 
 
 def test_a_ticket_is_looked_at_under_the_lock(tmp_path, tiny):
     "A worker of a sweep that was killed must leave alone what its successor has written anew."
-    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="new"))
-    assert runs.execute_run(tmp_path / "r", tiny, "1", ticket="old") == "" and read_state(tmp_path / "r") == runs.RunState(str(tiny), ticket="new")
+    batch_state.write_state(tmp_path / "r", batch_state.RunState(str(tiny), ticket="new"))
+    assert execute.execute_run(tmp_path / "r", tiny, "1", ticket="old") == "" and read_state(tmp_path / "r") == batch_state.RunState(str(tiny), ticket="new")
 
 
 def test_a_worker_that_is_stopped_while_it_gets_ready(tmp_path, tiny, monkeypatch):
-    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="t"))
+    batch_state.write_state(tmp_path / "r", batch_state.RunState(str(tiny), ticket="t"))
     before = signal.getsignal(signal.SIGTERM)
-    worker = sweeps.Worker(str(tmp_path), [("r", str(tiny))], "t", None)
-    monkeypatch.setattr(sweeps, "job_id", lambda: "7")
-    monkeypatch.setattr(sweeps, "queue_again", lambda job: False)
+    worker = batch_worker.Worker(str(tmp_path), [("r", str(tiny))], "t", None)
+    monkeypatch.setattr(batch_worker, "job_id", lambda: "7")
+    monkeypatch.setattr(batch_worker, "queue_again", lambda job: False)
     try:
-        monkeypatch.setattr(sweeps, "warm", lambda notebook: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(batch_worker, "warm", lambda notebook: os.kill(os.getpid(), signal.SIGTERM))
         assert worker() == {} and not (tmp_path / "r" / "log.txt").exists()
         fork = os.fork
 
@@ -189,34 +201,34 @@ def test_a_worker_that_is_stopped_while_it_gets_ready(tmp_path, tiny, monkeypatc
             pid = fork()
             if pid == 0: os.kill(os.getpid(), signal.SIGTERM)   # before the child has a handler of its own
             return pid
-        monkeypatch.setattr(sweeps, "warm", lambda notebook: None)
-        monkeypatch.setattr(sweeps.os, "fork", fork_and_stop)
+        monkeypatch.setattr(batch_worker, "warm", lambda notebook: None)
+        monkeypatch.setattr(batch_worker.os, "fork", fork_and_stop)
         assert worker() == {} and read_state(tmp_path / "r").status == WAITING
         assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally: signal.signal(signal.SIGTERM, before)
 
 
 def test_a_run_that_is_killed_before_it_began_has_failed_and_its_worker_goes_on(tmp_path, tiny, monkeypatch):
-    for name in "ab": runs.write_state(tmp_path / name, runs.RunState(str(tiny), ticket="t"))
+    for name in "ab": batch_state.write_state(tmp_path / name, batch_state.RunState(str(tiny), ticket="t"))
     before, fork = signal.getsignal(signal.SIGTERM), os.fork
 
     def fork_and_die():
         pid = fork()
         if pid == 0: os.kill(os.getpid(), signal.SIGKILL)
         return pid
-    monkeypatch.setattr(sweeps, "job_id", lambda: "7")
-    monkeypatch.setattr(sweeps, "warm", lambda notebook: None)
-    monkeypatch.setattr(sweeps.os, "fork", fork_and_die)
-    try: assert sweeps.Worker(str(tmp_path), [(n, str(tiny)) for n in "ab"], "t", None)() == {"a": FAILED, "b": FAILED}
+    monkeypatch.setattr(batch_worker, "job_id", lambda: "7")
+    monkeypatch.setattr(batch_worker, "warm", lambda notebook: None)
+    monkeypatch.setattr(batch_worker.os, "fork", fork_and_die)
+    try: assert batch_worker.Worker(str(tmp_path), [(n, str(tiny)) for n in "ab"], "t", None)() == {"a": FAILED, "b": FAILED}
     finally: signal.signal(signal.SIGTERM, before)
     assert read_state(tmp_path / "a").error == "the process of the run ended by signal SIGKILL before the run began; look at log.txt"
 
 
 def test_a_worker_whose_starter_died_takes_nothing(tmp_path, tiny, monkeypatch):
-    runs.write_state(tmp_path / "r", runs.RunState(str(tiny), ticket="t"))
-    monkeypatch.setattr(sweeps, "job_id", lambda: "1")   # not the parent of this process
-    monkeypatch.setattr(sweeps, "die_with_parent", lambda: None)
-    assert sweeps.Worker(str(tmp_path), [("r", str(tiny))], "t", process_identity())() == {} and read_state(tmp_path / "r").status == WAITING
+    batch_state.write_state(tmp_path / "r", batch_state.RunState(str(tiny), ticket="t"))
+    monkeypatch.setattr(batch_worker, "job_id", lambda: "1")   # not the parent of this process
+    monkeypatch.setattr(batch_worker, "die_with_parent", lambda: None)
+    assert batch_worker.Worker(str(tmp_path), [("r", str(tiny))], "t", process_identity())() == {} and read_state(tmp_path / "r").status == WAITING
 
 
 def test_a_worker_that_is_killed_before_it_takes_a_run_is_replaced(tiny, runs_folder):
@@ -237,10 +249,10 @@ def test_a_worker_that_is_killed_before_it_takes_a_run_is_replaced(tiny, runs_fo
 
 @pytest.mark.parametrize("changes", [{"attempts": "x"}, {"status": "done"}, {"seconds": []}, {"parameters": 3}, {"cell": "1"}, {"ticket": None}, {"notebook": 3}])
 def test_the_state_of_a_run_may_be_anybodys(tmp_path, tiny, changes):
-    (tmp_path / "run.json").write_text(json.dumps({**dataclasses.asdict(runs.RunState(str(tiny))), **changes}))
+    (tmp_path / "run.json").write_text(json.dumps({**dataclasses.asdict(batch_state.RunState(str(tiny))), **changes}))
     with pytest.raises(BadInput, match=f"run.json: {next(iter(changes))} is .*: expected what"): read_state(tmp_path)
     (tmp_path / ".progress.json").write_text(json.dumps({"cell": 1, "bar": {"n": "x", "total": changes}}))
-    assert sweeps.line_of(tmp_path, runs.RunState("x", status=runs.RUNNING)) == "cell 1/None"
+    assert view.line_of(tmp_path, batch_state.RunState("x", status=batch_state.RUNNING)) == "cell 1/None"
 
 
 def test_a_job_that_passes_over_the_first_sigterm():
@@ -252,7 +264,7 @@ def test_a_job_that_passes_over_the_first_sigterm():
         job_id = str(child.pid)
         def done(self): return child.poll() is not None
     try:
-        sweeps.end_jobs([Job()])
+        jobs.end_jobs([Job()])
         assert child.returncode == 0
     finally: child.kill()
 
@@ -273,16 +285,16 @@ def test_places_that_are_not_there(tiny, monkeypatch):
 
 def test_a_disk_without_space_is_told(tiny, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(sweeps, "write_state", full)
+    monkeypatch.setattr(batch_worker, "write_state", full)
     with pytest.raises(BadInput, match="no space left on the disk.*nothing that is finished is lost"): sweep(tiny)
 
 
 def test_what_a_run_says():
-    state = runs.RunState("x.ipynb")
-    say = lambda **k: sweeps.line_of(runs.Path("/nowhere"), dataclasses.replace(state, **k))
+    state = batch_state.RunState("x.ipynb")
+    say = lambda **k: view.line_of(batch_state.Path("/nowhere"), dataclasses.replace(state, **k))
     assert (say(), say(status=FINISHED, seconds=3.4), say(status=STOPPED)) == ("waiting", "finished in 3 s", "stopped; run again to go on")
     assert say(status=FAILED, cell=3, error="ValueError: no") == "failed in cell 3: ValueError: no"
-    assert runs.death(-9, "log.txt").startswith("the kernel died: by signal SIGKILL, most often because memory ran out; what it wrote last is in log.txt")
+    assert engine.death(-9, "log.txt").startswith("the kernel died: by signal SIGKILL, most often because memory ran out; what it wrote last is in log.txt")
 
 
 # ---- runs that are executed
@@ -339,7 +351,7 @@ def test_stopped_and_resumed(tiny, runs_folder):
     before = 0
     for stop in (lambda p: os.killpg(p.pid, signal.SIGINT), lambda p: p.send_signal(signal.SIGTERM)):
         process = subprocess.Popen(command(*words), stderr=subprocess.PIPE, text=True, start_new_session=True)
-        wait_for(lambda before=before: lines() > before and "step/s" in sweeps.line_of(folder / "x=2", read_state(folder / "x=2")))   # step, rate and ETA while the cell runs
+        wait_for(lambda before=before: lines() > before and "step/s" in view.line_of(folder / "x=2", read_state(folder / "x=2")))   # step, rate and ETA while the cell runs
         stop(process)
         error = process.communicate(timeout=60)[1]
         assert process.returncode == 130 and re.search(r"t: .*2 stopped, 1 waiting\nstopped; run the same again to go on", error)
@@ -428,13 +440,13 @@ def test_training_is_resumed_exactly(runs_folder):
 
 def test_a_long_list_fits_the_terminal(tmp_path):
     names = [f"x={i}" for i in range(30)]
-    states = {n: runs.RunState("x.ipynb", status=FINISHED if i < 20 else WAITING, seconds=1.0) for i, n in enumerate(names)}
-    states["x=21"] = dataclasses.replace(states["x=21"], status=runs.RUNNING)
-    for n, s in states.items(): runs.write_state(tmp_path / n, s)
+    states = {n: batch_state.RunState("x.ipynb", status=FINISHED if i < 20 else WAITING, seconds=1.0) for i, n in enumerate(names)}
+    states["x=21"] = dataclasses.replace(states["x=21"], status=batch_state.RUNNING)
+    for n, s in states.items(): batch_state.write_state(tmp_path / n, s)
     lines = View(Sweep(tmp_path, names)).lines(states, 10)
     assert len(lines) == 11 and [t for _, t in lines if t.startswith("x=21 ")] and lines[-2][1] == "… and 21 more" and "20 finished, 1 running, 9 waiting" in lines[-1][1]
 
 
 @pytest.mark.parametrize("given,meant", [("optim.learning_rate", "optim.lr"), ("learning_rate", "optim.lr"), ("max_steps", "train.steps")])
 def test_keys_that_other_trainers_call_otherwise_are_hinted_at_in_batches_too(given, meant):
-    with pytest.raises(BadInput, match=f"did you mean '{meant}'"): sweeps.with_overrides(sweeps.find_notebook("pretrain"), {given: 1}, {"overrides": ""})
+    with pytest.raises(BadInput, match=f"did you mean '{meant}'"): batch_plan.with_overrides(batch_plan.find_notebook("pretrain"), {given: 1}, {"overrides": ""})

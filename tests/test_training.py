@@ -15,12 +15,22 @@ import torch
 from safetensors import SafetensorError
 
 import dmp_wb as wb
-import dmp_wb.training as training
-from dmp_wb.checkpoints import Run, join_tensors, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, split_tensors
-from dmp_wb.core import BadInput, MissingFile
-from dmp_wb.data import EpochOrder, load_data
-from dmp_wb.patching import PATCH_NAME
-from dmp_wb.training import asked_to_stop, draw_batch, make_model, param_groups
+from dmp_wb.diffusion import objectives
+from dmp_wb.training import batches
+from dmp_wb.training import loop
+from dmp_wb.training import record
+from dmp_wb.training import setup
+from dmp_wb.store.checkpoints import (
+    join_tensors, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, split_tensors,
+)
+from dmp_wb.store.run import Run
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.data.load import load_data
+from dmp_wb.data.sources import EpochOrder
+from dmp_wb.methods.dmp import PATCH_NAME
+from dmp_wb.training.batches import draw_batch
+from dmp_wb.training.safety import asked_to_stop
+from dmp_wb.training.setup import make_model, param_groups
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
 
@@ -42,18 +52,22 @@ class Killed(Exception): pass
 def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
     whole = wb.train(small(method), folder=tmp_path / "whole")
     assert whole.finished and whole.summary["steps"] == 8
-    import dmp_wb.training as training
-    original, calls = training.append_row, []
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
+    original, calls = record.append_row, []
     for stop_at in (2, 3):                       # two deaths: before the first checkpoint, and between two
         def die(run, row, stop_at=stop_at):
             original(run, row)
             calls.append(row["step"])
             if len(calls) == stop_at: raise Killed
-        monkeypatch.setattr(training, "append_row", die)
+        monkeypatch.setattr(loop, "append_row", die)
         calls.clear()
         with pytest.raises(Killed): wb.train(small(method), folder=tmp_path / "broken")
         assert not Run(tmp_path / "broken").finished
-    monkeypatch.setattr(training, "append_row", original)
+    monkeypatch.setattr(loop, "append_row", original)
     broken = wb.train(small(method), folder=tmp_path / "broken")
     assert broken.finished and equal(weights(whole), weights(broken))
     a, b = load_checkpoint(newest_checkpoint(whole.folder)), load_checkpoint(newest_checkpoint(broken.folder))
@@ -156,21 +170,26 @@ def test_multitask_methods(method, clusters, base, tmp_path, monkeypatch):
     assert extra_weights == ({"multitask.s"} if method == "uw" else set())
     if method == "uw": assert weights(run)["multitask.s"].abs().sum() > 0
     # killed between checkpoints and resumed: the same weights
-    import dmp_wb.training as training
-    original = training.append_row
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
+    original = record.append_row
 
     def die(run, row):
         original(run, row)
         if row["step"] == 4: raise Killed
-    monkeypatch.setattr(training, "append_row", die)
+    monkeypatch.setattr(loop, "append_row", die)
     with pytest.raises(Killed): wb.train(small(base, extra=extra), folder=tmp_path / "broken")
-    monkeypatch.setattr(training, "append_row", original)
+    monkeypatch.setattr(loop, "append_row", original)
     assert equal(weights(run), weights(wb.train(small(base, extra=extra), folder=tmp_path / "broken")))
 
 
 def test_batches_are_balanced_over_intervals():
-    from dmp_wb.multitask import interval_of, make_clusters
-    from dmp_wb.objectives import make_tables
+    from dmp_wb.tasks.intervals import interval_of
+    from dmp_wb.tasks.weighting import make_clusters
+    from dmp_wb.diffusion.objectives import make_tables
     exp, data = small(extra=["multitask.method=uw", "multitask.k=4"]), load_data("digits")
     clusters = make_clusters(exp.multitask, make_tables())
     batch = draw_batch(exp, data, EpochOrder(len(data), 16, 0), 3, 10, clusters=clusters)
@@ -304,9 +323,10 @@ def test_damaged_checkpoint_falls_back(harm, tmp_path):
 
 def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(3)}})
-    import dmp_wb.checkpoints as checkpoints
+    from dmp_wb.core import files
+    from dmp_wb.store import checkpoints as store_checkpoints
     def full(*a, **k): raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(store_checkpoints, "save_file", full)
     with pytest.raises(BadInput, match="No space.*older checkpoints are untouched"): save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"] and newest_checkpoint(tmp_path)
 
@@ -360,13 +380,17 @@ def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, 
 
 
 def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
-    import dmp_wb.training as training
-    original = training.diffusion_losses
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
+    original = objectives.diffusion_losses
     calls = []
     def poisoned(*a, **k):
         calls.append(1)
         return {n: v * (float("nan") if len(calls) == 5 else 1) for n, v in original(*a, **k).items()}
-    monkeypatch.setattr(training, "diffusion_losses", poisoned)
+    monkeypatch.setattr(loop, "diffusion_losses", poisoned)
     with pytest.raises(FloatingPointError, match="not finite at step 4.*step-0000003"): wb.train(small(), folder=tmp_path / "r")
     assert not Run(tmp_path / "r").finished
 
@@ -414,9 +438,13 @@ def test_load_model_from_everywhere(tmp_path, inputs):
 
 
 def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
-    import dmp_wb.training as training
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
     def die(*a): raise Killed
-    monkeypatch.setattr(training, "export", die)
+    monkeypatch.setattr(loop, "export", die)
     with pytest.raises(Killed): wb.train(small(), folder=tmp_path / "r")
     with pytest.raises(BadInput, match="has not finished training"): wb.load_model(tmp_path / "r")
 
@@ -425,8 +453,12 @@ def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps, times=10**9):
     "Make the images of some steps not finite, at most so many times."
-    import dmp_wb.training as training
-    original, left = training.draw_batch, [times]
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
+    original, left = batches.draw_batch, [times]
 
     def draw(exp, data, order, step, *args, **kwargs):
         batch = original(exp, data, order, step, *args, **kwargs)
@@ -434,7 +466,7 @@ def poison(monkeypatch, steps, times=10**9):
             left[0] -= 1
             batch["images"] = batch["images"] * float("inf")
         return batch
-    monkeypatch.setattr(training, "draw_batch", draw)
+    monkeypatch.setattr(batches, "draw_batch", draw)
 
 
 def test_a_step_that_is_not_finite_stops_and_is_kept(tmp_path, monkeypatch):
@@ -460,18 +492,22 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_rolling_back_to_a_lower_rate(killed, tmp_path, monkeypatch):
-    import dmp_wb.training as training
+    from dmp_wb.diffusion import objectives
+    from dmp_wb.training import batches
+    from dmp_wb.training import loop
+    from dmp_wb.training import record
+    from dmp_wb.training import setup
     extra = ["train.on_nonfinite=rollback", "train.log_every=1"]
     poison(monkeypatch, [4], times=2)
     if killed:   # right after the second rollback
-        original = training.append_row
+        original = record.append_row
 
         def die(run, row):
             if (tmp_path / "run" / "rollback.json").exists() and json.loads((tmp_path / "run" / "rollback.json").read_text())["lr_scale"] == 0.25: raise Killed
             original(run, row)
-        monkeypatch.setattr(training, "append_row", die)
+        monkeypatch.setattr(loop, "append_row", die)
         with pytest.raises(Killed): wb.train(small(extra=extra), folder=tmp_path / "run")
-        monkeypatch.setattr(training, "append_row", original)
+        monkeypatch.setattr(loop, "append_row", original)
     run = wb.train(small(extra=extra), folder=tmp_path / "run")
     lr = run.metrics()["lr"]
     plain = wb.train(small(extra=["train.log_every=1"]), folder=tmp_path / "plain").metrics()["lr"]
@@ -500,14 +536,14 @@ def test_pre_emption_saves_and_leaves(number, processes, tmp_path):
 
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
-    from dmp_wb.checkpoints import run_lock
+    from dmp_wb.store.checkpoints import run_lock
     with run_lock(tmp_path / "run"), pytest.raises(BadInput, match=rf"is being written by process {os.getpid()} on .*expected to be the only one"): wb.train(small(), folder=tmp_path / "run")
     assert wb.train(small(), folder=tmp_path / "run").finished
 
 
 def test_which_checkpoints_stay(tmp_path):
     run = wb.train(small(extra=["train.checkpoint_every=1", "train.log_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]), folder=tmp_path / "run")
-    from dmp_wb.checkpoints import best_checkpoint
+    from dmp_wb.store.checkpoints import best_checkpoint
     loss = run.metrics()["loss"]
     best = 1 + loss.index(min(loss))
     assert [int(p.name[5:]) for p in list_checkpoints(run.folder)] == sorted({3, 6, 7, 8, best}) and best_checkpoint(run.folder).name == f"step-{best:07d}"
@@ -515,14 +551,15 @@ def test_which_checkpoints_stay(tmp_path):
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    import dmp_wb.checkpoints as checkpoints
-    original, calls = checkpoints.write_json, []
+    from dmp_wb.core import files
+    from dmp_wb.store import checkpoints as store_checkpoints
+    original, calls = files.write_json, []
 
     def full(path, obj):
         calls.append(path)
         if len(calls) > 2: raise OSError(28, "No space left on device")
         return original(path, obj)
-    monkeypatch.setattr(checkpoints, "write_json", full)
+    monkeypatch.setattr(store_checkpoints, "write_json", full)
     with pytest.raises(BadInput, match="checkpoint of step 6 cannot be written below .*No space left on device; the older checkpoints are untouched"): wb.train(small(), folder=tmp_path / "run")
     monkeypatch.undo()
     assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-0000003"] and not list((tmp_path / "run" / "checkpoints").glob(".*"))
@@ -532,14 +569,14 @@ def test_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("writer,after", [("config", 0), ("metrics", 3), ("samples", 3), ("checkpoint", 3), ("export", 8), ("summary", 8)])
 def test_every_writer_on_a_full_disk_says_what_goes_on(writer, after, tmp_path, monkeypatch):
     "One line that names the file and the step to go on from, whoever writes; with room again the run is what it would have been."
-    import dmp_wb.core as core
-    import dmp_wb.dit as dit
+    from dmp_wb.core import files
+    from dmp_wb.models import dit as models_dit
     exp = small(extra=[*STEADY, "train.sample_every=4", "train.sample_images=4", "train.sample_steps=2"])
     whole = wb.train(exp, folder=tmp_path / "whole")
     place = {"config": "config.yaml", "metrics": "metrics.jsonl", "samples": "step-0000004.png",
              "checkpoint": "step-0000006", "export": "", "summary": "summary.json"}[writer]
     subject, goes_on = "the checkpoint of step 6" if writer == "checkpoint" else place, f"step {after}" if after else "the beginning"
-    fsync, append, save_pretrained = os.fsync, training.append_row, dit.DiT.save_pretrained
+    fsync, append, save_pretrained = os.fsync, record.append_row, models_dit.DiT.save_pretrained
 
     def sync(fd):
         name = os.readlink(f"/proc/self/fd/{fd}")
@@ -548,15 +585,15 @@ def test_every_writer_on_a_full_disk_says_what_goes_on(writer, after, tmp_path, 
 
     def row(run, values):
         if writer == "metrics" and values["step"] == 4:
-            monkeypatch.setattr(core, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))   # takes no byte
+            monkeypatch.setattr(files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))   # takes no byte
         append(run, values)
 
     def pretrained(model, folder, **more):
         if writer == "export": raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         save_pretrained(model, folder, **more)
     monkeypatch.setattr(os, "fsync", sync)
-    monkeypatch.setattr(training, "append_row", row)
-    monkeypatch.setattr(dit.DiT, "save_pretrained", pretrained)
+    monkeypatch.setattr(loop, "append_row", row)
+    monkeypatch.setattr(models_dit.DiT, "save_pretrained", pretrained)
     message = rf"(?i){subject}.*no space left on device.*once there is room, the same command goes on from {goes_on}"
     with pytest.raises(BadInput, match=message) as e: wb.train(exp, folder=tmp_path / "run")
     assert len(str(e.value).splitlines()) == 1
@@ -568,7 +605,7 @@ def test_every_writer_on_a_full_disk_says_what_goes_on(writer, after, tmp_path, 
 
 def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path, monkeypatch):
     def gone(*_): raise FileNotFoundError(2, "No such file or directory", "an-image.png")
-    monkeypatch.setattr(training, "append_row", gone)
+    monkeypatch.setattr(loop, "append_row", gone)
     with pytest.raises(FileNotFoundError) as e: wb.train(small(), folder=tmp_path / "run")
     assert not isinstance(e.value, BadInput)
 
@@ -664,7 +701,7 @@ def test_more_steps_make_a_finished_run_longer_as_if_it_had_been_so_from_the_sta
 def test_a_run_that_is_killed_while_it_is_made_longer_goes_on(tmp_path, monkeypatch):
     run = wb.train(small(extra=STEADY), folder=tmp_path / "run")
     def killed(*_): raise RuntimeError("killed")
-    monkeypatch.setattr(training, "to_yaml", killed)   # between the summary that is put away and the new config
+    monkeypatch.setattr(setup, "to_yaml", killed)   # between the summary that is put away and the new config
     with pytest.raises(RuntimeError): wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "run")
     monkeypatch.undo()
     assert not run.finished and run.experiment.train.steps == 8
@@ -718,7 +755,7 @@ def test_what_killed_processes_left_is_gone_after_the_next_start_and_nothing_els
 
 
 def test_an_error_leaves_no_worker_that_reads_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "append_row", lambda *_: 1 / 0)
+    monkeypatch.setattr(loop, "append_row", lambda *_: 1 / 0)
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     try: wb.train(small(extra=["data.num_workers=2"]), folder=tmp_path / "run")
     except ZeroDivisionError as e: held = e   # as a notebook holds its newest traceback

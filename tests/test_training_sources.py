@@ -17,10 +17,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SMALL, Killed, equal, weights
 
 import dmp_wb as wb
-import dmp_wb.training as training
-from dmp_wb.checkpoints import load_checkpoint, newest_checkpoint
-from dmp_wb.core import BadInput
-from dmp_wb.data import DataConfig, load_data, write_cache
+from dmp_wb.data import sources
+from dmp_wb.diffusion import objectives
+from dmp_wb.models import anatomy
+from dmp_wb.training import batches
+from dmp_wb.training import loop
+from dmp_wb.training import record
+from dmp_wb.training import setup
+from dmp_wb.training import state as training_state
+from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.data.load import load_data
 
 RUN = ["train.batch_size=8", "train.steps=6", "train.log_every=2", "train.checkpoint_every=3", "train.log_with=null"]
 
@@ -49,12 +58,12 @@ def latents(photos, *extra): return experiment(photos, "model.in_channels=4", "m
 
 
 def die_at(monkeypatch, step):
-    original = training.append_row
+    original = record.append_row
 
     def die(run, row):
         original(run, row)
         if row["step"] == step: raise Killed
-    monkeypatch.setattr(training, "append_row", die)
+    monkeypatch.setattr(loop, "append_row", die)
 
 
 def test_workers_and_interruptions_change_nothing(photos, tmp_path, monkeypatch):
@@ -84,12 +93,12 @@ def test_signals_to_the_whole_group_leave_a_checkpoint(number, photos, tmp_path)
 
 
 def poison(monkeypatch, *calls_that_fail):
-    original, calls = training.diffusion_losses, []
+    original, calls = objectives.diffusion_losses, []
 
     def losses(*a, **k):
         calls.append(1)
         return {n: v * (float("nan") if len(calls) in calls_that_fail else 1) for n, v in original(*a, **k).items()}
-    monkeypatch.setattr(training, "diffusion_losses", losses)
+    monkeypatch.setattr(loop, "diffusion_losses", losses)
 
 
 def test_a_rollback_before_the_first_checkpoint_starts_anew(tmp_path, monkeypatch):
@@ -156,27 +165,29 @@ def captions(root, *extra):
 def test_captions_condition_a_u_net(captioned, tmp_path, monkeypatch):
     run = wb.train(captions(captioned, "train.sample_every=6", "train.sample_images=3"), folder=tmp_path / "run")
     assert run.finished and Image.open(run.folder / "samples" / "step-0000006.png").mode == "RGB"
-    deaf = training.draw_batch
+    deaf = batches.draw_batch
 
     def one_caption(exp, data, *args, **kwargs):
         batch = deaf(exp, data, *args, **kwargs)
         return batch | {k: v[:1].expand_as(v) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
     with monkeypatch.context() as m:
-        m.setattr(training, "draw_batch", one_caption)
+        m.setattr(batches, "draw_batch", one_caption)
         assert wb.train(captions(captioned, "data.num_workers=0"), folder=tmp_path / "deaf").metrics()["loss"] != run.metrics()["loss"]   # captions reach the model
 
 
 def test_captions_make_images(captioned, tmp_path):
     "Image i is of caption i whatever the batches; new captions and the data's own; measured as well."
-    from dmp_wb.metrics import evaluate_run
-    from dmp_wb.sampling import captions_of, sample, sample_run
+    from dmp_wb.evaluation.evaluate import evaluate_run
+    from dmp_wb.data.load import captions_of
+    from dmp_wb.diffusion.sampling import sample
+    from dmp_wb.evaluation.sample_files import sample_run
     run = wb.train(captions(captioned, "train.steps=2"), folder=tmp_path / "run")
     model, data = wb.load_model(run.folder, device="cpu"), load_data(run.experiment.data)
     fast, words = dict(sampler="ddim", num_inference_steps=2, seed=3, quiet=True), ["a red thing", "a green thing"]
     images = sample(model, 4, texts=captions_of(model, data, words), batch_size=3, **fast)
     assert torch.allclose(images, sample(model, 4, texts=captions_of(model, data, words * 2), batch_size=1, **fast), atol=2e-3)
     embedded = data.texts(words * 2)
-    known = [k for k in embedded if k in training.model_inputs(model)]
+    known = [k for k in embedded if k in anatomy.model_inputs(model)]
     assert torch.allclose(images, sample(model, 4, conditions={k: embedded[k] for k in known}, null_conditions={k: data.null[k] for k in known}, **fast), atol=2e-3)
     assert not torch.allclose(images[:2], sample(model, 2, texts=captions_of(model, data, words[::-1]), **fast), atol=2e-2)
     assert torch.allclose(sample(model, 2, texts=captions_of(model, data), first=12, **fast), sample(model, 2, texts=captions_of(model, data, words), first=12, **fast), atol=2e-3)   # of twelve examples the first two come again
@@ -244,8 +255,8 @@ def test_grids_do_not_touch_the_training(photos, tmp_path):
 def test_mse_by_timestep_interval(tmp_path):
     run = wb.train("digits-quick", [*SMALL, "train.log_with=null", "train.log_every=8", "train.log_intervals=3"], folder=tmp_path / "r")
     exp, data = run.experiment, load_data("digits")
-    order, rows = training.EpochOrder(len(data), 16, exp.seed), run.metrics()
-    counts = sum(torch.bincount(training.draw_batch(exp, data, order, s, 10)["timesteps"] * 3 // 1000, minlength=3) for s in range(8))
+    order, rows = sources.EpochOrder(len(data), 16, exp.seed), run.metrics()
+    counts = sum(torch.bincount(batches.draw_batch(exp, data, order, s, 10)["timesteps"] * 3 // 1000, minlength=3) for s in range(8))
     parts = [rows[k][0] for k in ("mse/t000-333", "mse/t334-666", "mse/t667-999")]
     assert sum(p * n for p, n in zip(parts, counts.tolist())) / 128 == pytest.approx(rows["mse"][0], rel=1e-5)
     empty = wb.train("digits-quick", [*SMALL, "train.log_with=null", "train.log_every=1", "train.steps=1", "train.log_intervals=500"], folder=tmp_path / "empty").metrics()
@@ -291,7 +302,7 @@ def test_schedule_free_exports_its_own_average_and_resumes(tmp_path, monkeypatch
 ])
 def test_mistakes_write_nothing(settings, match, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    monkeypatch.setattr(training, "get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr(setup, "get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(BadInput, match=match): wb.train("digits-quick", [*SMALL, *settings], folder=tmp_path / "r")
     assert not (tmp_path / "r").exists()
 
@@ -311,11 +322,11 @@ def test_aggregators_that_remember_resume(method, tmp_path, monkeypatch):
         with pytest.raises(Killed): wb.train("digits-quick", settings, folder=tmp_path / "broken")
     assert equal(weights(whole), weights(wb.train("digits-quick", settings, folder=tmp_path / "broken")))
     with monkeypatch.context() as m:   # without its memory it goes another way
-        m.setattr(training, "restore_aggregator", lambda *a: None)
+        m.setattr(training_state, "restore_aggregator", lambda *a: None)
         die_at(m, 4)
         with pytest.raises(Killed): wb.train("digits-quick", settings, folder=tmp_path / "forgetful")
         m.undo()
-        m.setattr(training, "restore_aggregator", lambda *a: None)
+        m.setattr(training_state, "restore_aggregator", lambda *a: None)
         forgetful = wb.train("digits-quick", settings, folder=tmp_path / "forgetful")
     assert not equal(weights(whole), weights(forgetful))
 

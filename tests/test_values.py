@@ -14,16 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dmp_wb as wb
-from dmp_wb.compare import open_compared
-from dmp_wb.config import KEYS, Experiment, load_experiment, to_yaml
-from dmp_wb.core import BadInput, MissingFile, assets_folder
-from dmp_wb.folders import run_folder
-from dmp_wb.projects import new_project
-from dmp_wb.runs import listed
-from dmp_wb.settings import DMPConfig, DTRConfig, ModelConfig
-from dmp_wb.sweeps import plan, read_sweep
-from dmp_wb.training import new_run
-from dmp_wb.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted
+from dmp_wb.look.tables import open_compared
+from dmp_wb.config import Experiment, KEYS, load_experiment, to_yaml
+from dmp_wb.core.errors import BadInput, MissingFile
+from dmp_wb.core.paths import assets_folder
+from dmp_wb.store.listing import run_folder
+from dmp_wb.batch.projects import new_project
+from dmp_wb.batch.notebook import listed
+from dmp_wb.core.settings import DMPConfig, DTRConfig, ModelConfig
+from dmp_wb.batch.plan import plan, read_sweep
+from dmp_wb.training.setup import new_run
+from dmp_wb.core.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted
 
 TEXTS = ["01", "1.10", "1e3", "12:30", "no", "v2 #3", "0123", "2024_05", "photos #1", "0x1f", "true", "null", "1_000", ".5", "a: b", "[a]", "{a", "- x", "*x", "&x", "2026-02-30", "=", " x ", "it's", "ünï", "+1"]
 
@@ -186,9 +187,11 @@ def test_an_experiment_is_read_and_a_wrong_value_refused_without_torch():
 def test_the_names_that_settings_know_are_those_that_there_are():
     import torchjd.aggregation as A
 
-    from dmp_wb import data, dit, multitask, objectives, patching, routing, schedules, settings
-    assert multitask.aggregators() == sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
-    assert all(map(callable, objectives.WEIGHTINGS.values())) and objectives.WEIGHTINGS is settings.WEIGHTINGS
+    from dmp_wb.models import dit
+    from dmp_wb.core import settings
+    from dmp_wb.diffusion import schedules
+    assert settings.aggregators() == sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
+    assert all(map(callable, settings.WEIGHTINGS.values())) and settings.WEIGHTINGS is settings.WEIGHTINGS
     for module, names in ((dit, "ModelConfig SIZES NAMES Size"), (patching, "DMPConfig MODES GATE_INPUTS INITS"), (routing, "DTRConfig KINDS"), (data, "DataConfig"), (objectives, "ObjectiveConfig PREDICTION_TYPES"),
                           (multitask, "MultitaskConfig"), (schedules, "ScheduleConfig SCHEDULES SAMPLERS")):
         for name in names.split(): assert getattr(module, name) is getattr(settings, name)   # where older code and pickles look for them

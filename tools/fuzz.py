@@ -35,15 +35,20 @@ from PIL import Image
 from safetensors.torch import save
 
 import dmp_wb as wb
-from dmp_wb.checkpoints import load_checkpoint, load_model, newest_checkpoint, save_checkpoint
-from dmp_wb.compare import differences_table, evaluations, glance_table, metrics_table, open_compared
+from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
+from dmp_wb.store.run import load_model
+from dmp_wb.look.tables import differences_table, evaluations, glance_table, metrics_table, open_compared
 from dmp_wb.config import load_experiment, to_yaml
-from dmp_wb.core import BadInput, named_files
-from dmp_wb.data import LatentCache, read_image
-from dmp_wb.folders import list_runs, runs_table
-from dmp_wb.metrics import evaluate, load_extractor, open_samples
-from dmp_wb.sampling import sample_run
-from dmp_wb.sweeps import plan, read_sweep
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.paths import named_files
+from dmp_wb.data.cache import LatentCache
+from dmp_wb.data.images import read_image
+from dmp_wb.store.listing import list_runs, runs_table
+from dmp_wb.evaluation.evaluate import evaluate
+from dmp_wb.evaluation.extractors import load_extractor
+from dmp_wb.evaluation.images import open_samples
+from dmp_wb.evaluation.sample_files import sample_run
+from dmp_wb.batch.plan import plan, read_sweep
 
 PATIENCE = 20   # seconds that an answer may take
 
@@ -151,7 +156,8 @@ class Fuzzer:
         torch.manual_seed(0)
         vae = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(4,), norm_num_groups=1, latent_channels=2, sample_size=8)
         vae.save_pretrained(self.folder / "vae")
-        from dmp_wb.data import DataConfig, write_cache
+        from dmp_wb.core.settings import DataConfig
+        from dmp_wb.data.cache import write_cache
         images = self.folder / "photos"
         for label in ("a", "b"):
             (images / label).mkdir(parents=True)
@@ -308,7 +314,7 @@ class Fuzzer:
         return mutated_text(tree, as_json, draw)
 
     def read_samples(self, data: bytes, folder: Path):
-        from dmp_wb.sampling import SAMPLES_PLAN
+        from dmp_wb.evaluation.sample_files import SAMPLES_PLAN
         (folder / "out").mkdir()
         (folder / "out" / SAMPLES_PLAN).write_bytes(data)
         sample_run(self.folder / "run", 2, folder / "out", num_inference_steps=1, device="cpu", quiet=True, npz=False, sampler="ddim")

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import dmp_wb as wb
-from dmp_wb.metrics import evaluate_digits
-from dmp_wb.sampling import balanced_labels
+from dmp_wb.evaluation.extractors import evaluate_digits
+from dmp_wb.diffusion.sampling import balanced_labels
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 1500
 OUT = Path(__file__).with_name("digits-search.csv")

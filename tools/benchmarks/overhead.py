@@ -16,7 +16,7 @@ import psutil
 import torch
 
 import dmp_wb as wb
-from dmp_wb.dit import DiT
+from dmp_wb.models.dit import DiT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TARGETS = {"patched forward": 1.05, "routed forward": 1.03, "DMP step": 0.75, "DMP step, peak memory": 0.6}

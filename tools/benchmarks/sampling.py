@@ -14,9 +14,9 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from torch import nn
 
 import dmp_wb as wb
-from dmp_wb.core import seed_of
-from dmp_wb.dit import DiT
-from dmp_wb.schedules import sampler
+from dmp_wb.core.seeds import seed_of
+from dmp_wb.models.dit import DiT
+from dmp_wb.diffusion.schedules import sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUIDANCE = 1.5

@@ -21,8 +21,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import dmp_wb as wb
-import dmp_wb.training as training
-from dmp_wb.data import DATASETS, DataConfig, ImageData, write_cache
+from dmp_wb.training import batches
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.data.sources import DATASETS, ImageData
 
 SIZE = 256
 VARIANTS = {   # name: method, cached, further settings
@@ -83,7 +85,7 @@ def loop(rounds, batch, per_round=4):
     DATASETS["bench"] = lambda: ImageData(torch.randn(512, 4, 32, 32, generator=g), torch.randint(10, (512,), generator=g), list("0123456789"))
     exp = wb.load_experiment(wb.Experiment(name="bench"), ["data.name=bench", "model.name=DiT-S/2", "model.num_classes=10", "model.learn_sigma=false", f"train.batch_size={batch}", f"train.steps={(rounds + 1) * per_round + 1}", "train.log_every=25"])
     bare, ratios = bare_loop(batch), []
-    original = training.batches
+    original = batches.batches
 
     def timed(*args):
         begun, n = time.perf_counter(), 0
@@ -97,7 +99,7 @@ def loop(rounds, batch, per_round=4):
                 begun = time.perf_counter()
             n += 1
             yield b
-    training.batches = timed
+    batches.batches = timed
     with tempfile.TemporaryDirectory() as d: wb.train(exp, folder=Path(d) / "run")
     q = statistics.quantiles(ratios, n=4)
     print(f"the loop's step against a bare one, DiT-S/2, 4 × 32 × 32 latents, batch {batch}, {torch.get_num_threads()} threads, {len(ratios)} rounds of {per_round} steps in turn: median {q[1]:.3f} ×, quartiles {q[0]:.3f}–{q[2]:.3f}")

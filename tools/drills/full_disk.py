@@ -40,7 +40,7 @@ def figures(folder: Path) -> dict: return {f"{f.relative_to(folder)}": len(f.rea
 
 
 def copy_run(disk: Path):
-    from dmp_wb.core import assets_folder
+    from dmp_wb.core.paths import assets_folder
     shutil.copytree(assets_folder() / "digits-dmp", disk / "old")
 
 

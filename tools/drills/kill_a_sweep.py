@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from dmp_wb.runs import FINISHED, read_state
+from dmp_wb.batch.state import FINISHED, read_state
 
 GRID = ["-p", "optim.lr", "1e-3", "2e-3", "-p", "seed", "0", "1"]
 SMALL = {"num_samples": 10, "num_inference_steps": 4, "model.hidden_size": 16, "model.num_layers": 2, "model.num_attention_heads": 2, "train.batch_size": 16,

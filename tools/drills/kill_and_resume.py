@@ -22,8 +22,9 @@ import sklearn.datasets  # noqa: F401
 import torch
 
 import dmp_wb as wb
-import dmp_wb.training  # noqa: F401
-from dmp_wb.checkpoints import Run, list_checkpoints, load_checkpoint, newest_checkpoint
+import dmp_wb.training.state  # noqa: F401
+from dmp_wb.store.checkpoints import list_checkpoints, load_checkpoint, newest_checkpoint
+from dmp_wb.store.run import Run
 
 SETTINGS = ["train.batch_size=16", "train.steps=600", "train.checkpoint_every=3", "train.log_every=3", "train.keep_last=3", "train.ema_decay=0.9"]
 EXPERIMENTS = {"pre-training": ("digits-quick", ["model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2"]), "DMP": ("digits-dmp", [])}

@@ -24,8 +24,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from dmp_wb.data import CACHE_FILE, DataConfig, write_cache
-from dmp_wb.sampling import SAMPLES_FILE, sample_run
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.data.cache_facts import CACHE_FILE
+from dmp_wb.evaluation.sample_files import sample_run, SAMPLES_FILE
 
 IMAGES = 160
 NOT_COMPARED = (".lock", ".verified.json")   # who wrote last, and when a shard was last verified

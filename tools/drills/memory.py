@@ -21,7 +21,7 @@ import psutil
 from PIL import Image
 
 import dmp_wb as wb
-import dmp_wb.explore as explore
+from dmp_wb.look import explore as look_explore
 
 MOST = 32.0   # MiB that may come and go
 SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.num_attention_heads=2", "train.batch_size=4", "train.cpu=true", "train.log_every=100", "train.checkpoint_every=1000"]
@@ -43,7 +43,7 @@ def explorers(folder: Path):
         (folder / name / "config.yaml").write_text("name: x\n")
         (folder / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "mse": 2.0}\n')
         Image.new("L", (64, 64), 100).save(folder / name / "samples" / "step-0000003.png")
-    gate, route, walk, runs = explore.GateExplorer("digits-dmp"), explore.RoutingExplorer(), explore.DenoiseExplorer("digits-dmp"), explore.RunExplorer([folder / "a", folder / "b"])
+    gate, route, walk, runs = look_explore.GateExplorer("digits-dmp"), look_explore.RoutingExplorer(), look_explore.DenoiseExplorer("digits-dmp"), look_explore.RunExplorer([folder / "a", folder / "b"])
     yield "gates", lambda n: setattr(gate.timestep, "value", 37 * n % 1000)
     yield "routing", lambda n: setattr(route.alpha, "value", 2 ** (n % 40 / 10 - 1))
     yield "denoising", lambda n: setattr(walk.step, "value", n % (walk.step.max + 1))
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=500)
     a = parser.parse_args()
     warnings.simplefilter("ignore")
-    explore.live = lambda: True   # they draw at each move, as in JupyterLab
+    look_explore.live = lambda: True   # they draw at each move, as in JupyterLab
     faults = 0
 
     def tell(name: str, what: str, first: float, last: float, begun: float):
