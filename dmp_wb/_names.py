@@ -43,7 +43,7 @@ def rooms(places) -> list[str]:
     found = []
     for place in places:
         spec = importlib.util.find_spec(f"dmp_wb.{place}")
-        inside = [r.name for r in pkgutil.iter_modules(spec.submodule_search_locations or []) if r.name[0] != "_"]
+        inside = [r.name for r in pkgutil.iter_modules(spec and spec.submodule_search_locations or []) if r.name[0] != "_"]
         found += [f"dmp_wb.{place}.{r}" for r in inside] or [f"dmp_wb.{place}"]
     return found
 

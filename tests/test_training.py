@@ -52,11 +52,8 @@ class Killed(Exception): pass
 def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
     whole = wb.train(small(method), folder=tmp_path / "whole")
     assert whole.finished and whole.summary["steps"] == 8
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
     from dmp_wb.training import loop
     from dmp_wb.training import record
-    from dmp_wb.training import setup
     original, calls = record.append_row, []
     for stop_at in (2, 3):                       # two deaths: before the first checkpoint, and between two
         def die(run, row, stop_at=stop_at):
@@ -170,11 +167,8 @@ def test_multitask_methods(method, clusters, base, tmp_path, monkeypatch):
     assert extra_weights == ({"multitask.s"} if method == "uw" else set())
     if method == "uw": assert weights(run)["multitask.s"].abs().sum() > 0
     # killed between checkpoints and resumed: the same weights
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
     from dmp_wb.training import loop
     from dmp_wb.training import record
-    from dmp_wb.training import setup
     original = record.append_row
 
     def die(run, row):
@@ -323,7 +317,6 @@ def test_damaged_checkpoint_falls_back(harm, tmp_path):
 
 def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(3)}})
-    from dmp_wb.core import files
     from dmp_wb.store import checkpoints as store_checkpoints
     def full(*a, **k): raise OSError(28, "No space left on device")
     monkeypatch.setattr(store_checkpoints, "save_file", full)
@@ -380,11 +373,7 @@ def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, 
 
 
 def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
     from dmp_wb.training import loop
-    from dmp_wb.training import record
-    from dmp_wb.training import setup
     original = objectives.diffusion_losses
     calls = []
     def poisoned(*a, **k):
@@ -438,11 +427,7 @@ def test_load_model_from_everywhere(tmp_path, inputs):
 
 
 def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
     from dmp_wb.training import loop
-    from dmp_wb.training import record
-    from dmp_wb.training import setup
     def die(*a): raise Killed
     monkeypatch.setattr(loop, "export", die)
     with pytest.raises(Killed): wb.train(small(), folder=tmp_path / "r")
@@ -453,11 +438,6 @@ def test_an_unfinished_run_is_no_model(tmp_path, monkeypatch):
 
 def poison(monkeypatch, steps, times=10**9):
     "Make the images of some steps not finite, at most so many times."
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
-    from dmp_wb.training import loop
-    from dmp_wb.training import record
-    from dmp_wb.training import setup
     original, left = batches.draw_batch, [times]
 
     def draw(exp, data, order, step, *args, **kwargs):
@@ -492,11 +472,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_rolling_back_to_a_lower_rate(killed, tmp_path, monkeypatch):
-    from dmp_wb.diffusion import objectives
-    from dmp_wb.training import batches
     from dmp_wb.training import loop
     from dmp_wb.training import record
-    from dmp_wb.training import setup
     extra = ["train.on_nonfinite=rollback", "train.log_every=1"]
     poison(monkeypatch, [4], times=2)
     if killed:   # right after the second rollback

@@ -187,14 +187,9 @@ def test_an_experiment_is_read_and_a_wrong_value_refused_without_torch():
 def test_the_names_that_settings_know_are_those_that_there_are():
     import torchjd.aggregation as A
 
-    from dmp_wb.models import dit
     from dmp_wb.core import settings
-    from dmp_wb.diffusion import schedules
     assert settings.aggregators() == sorted(n for n, c in vars(A).items() if isinstance(c, type) and issubclass(c, A.Aggregator) and not n.endswith(("Aggregator", "Weighting")))
     assert all(map(callable, settings.WEIGHTINGS.values())) and settings.WEIGHTINGS is settings.WEIGHTINGS
-    for module, names in ((dit, "ModelConfig SIZES NAMES Size"), (patching, "DMPConfig MODES GATE_INPUTS INITS"), (routing, "DTRConfig KINDS"), (data, "DataConfig"), (objectives, "ObjectiveConfig PREDICTION_TYPES"),
-                          (multitask, "MultitaskConfig"), (schedules, "ScheduleConfig SCHEDULES SAMPLERS")):
-        for name in names.split(): assert getattr(module, name) is getattr(settings, name)   # where older code and pickles look for them
 
 
 def test_settings_take_numbers_of_numpy_and_hold_those_of_python():
