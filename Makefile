@@ -53,7 +53,7 @@ test-python: $(READY)  ## pytest
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
 
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff and mypy are content
-	@$(BIN)/python tests/check_sources.py
+	@$(BIN)/python tools/check_sources.py
 
 docs: $(READY)  ## the site, from the notebooks, in _docs/
 	@echo "== building the site"
@@ -73,7 +73,7 @@ notebooks: $(READY)  ## execute the notebooks again, in place
 	@$(MAKE) --no-print-directory readme
 
 readme: $(READY)  ## write README.md from nbs/index.ipynb
-	@$(BIN)/python tests/check_sources.py --write-readme
+	@$(BIN)/python tools/check_sources.py --write-readme
 
 clean:  ## remove caches and built files; keeps .venv, runs/ and data/
 	@rm -rf build dist *.egg-info _proc _docs jupyter_execute .pytest_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Make the files that ship in `dmp_wb/assets`, from the repository's own recipes.
 
-    python tests/make_assets.py classifier
-    python tests/make_assets.py runs/new-base:digits-base
+    python tools/make_assets.py classifier
+    python tools/make_assets.py runs/new-base:digits-base
 
 A run is shipped, under the name after the colon, as its config, thinned metrics, summary and averaged weights.
 """

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A Slurm of one node on this machine's loopback, for tests/test_slurm.py. Needs root and Debian's slurm-wlm and munge, but no systemd.
-#   tests/slurm.sh install   apt-get the packages, if they are missing
-#   tests/slurm.sh start     start munged, slurmctld and slurmd, unless they run; prints the SLURM_CONF to use
-#   tests/slurm.sh stop      end every job, stop the three, and remove what they left
+# A Slurm of one node on this machine's loopback, for tests/batch/test_slurm.py. Needs root and Debian's slurm-wlm and munge, but no systemd.
+#   tools/slurm.sh install   apt-get the packages, if they are missing
+#   tools/slurm.sh start     start munged, slurmctld and slurmd, unless they run; prints the SLURM_CONF to use
+#   tools/slurm.sh stop      end every job, stop the three, and remove what they left
 # All of it lives in $DMP_WB_SLURM_DIR (default: /tmp/dmp-wb-slurm) and listens on ports of its own, so a Slurm that is there already is not touched.
 set -euo pipefail
 D=${DMP_WB_SLURM_DIR:-/tmp/dmp-wb-slurm}
@@ -69,7 +69,7 @@ EOF
 }
 
 start() {
-  have || fail "Slurm is not installed: expected sbatch, slurmctld, slurmd and munged; tests/slurm.sh install gets them"
+  have || fail "Slurm is not installed: expected sbatch, slurmctld, slurmd and munged; tools/slurm.sh install gets them"
   [ "$(id -u)" = 0 ] || fail "slurmd needs root"
   running munged && running slurmctld && running slurmd || { stop; configure; }
   running munged || munged --force --key-file="$D/munge.key" --socket="$D/munge.socket" --pid-file="$D/munged.pid" --log-file="$D/munged.log" --seed-file="$D/munged.seed" 2> "$D/munged.err" || fail "munged does not start: $(tail -1 "$D/munged.err")"

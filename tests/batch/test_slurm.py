@@ -1,4 +1,4 @@
-"""Sweeps on a real Slurm of one node, which tests/slurm.sh starts: states, pre-emption, time limits, requeue, scancel.
+"""Sweeps on a real Slurm of one node, which tools/slurm.sh starts: states, pre-emption, time limits, requeue, scancel.
 
 Skipped where there is no Slurm to start; with $DMP_WB_REQUIRE_SLURM=1 (as in .ci/run) that is a failure. What was seen is kept in slurm-test.log in $DMP_WB_SCREENSHOTS, or else in pytest's folder.
 """
@@ -26,7 +26,7 @@ from dmp_wb.batch.state import read_state
 from dmp_wb.batch.slurm import job_states, OVER
 from dmp_wb.batch.view import line_of
 
-SCRIPT = Path(__file__).with_name("slurm.sh")
+SCRIPT = Path(__file__).parents[2] / "tools" / "slurm.sh"
 REQUIRED = os.environ.get("DMP_WB_REQUIRE_SLURM") == "1"
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=100000"]
 
@@ -58,7 +58,7 @@ def log(tmp_path_factory):
 def slurm(log):
     "SLURM_CONF of a Slurm that runs."
     have = all(shutil.which(c, path=f"{os.environ['PATH']}:/usr/sbin") for c in ("sbatch", "slurmctld", "slurmd", "munged"))
-    if not REQUIRED and not (have and os.getuid() == 0): pytest.skip("no Slurm here that could be started: expected slurm-wlm, munge and root (tests/slurm.sh install, or DMP_WB_REQUIRE_SLURM=1)")
+    if not REQUIRED and not (have and os.getuid() == 0): pytest.skip("no Slurm here that could be started: expected slurm-wlm, munge and root (tools/slurm.sh install, or DMP_WB_REQUIRE_SLURM=1)")
     was_there = Path(os.environ.get("DMP_WB_SLURM_DIR", "/tmp/dmp-wb-slurm")).exists()
     if REQUIRED: subprocess.run([str(SCRIPT), "install"], check=True)
     done = subprocess.run([str(SCRIPT), "start"], capture_output=True, text=True)

@@ -589,7 +589,7 @@ def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path, monkeypatch):
 
 def test_killed_at_random_moments():
     "Twenty kills, in pre-training and in DMP, with one process and with two. `--kills 20` kills each of the four so often."
-    drill = Path(__file__).parents[1] / "tools" / "drills" / "kill_and_resume.py"
+    drill = Path(__file__).parents[2] / "tools" / "drills" / "kill_and_resume.py"
     done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, done.stdout + done.stderr[-3000:]
 

@@ -20,7 +20,7 @@ import pytest
 from conftest import needs_browser
 
 pytestmark = needs_browser
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # from the input event to the frame after the new picture has been decoded
 WATCH = """(picture) => {

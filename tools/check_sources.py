@@ -1,7 +1,7 @@
 """Fail when the notebooks, the modules and README.md do not agree, or a notebook is not clean.
 
-    python tests/check_sources.py                 # check
-    python tests/check_sources.py --write-readme  # write README.md from nbs/index.ipynb
+    python tools/check_sources.py                 # check
+    python tools/check_sources.py --write-readme  # write README.md from nbs/index.ipynb
 
 Every check works on a copy, so that nothing in the working folder changes.
 """
