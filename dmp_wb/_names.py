@@ -53,7 +53,7 @@ def finder_of(module: str, places):
     def find(name: str):
         if not name.startswith("__"):
             for room in rooms(places):
-                if name in vars(held := import_module(room)): return getattr(held, name)
+                if hasattr(held := import_module(room), name): return getattr(held, name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 

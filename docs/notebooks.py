@@ -10,8 +10,24 @@ from execnb.nbio import mk_cell
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 PAGES = {"CHANGELOG.md": "changelog.md", "data/README.md": "data.md", "README.md": "index.md", "nbs/index.ipynb": "index.md"}   # files of the repository that are pages under another name
+WINGS = ["core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation", "batch", "look", "cli"]
 LONG = 30   # lines of exported code above which a cell starts folded
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+
+
+def wings() -> list[str]:
+    "The folders of nbs/source in the order in which they build on each other."
+    there = {path.name for path in (NBS / "source").iterdir() if path.is_dir() and any(path.glob("*.ipynb"))}
+    return [w for w in WINGS if w in there] + sorted(there - set(WINGS))
+
+
+def rooms_of(wing: str) -> dict[str, Path]:
+    "The modules of a wing, without `dmp_wb.`, and the notebook of each, in reading order."
+    found = {}
+    for path in sorted((NBS / "source" / wing).glob("[0-9][0-9]_*.ipynb")):
+        exported = re.search(r"#\| ?default_exp ([\w.]+)", path.read_text(encoding="utf-8"))
+        if exported: found[exported[1]] = path
+    return found
 
 
 def on_site(target: str, page: Path) -> str:
@@ -102,7 +118,7 @@ def defined(source: str) -> list[str]:
 def anchor(module: str, name: str) -> str:
     "Of the cell that defines a name, in its notebook's page. Anchors know no case, and Sweep is not sweep."
     kind = "" if name.islower() else "-value" if name.isupper() else "-class"
-    return f"source-{module}-{name}{kind}".lower().replace("_", "-")
+    return f"source-{module}-{name}{kind}".lower().replace("_", "-").replace(".", "-")
 
 
 class ForSite(FilterDefaults):

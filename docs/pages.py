@@ -1,9 +1,10 @@
 "What pages there are, in which order, and the pages that list others."
+import ast
 import re
 from pathlib import Path
 
 import nbformat
-from notebooks import NBS, PAGES, ROOT, relinked
+from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
@@ -39,6 +40,23 @@ def listing(proc: Path, docs: list[str], below: str) -> list[str]:
     return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs), "```", ""]
 
 
+def source_page(proc: Path) -> list[str]:
+    "The wings of the package, each with its notebooks in reading order."
+    out = ["# Source notebooks", "", "> The package is written as notebooks: each explains, exports and shows one module. A wing imports only from the wings above it", ""]
+    pages = []
+    for wing in wings():
+        init = ROOT / "dmp_wb" / wing / "__init__.py"
+        about = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) if init.exists() else None
+        out += [f"## {wing}", "", *([about, ""] if about else []), ":::{div} pages", ""]
+        for path in rooms_of(wing).values():
+            page = path.relative_to(NBS)
+            title, summary = head(proc / page)
+            out += [f"[{title}]({page.as_posix()})", f": {summary}", ""]
+            pages.append(page.with_suffix("").as_posix())
+        out += [":::", ""]
+    return [*out, "```{toctree}", ":hidden:", "", *pages, "```", ""]
+
+
 def write(proc: Path):
     "Index pages, the changelog, the page of data sets, and the landing page."
     top = []
@@ -48,8 +66,7 @@ def write(proc: Path):
         ordered = [d for d in first if d in there] + [d for d in there if d not in first]
         (proc / folder / "index.md").write_text("\n".join([f"# {title}", "", f"> {summary}", "", *listing(proc, ordered, folder)]), encoding="utf-8")
         if folder != "runs": top.append(f"{folder}/index")
-    modules = sorted(p.stem for p in proc.glob("[0-9][0-9]_*.ipynb"))
-    (proc / "source.md").write_text("\n".join(["# Source notebooks", "", "> The package is written as notebooks, in this order: each explains, exports and shows one module", "", *listing(proc, modules, ".")]), encoding="utf-8")
+    (proc / "source.md").write_text("\n".join(source_page(proc)), encoding="utf-8")
     (proc / "reference").mkdir(exist_ok=True)
     (proc / "reference" / "index.md").write_text("\n".join(["# Reference", "", "> Every name, command and key", "", ":::{div} pages", "",
         "[Python](python.md)", ": What `import dmp_wb as wb` gives: signatures, parameters, returns, errors", "",

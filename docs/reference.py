@@ -17,7 +17,7 @@ from pathlib import Path
 import dmp_wb
 from docutils import nodes
 from fastcore.docments import docments
-from notebooks import NBS, anchor
+from notebooks import NBS, anchor, rooms_of, wings
 from sphinx import addnodes
 from sphinx.domains.python._annotations import _parse_annotation
 from sphinx.transforms.post_transforms import SphinxPostTransform
@@ -32,13 +32,16 @@ PLAIN_WORDS = {"app", "new", "main", "flat", "like", "whole", "live", "short", "
 # -- what the package holds ---------------------------------------------------------------------------------------------------------
 @cache
 def modules() -> dict:
-    return {name: importlib.import_module(f"dmp_wb.{name}") for name in dmp_wb._MODULES}
+    return {name: importlib.import_module(f"dmp_wb.{name}") for name in source_notebooks() if "__" not in name}
 
 
 @cache
 def source_notebooks() -> dict[str, str]:
-    "module → the page of its notebook, e.g. 03_patching"
-    return {path.stem[3:]: path.stem for path in sorted(NBS.glob("[0-9][0-9]_*.ipynb"))}
+    "module → the page of its notebook, e.g. methods.hooks → source/methods/00_hooks; in the order of the wings"
+    return {room: path.relative_to(NBS).with_suffix("").as_posix() for wing in wings() for room, path in rooms_of(wing).items()}
+
+
+def title_of(page: str) -> str: return page.removeprefix("source/")
 
 
 def names_of(module) -> list[str]: return list(dict.fromkeys(module.__all__))
@@ -217,7 +220,7 @@ def own_doc(value) -> str:
 
 def source_link(module_name: str, name: str, label: str = "") -> str:
     page = source_notebooks()[module_name]
-    return f"[{label or page}](#{anchor(module_name, name)})"
+    return f"[{label or title_of(page)}](#{anchor(module_name, name)})"
 
 
 def entry(kind: str, name: str, canonical: str, value, module, qualname: str, colons: int, inner: str = "", options=()) -> str:
@@ -236,7 +239,7 @@ def entry(kind: str, name: str, canonical: str, value, module, qualname: str, co
     if returns and returns != "None": facts.append(f"**Returns** {{anno}}`{returns}`" + (f": {prose(meaning)}" if meaning else ""))
     if kind in ("property", "attribute") and qualname: facts += _property_fact(value, module, qualname)
     facts += [f"**Raises** {prose(' '.join(s.split())[7:])}" for s in raises]
-    if "." not in qualname: facts.append(f"**Source** {source_link(module.__name__.split('.')[-1], qualname)}")
+    if "." not in qualname: facts.append(f"**Source** {source_link(module.__name__.removeprefix('dmp_wb.'), qualname)}")
     out += [f + "\n" for f in facts]
     return "\n".join([*out, inner, fence, ""])
 
@@ -280,7 +283,7 @@ def module_page(module_name: str, module) -> str:
     names = names_of(module)
     entries = [n for n in names if is_entry(getattr(module, n), module)]
     values = [n for n in names if n not in entries]
-    out = [f"# {module_name}", "", f"> {prose(doc)}", "", f"Source notebook: [{page}](../{page}.ipynb)", "", f"```{{py:module}} dmp_wb.{module_name}", "```", "", "```{py:currentmodule} None", "```", ""]
+    out = [f"# {module_name}", "", f"> {prose(doc)}", "", f"Source notebook: [{title_of(page)}](../{page}.ipynb)", "", f"```{{py:module}} dmp_wb.{module_name}", "```", "", "```{py:currentmodule} None", "```", ""]
     if entries:
         out += [":::{div} names", "", "| name | |", "|---|---|"]
         out += [f"| {{py:obj}}`{n} <{public_name(module_name, n)}>` | {in_cell(prose(summary(getattr(module, n))))} |" for n in sorted(entries, key=lambda n: public_name(module_name, n).count("."))]
@@ -306,8 +309,8 @@ def reference_index() -> str:
     for name, module_name in dmp_wb._PUBLIC.items():
         out.append(f"| {{py:obj}}`wb.{name} <dmp_wb.{name}>` | {in_cell(prose(summary(getattr(modules()[module_name], name))))} | [{module_name}]({module_name}.md) |")
     out += ["", ":::", "", "## Modules", "", ":::{div} names", "", "| module | | source notebook |", "|---|---|---|"]
-    out += [f"| [{n}]({n}.md) | {in_cell(prose((m.__doc__ or '').strip()))} | [{source_notebooks()[n]}](../{source_notebooks()[n]}.ipynb) |" for n, m in modules().items()]
-    out += ["", ":::", "", "```{py:module} dmp_wb", "```", "", "```{toctree}", ":hidden:", "", *dmp_wb._MODULES, "```", ""]
+    out += [f"| [{n}]({n}.md) | {in_cell(prose((m.__doc__ or '').strip()))} | [{title_of(source_notebooks()[n])}](../{source_notebooks()[n]}.ipynb) |" for n, m in modules().items()]
+    out += ["", ":::", "", "```{py:module} dmp_wb", "```", "", "```{toctree}", ":hidden:", "", *modules(), "```", ""]
     return "\n".join(out)
 
 
@@ -382,7 +385,7 @@ def config_page() -> str:
     return "\n".join(out)
 
 
-def full_public(cls) -> str: return public_name(cls.__module__.split(".")[-1], cls.__qualname__)
+def full_public(cls) -> str: return public_name(cls.__module__.removeprefix("dmp_wb."), cls.__qualname__)
 
 
 def write_pages(folder: Path):
@@ -400,7 +403,9 @@ def names() -> dict[str, tuple[str, str]]:
     for module_name, module in modules().items():
         for n in names_of(module):
             target = public_name(module_name, n)
+            room = module_name.rpartition(".")[2]
             for text in (f"dmp_wb.{module_name}.{n}", f"{module_name}.{n}", f"wb.{module_name}.{n}", target): found[text] = ("py", target)
+            for text in (f"{room}.{n}", f"wb.{room}.{n}"): found.setdefault(text, ("py", target))
             if dmp_wb._PUBLIC.get(n) == module_name: found[f"wb.{n}"] = ("py", target)
             owners.setdefault(n, []).append(target)
             value = getattr(module, n)
