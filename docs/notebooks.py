@@ -97,7 +97,7 @@ class for_reading(Processor):
         cells = []
         for cell in self.nb.cells:
             names = getattr(cell, "exports_", None)
-            if names and self.module:
+            if names and self.module and "__" not in self.module:   # a command has no page in the reference
                 anchors = "\n".join(f"({anchor(self.module, n)})=" for n in names)
                 links = " ".join(f"{{py:obj}}`{n} <dmp_wb.{self.module}.{n}>`" for n in names)
                 cells.append(mk_cell(f"{anchors}\n:::{{div}} reference-line\n{links}\n:::", "markdown"))
