@@ -51,7 +51,8 @@ def asked_to_stop(
 ):
     """Inside this context SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) do not end the process; yields an `Asked`.
 
-    A second SIGINT is a `KeyboardInterrupt` at once. Signals can be caught in the main thread alone: in others `Asked` stays at 0.
+    A second SIGINT is a `KeyboardInterrupt` at once. Signals can be caught in the main thread alone: in others
+    `Asked` stays at 0.
     """
     asked, before, first = Asked(), {}, [0.0]
 
@@ -96,8 +97,10 @@ class NonFinite:
         self.in_a_row += 1
         if self.accelerator.scaler is not None and self.in_a_row <= self.OVERFLOWS: return "overflow"
         way, limit = self.config.on_nonfinite, self.config.nonfinite_limit
-        if way == "skip" and self.in_a_row > limit or way == "rollback" and lr_scale < 0.5 ** (limit - 0.5): way = "stop"
-        if way == "rollback": self.in_a_row = 0
+        if way == "skip" and self.in_a_row > limit: return "stop"
+        if way == "rollback":
+            self.in_a_row = 0
+            if lr_scale < 0.5 ** (limit - 0.5): return "stop"
         return way
 
     def _finite(self, loss: torch.Tensor, grad_norm: torch.Tensor) -> bool:
@@ -119,5 +122,6 @@ def stop_at_nonfinite(
     said = {"step": str(step), **{k: str(float(v.detach())) for k, v in facts.items()}}
     write_atomic(file, save({k: v.detach().cpu().contiguous() for k, v in batch.items()}, metadata=said))
     raise FloatingPointError(
-        f"the loss or gradient is not finite at step {step} of {run.folder} (loss {said['loss']}, gradient norm {said['grad_norm']}); "
+        f"the loss or gradient is not finite at step {step} of {run.folder} "
+        f"(loss {said['loss']}, gradient norm {said['grad_norm']}); "
         f"its batch and timesteps are in {file.name}, the newest checkpoint is {newest_checkpoint(run.folder)}")

@@ -15,6 +15,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from ..config import TrainConfig
 from ..core.files import read_json, read_rows, write_atomic, write_json
 from ..methods.hooks import hooks_of
 from ..store.checkpoints import drop_checkpoints_after, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -50,17 +51,19 @@ def scale_rates(optimizer, lr_scheduler, factor: float):
     inner = getattr(lr_scheduler, "scheduler", lr_scheduler)
     inner.base_lrs = [lr * factor for lr in inner.base_lrs]
     inner._last_lr = [lr * factor for lr in inner._last_lr]
-    for group in optimizer.param_groups: group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
+    for group in optimizer.param_groups: group["lr"] *= factor
+    for group in optimizer.param_groups: group["initial_lr"] *= factor
 
 # %% ../../nbs/source/training/04_state.ipynb #57a70007
 class TrainState:
     "All that changes while a run trains: what a checkpoint holds, and the model as accelerate wraps it."
     def __init__(self, parts: Parts, optimizer: torch.optim.Optimizer):
         exp, self.accelerator = parts.exp, parts.accelerator
-        o, steps = exp.optim, exp.train.steps
-        self.lr_scheduler = get_scheduler(o.lr_scheduler, optimizer, num_warmup_steps=o.lr_warmup_steps, num_training_steps=steps)
-        # DeepSpeed puts flat tensors in the place of the optimiser's; FSDP splits them, and the whole ones must be let go
-        self.groups = [] if splits_weights(self.accelerator) else [list(group["params"]) for group in optimizer.param_groups]
+        self.lr_scheduler = get_scheduler(exp.optim.lr_scheduler, optimizer, num_training_steps=exp.train.steps,
+                                          num_warmup_steps=exp.optim.lr_warmup_steps)
+        # DeepSpeed puts flat tensors in the place of the optimiser's; FSDP's whole ones must not stay in memory
+        split = splits_weights(self.accelerator)
+        self.groups = [] if split else [list(group["params"]) for group in optimizer.param_groups]
         self.model, self.optimizer = self.accelerator.prepare(parts.backbone, optimizer)
         hooks_of(parts.backbone).renew()
         self.params = trainable(parts.backbone)
@@ -72,7 +75,9 @@ class TrainState:
         self.restart()
 
     def restart(self):
-        self.step, self.lr_scale, self.nonfinite = 0, 1.0, 0   # steps done; what rollbacks left of the rate; steps skipped
+        self.step = 0         # steps done
+        self.lr_scale = 1.0   # what rollbacks have left of the learning rate
+        self.nonfinite = 0    # steps skipped
 
     @property
     def lr(self) -> float: return self.lr_scheduler.get_last_lr()[0]
@@ -105,7 +110,7 @@ class TrainState:
         self.lr_scale = new
 
     def advance(self, measured: list, finite: bool):
-        "Step the optimiser, its learning rate and the average by the gradients that are there. Those that are not finite change nothing."
+        "Step the optimiser, the learning rate and the average; gradients that are not finite change none of them."
         if finite or self.accelerator.scaler is not None: self.optimizer.step()   # a scaler sees for itself
         if finite:
             for losses, mse, timesteps in measured: self.meter.add(losses, mse, timesteps, 1 / len(measured))
@@ -122,14 +127,18 @@ def _load_weights(state: TrainState, weights: dict[str, torch.Tensor], ema: dict
     state.ema.to(state.accelerator.device)
 
 # %% ../../nbs/source/training/04_state.ipynb #57a70011
-def save(state: TrainState, run: Run, keep_last: int = 2, keep_every: int | None = None, keep_best: str | None = None):
-    "Write a checkpoint, and remove those that are not to be kept. Every process must call it."
+def save(state: TrainState, run: Run, t: TrainConfig):
+    "Write a checkpoint, and remove those that `t` does not keep. Every process must call it."
     trees = state.state_dict()
     if state.accelerator.is_main_process:
-        save_checkpoint(run.folder, state.step, trees, keep_last=keep_last, keep_every=keep_every, keep_best=keep_best)
+        save_checkpoint(run.folder, state.step, trees,
+                        keep_last=t.keep_last, keep_every=t.keep_every, keep_best=t.keep_best)
 
 def resume(state: TrainState, run: Run):
-    "Go on from the newest whole checkpoint, if there is one. What was written after it is cut off. Every process must call it."
+    """Go on from the newest whole checkpoint, if there is one. Every process must call it.
+
+    The checkpoints and lines of metrics.jsonl after it are removed: the run takes those steps again.
+    """
     folder = newest_checkpoint(run.folder)
     if folder: state.load_state_dict(load_checkpoint(folder))
     else: state.restart()
@@ -145,7 +154,7 @@ def resume(state: TrainState, run: Run):
 def roll_back(state: TrainState, run: Run):
     "Go back to the newest checkpoint, at half the learning rate. Every process must call it."
     state.optimizer.zero_grad(set_to_none=True)
-    if state.accelerator.scaler is not None: state.accelerator.scaler.update()   # it must forget that this step was unscaled
+    if state.accelerator.scaler is not None: state.accelerator.scaler.update()   # or it holds this step as unscaled
     step, rate, skipped = state.step, 0.5 * state.lr_scale, state.nonfinite
     resume(state, run)
     state.nonfinite = skipped
