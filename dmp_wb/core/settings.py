@@ -20,14 +20,18 @@ from .errors import BadInput, unknown
 from .values import plain_fields
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771000
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "squaredcos_cap_v2": "squaredcos_cap_v2", "scaled_linear": "scaled_linear"}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "squaredcos_cap_v2": "squaredcos_cap_v2",
+             "scaled_linear": "scaled_linear"}
 
 SAMPLERS: dict[str, tuple[str, dict]] = {
-    "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),   # fixed_large is the papers' variance where it is not learned
+    # fixed_large is the papers' variance where it is not learned
+    "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),
     "ddim": ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2,
+                                                        timestep_spacing="linspace", final_sigmas_type="zero")),
     "unipc": ("UniPCMultistepScheduler", dict(solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
-    "heun": ("HeunDiscreteScheduler", dict(timestep_spacing="trailing")),   # the others end with a second look at t = 0, where the noise is hardest to tell
+    # the others end with a second look at t = 0, where the noise is hardest to tell
+    "heun": ("HeunDiscreteScheduler", dict(timestep_spacing="trailing")),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 
@@ -41,8 +45,12 @@ class ScheduleConfig:
         "Raise `BadInput` for an unknown name or a number of timesteps that the schedule does not have."
         plain_fields(self)
         if self.name not in SCHEDULES: raise unknown("schedule", self.name, SCHEDULES)
-        if self.num_train_timesteps < 1: raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: expected at least 1")
-        if self.name == "linear" and self.num_train_timesteps < 20: raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: the linear schedule needs more than 20 steps")   # its largest β, 0.02 · 1000/T, must stay below 1
+        if self.num_train_timesteps < 1:
+            raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: expected at least 1")
+        # its largest β, 0.02 · 1000/T, must stay below 1
+        if self.name == "linear" and self.num_train_timesteps < 20:
+            raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: the linear schedule needs "
+                           "more than 20 steps")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771001
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ SIZES = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L": Size(24, 1024, 16),
 NAMES = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 
 # beyond all that was ever trained: a file that asks for more would fill the memory first
-LIMITS = {"sample_size": 1 << 14, "patch_size": 1 << 10, "in_channels": 1 << 14, "out_channels": 1 << 15, "hidden_size": 1 << 16,
+LIMITS = {"sample_size": 1 << 14, "patch_size": 1 << 10, "in_channels": 1 << 14, "out_channels": 1 << 15,
+          "hidden_size": 1 << 16,
           "num_layers": 1000, "num_attention_heads": 1 << 12, "num_classes": 1 << 24}
 
 @dataclass
@@ -73,11 +82,14 @@ class ModelConfig:
         "Raise `BadInput` for an unknown name, sizes below 1, or sizes that are missing."
         plain_fields(self)
         if self.name is not None and self.name not in NAMES: raise unknown("model.name", self.name, NAMES)
-        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers", "num_attention_heads"):
+        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers",
+                    "num_attention_heads"):
             value = getattr(self, key)
             if value is not None and value < 1: raise BadInput(f"model.{key} is {value}: expected at least 1")
-            if value is not None and value > LIMITS[key]: raise BadInput(f"model.{key} is {value}: expected at most {LIMITS[key]:,}")
-            if value is None and self.name is None and key != "num_classes": raise BadInput(f"model.{key} is missing: expected a number, or a model.name such as DiT-S/2")
+            if value is not None and value > LIMITS[key]:
+                raise BadInput(f"model.{key} is {value}: expected at most {LIMITS[key]:,}")
+            if value is None and self.name is None and key != "num_classes":
+                raise BadInput(f"model.{key} is missing: expected a number, or a model.name such as DiT-S/2")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771002
 MODES = ("add", "prepend")
@@ -90,14 +102,17 @@ class DMPConfig:
     mode: str = "add"                  # where the prompts go: "add" or "prepend"
     gate_input: str = "timestep"       # what the gate looks at: "timestep", "condition", or "none" (prompt tuning)
     num_prompts: int | None = None     # n, prompts a block; None: one a token
-    depth: Any = None                  # patched blocks: None for all, a number for the first so many, or a list of block numbers
+    # patched blocks: None for all, a number for the first so many, or a list of block numbers
+    depth: Any = None
     top_k: int | None = None           # prompts that a gate keeps, 1…n; None: all
     init: str = "zero"                 # "zero" (the patched model starts as the model) or "random"
     noisy_gating: bool = False         # learned noise on the logits in training
     importance_weight: float = 1.0     # weight of the importance balance loss in training
     load_weight: float = 1.0           # weight of the load balance loss; it exists with noise and top_k < n
     num_train_timesteps: int = 1000    # T of the backbone's schedule
-    input_size: list[int] | None = None  # (rows, columns) of the latents, for Flux before they are packed; (frames, rows, columns) of videos; None: the model's own
+    # (rows, columns) of the latents, for Flux before they are packed; (frames, rows, columns) of videos;
+    # None: the model's own
+    input_size: list[int] | None = None
 
     def check(self):
         "Raise `BadInput` for a value that makes no sense for any model."
@@ -108,14 +123,19 @@ class DMPConfig:
         whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
         for key in ("num_prompts", "top_k", "num_train_timesteps"):
             value = getattr(self, key)
-            if not whole(value) and (value is not None or key == "num_train_timesteps"): raise BadInput(f"{key} is {value!r}: expected a whole number, at least 1")
+            if not whole(value) and (value is not None or key == "num_train_timesteps"):
+                raise BadInput(f"{key} is {value!r}: expected a whole number, at least 1")
         for key in ("importance_weight", "load_weight"):
             value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf: raise BadInput(f"{key} is {value!r}: expected a number ≥ 0")
-        if not isinstance(self.noisy_gating, bool): raise BadInput(f"noisy_gating is {self.noisy_gating!r}: expected true or false")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise BadInput(f"{key} is {value!r}: expected a number ≥ 0")
+        if not isinstance(self.noisy_gating, bool):
+            raise BadInput(f"noisy_gating is {self.noisy_gating!r}: expected true or false")
         if self.gate_input == "none" and (self.top_k is not None or self.noisy_gating):
-            raise BadInput(f"{'top_k' if self.top_k is not None else 'noisy_gating'} is set, but gate_input is 'none': expected a gate to act on")
-        if self.input_size is not None and not (isinstance(self.input_size, (list, tuple)) and 2 <= len(self.input_size) <= 3 and all(map(whole, self.input_size))):
+            raise BadInput(f"{'top_k' if self.top_k is not None else 'noisy_gating'} is set, but gate_input is 'none': "
+                           "expected a gate to act on")
+        if self.input_size is not None and not (isinstance(self.input_size, (list, tuple)) and 2 <= len(self.input_size)
+                                                <= 3 and all(map(whole, self.input_size))):
             raise BadInput(f"input_size is {self.input_size!r}: expected [rows, columns] or [frames, rows, columns]")
 
     def patched_blocks(self, num_blocks: int) -> list[int]:
@@ -123,11 +143,14 @@ class DMPConfig:
         d = self.depth
         if d is None: return list(range(num_blocks))
         if isinstance(d, int) and not isinstance(d, bool):
-            if not 1 <= d <= num_blocks: raise BadInput(f"depth is {d}: expected 1 to {num_blocks}, the model has {num_blocks} blocks")
+            if not 1 <= d <= num_blocks:
+                raise BadInput(f"depth is {d}: expected 1 to {num_blocks}, the model has {num_blocks} blocks")
             return list(range(d))
         blocks = list(d) if isinstance(d, Sequence) and not isinstance(d, str) else [d]
-        if not blocks or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_blocks for i in blocks) or len(set(blocks)) < len(blocks):
-            raise BadInput(f"depth is {d!r}: expected a number of blocks or a list of different block numbers 0 to {num_blocks - 1}")
+        if not blocks or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_blocks
+                                 for i in blocks) or len(set(blocks)) < len(blocks):
+            raise BadInput(f"depth is {d!r}: expected a number of blocks or a list of different block numbers 0 to "
+                           f"{num_blocks - 1}")
         return sorted(blocks)
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771003
@@ -138,29 +161,35 @@ class DTRConfig:
     "Hyper-parameters of a route (2310.07138, section 4)."
     sharing_ratio: float = 0.8        # β: the share of channels that a timestep uses, in (0, 1]
     alpha: float = 4.0                # α > 0: how much of the sliding falls to the large timesteps
-    kind: str = "dtr"                 # "dtr": the mask slides; "random": R-TR, a random set of channels at each timestep
+    # "dtr": the mask slides; "random": R-TR, a random set of channels at each timestep
+    kind: str = "dtr"
     num_train_timesteps: int = 1000   # T of the backbone's schedule
     seed: int = 0                     # of the random sets
 
     def check(self):
         "Raise `BadInput` for a value that makes no sense."
         plain_fields(self)
-        if not (isinstance(self.sharing_ratio, (int, float)) and 0 < self.sharing_ratio <= 1): raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected a number in (0, 1]")
-        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")): raise BadInput(f"alpha is {self.alpha}: expected a number > 0")
+        if not (isinstance(self.sharing_ratio, (int, float)) and 0 < self.sharing_ratio <= 1):
+            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected a number in (0, 1]")
+        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")):
+            raise BadInput(f"alpha is {self.alpha}: expected a number > 0")
         if self.kind not in KINDS: raise unknown("kind of route", self.kind, KINDS)
         if not isinstance(self.seed, int): raise BadInput(f"seed is {self.seed!r}: expected a whole number")
-        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
+        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
+            raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."
         kept = int(channels * self.sharing_ratio)
-        if kept < 1: raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
+        if kept < 1:
+            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
         return kept
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771004
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")   # diffusers' names
 
-Weighting = Callable[[Any, Any, str], Any]   # SNR [B], timesteps [B], prediction_type → weights [B] on the squared error of the target
+# SNR [B], timesteps [B], prediction_type → weights [B] on the squared error of the target
+Weighting = Callable[[Any, Any, str], Any]
 WEIGHTINGS: dict[str, Any] = dict.fromkeys(("constant", "min-snr", "p2"))
 
 @dataclass
@@ -173,7 +202,8 @@ class ObjectiveConfig:
         "Raise `BadInput` for an unknown weighting or prediction type."
         plain_fields(self)
         if self.weighting not in WEIGHTINGS: raise unknown("objective.weighting", self.weighting, WEIGHTINGS)
-        if self.prediction_type not in PREDICTION_TYPES: raise unknown("objective.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise unknown("objective.prediction_type", self.prediction_type, PREDICTION_TYPES)
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771005
 def aggregators() -> list[str]:
@@ -181,13 +211,15 @@ def aggregators() -> list[str]:
     spec = importlib.util.find_spec("torchjd")   # does not import it
     if spec is None or spec.origin is None: return []
     tree = ast.parse((Path(spec.origin).parent / "aggregation" / "__init__.py").read_text(encoding="utf-8"))
-    names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+             for alias in node.names}
     return sorted(n for n in names if n[0].isupper() and not n.endswith(("Aggregator", "Weighting")))
 
 @dataclass
 class MultitaskConfig:
     "How the losses of timestep intervals are brought together."
-    method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
+    # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
+    method: str = "none"
     clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
     k: int = 8                   # intervals
     uw_lr: float = 0.025         # learning rate of the weights that uw learns
@@ -195,7 +227,8 @@ class MultitaskConfig:
     def check(self):
         "Raise `BadInput` for unknown names and numbers that make no sense."
         plain_fields(self)
-        if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
+        if self.method not in ("none", "uw") and self.method not in aggregators():
+            raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
         if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
         if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
 
@@ -203,16 +236,23 @@ class MultitaskConfig:
 @dataclass
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
-    name: str = "digits"              # a name in `DATASETS`, a folder of images, a folder that `datasets` wrote, a latent cache, or owner/name of a data set on the hub
-    split: str = "train"              # of a data set, or a folder, that has splits; all: every image, whatever its split
-    size: int | None = None           # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
+    # a name in `DATASETS`, a folder of images, a folder that `datasets`
+    # wrote, a latent cache, or owner/name of a data set on the hub
+    name: str = "digits"
+    # of a data set, or a folder, that has splits; all: every image, whatever its split
+    split: str = "train"
+    # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
+    size: int | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
-    conditional: bool = True          # use labels if there are any: a folder's first subfolders, a data set's label column
+    # use labels if there are any: a folder's first subfolders, a data set's label column
+    conditional: bool = True
     flip: bool = False                # mirror half of the images, anew each epoch
     image_column: str = "image"       # of a `datasets` data set
     label_column: str = "label"
-    caption_column: str | None = None # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
-    vae: str | None = None            # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
+    caption_column: str | None = None
+    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
@@ -221,10 +261,12 @@ class DataConfig:
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
         plain_fields(self)
-        if self.size is not None and self.size < 1: raise BadInput(f"data.size is {self.size}: expected the side in pixels")
+        if self.size is not None and self.size < 1:
+            raise BadInput(f"data.size is {self.size}: expected the side in pixels")
         if self.channels not in (1, 3): raise BadInput(f"data.channels is {self.channels}: expected 1 or 3")
         if self.max_bad_images < 0: raise BadInput(f"data.max_bad_images is {self.max_bad_images}: expected 0 or more")
-        if self.num_workers is not None and self.num_workers < 0: raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         return self
 

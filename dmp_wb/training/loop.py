@@ -15,7 +15,7 @@ import torch
 
 from ..config import Experiment, load_experiment
 from ..core.paths import short
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..data.folders import SkippedImages
 from ..diffusion.objectives import diffusion_losses

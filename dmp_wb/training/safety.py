@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from ..config import TrainConfig
 from ..core.files import write_atomic
-from ..core.progress import in_kernel
+from ..core.bars import in_kernel
 from ..store.checkpoints import newest_checkpoint
 from ..store.run import Run
 from .batches import STOP_SIGNALS

@@ -238,7 +238,7 @@ def test_progress_counts_images(run, tmp_path, monkeypatch):
     bars, shown = [], []
     monkeypatch.setattr(
         diffusion_sampling, "progress",
-        lambda **kw: (bars.append(wb.core.progress.progress(**kw)), shown.append(not bars[-1].disable), bars[-1])[-1])
+        lambda **kw: (bars.append(wb.core.bars.progress(**kw)), shown.append(not bars[-1].disable), bars[-1])[-1])
     sample_run(run, 8, tmp_path / "out", batch_size=3, num_inference_steps=3, device="cpu")
     assert (bars[0].initial, bars[0].n, bars[0].total) == (0, 8, 8)
     (tmp_path / "out" / "000007.png").unlink()
