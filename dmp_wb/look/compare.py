@@ -23,6 +23,7 @@ from ..core.settings import DataConfig, DTRConfig
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables
+from ..diffusion.predict import predict
 from ..diffusion.schedules import timestep_intervals
 from ..evaluation.distances import frechet_bootstrap
 from ..evaluation.draw import draw, Drawn
@@ -104,7 +105,7 @@ def mse_by_timestep(
             g = torch.Generator().manual_seed(seed_of(seed, "mse by timestep", start, k))
             noise = torch.randn(x0.shape, generator=g).to(device)
             t = (first + torch.rand(len(index), generator=g) * (last - first + 1)).long().clamp(max=last).to(device)
-            out = backbone(tables.add_noise(x0, noise, t), timestep=tables.model_timestep(t), **{name: batch[name] for name in inputs if name in batch}).sample
+            out = predict(backbone, {**batch, "noise": noise, "timesteps": t}, tables, inputs)
             sums[k] += diffusion_losses(out, x0, noise, t, tables, "constant", exp.objective.prediction_type)["mse"].double().sum().cpu()
     return spans, (sums / n).float()
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'check_text_inputs', 'trainable', 'param_groups', 'make_optimizer',
            'make_accelerator', 'start_trackers', 'absolute_paths', 'share_of_batch', 'new_run', 'check_folder',
-           'nothing_to_do', 'versions', 'write_config', 'say_longer', 'room_for', 'clear_run']
+           'nothing_to_do', 'versions', 'write_config', 'say_longer', 'room_for', 'clear_run', 'Parts', 'make_parts',
+           'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
 import contextlib
@@ -19,6 +20,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import diffusers
@@ -37,15 +39,20 @@ from ..core.files import flat, write_atomic
 from ..core.paths import assets_folder, expanded, runs_root, short
 from ..core.processes import clear_leftovers
 from ..core.seeds import git_commit, seed_of
-from ..data.sources import DATASETS, Source
-from ..methods.dmp import patch, patches_of
+from ..data.load import load_data
+from ..data.sources import DATASETS, EpochOrder, Source
+from ..diffusion.objectives import make_tables, Tables
+from ..methods.dmp import fingerprint, patch, patches_of
 from ..methods.dtr import get_router, route
 from ..models.anatomy import input_size, model_inputs
 from ..models.backbones import anatomy_of
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.run import load_model, Run, trained_objective
-from .distributed import check_launch, check_processes, rendezvous_kwargs, set_up_sharding
+from ..tasks.weighting import make_aggregator, make_clusters, UncertaintyWeighting
+from dmp_wb.training.distributed import (
+    check_launch, check_processes, rendezvous_kwargs, set_up_sharding, splits_weights,
+)
 
 # %% ../../nbs/source/training/02_setup.ipynb #7a4471df
 def make_model(
@@ -248,3 +255,63 @@ def clear_run(run: Run):
     clear_leftovers(run.folder / "samples", samples)
     for folder in run.folder.glob(".*"):   # an export that was being written, or the one before it on its way out
         if re.fullmatch(r"\.(model|patch)\.\w{1,16}\.(tmp|old)", folder.name) and folder.is_dir() and not folder.is_symlink(): shutil.rmtree(folder, ignore_errors=True)
+
+# %% ../../nbs/source/training/02_setup.ipynb #5e7a0002
+@dataclasses.dataclass
+class Parts:
+    "What a training works with; what changes meanwhile is in `TrainState`."
+    exp: Experiment
+    run: Run
+    data: Source
+    order: EpochOrder             # of its images
+    accelerator: Accelerator
+    share: int                    # images that a process takes at once
+    backbone: nn.Module           # with its methods, not wrapped by accelerate
+    inputs: list[str]             # the names of what it takes beside x_t and the timestep
+    null_class: int | None        # what a dropped label becomes; None: a model without classes
+    tables: Tables
+    facts: dict[str, Any]         # for the summary
+    clusters: list[tuple[int, int]] | None = None  # the intervals of timesteps that are tasks; None: one task
+    weights: UncertaintyWeighting | None = None    # learned weights of the tasks
+    aggregator: nn.Module | None = None            # what combines the gradients of the tasks
+
+def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
+    "The parts of an experiment, on the device. Raises `BadInput` where they do not fit each other, the machine or the launcher."
+    data = load_data(exp.data)
+    run = new_run(exp, folder)
+    accelerator = make_accelerator(exp, run)
+    share = share_of_batch(exp.train, accelerator.num_processes)
+    if exp.multitask.method != "none" and share < exp.multitask.k:
+        raise BadInput(f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
+    order = EpochOrder(len(data), exp.train.batch_size, exp.seed)
+    backbone = make_model(exp, data)
+    tables = make_tables(exp.schedule, exp.objective.prediction_type)
+    facts = {"base_fingerprint": fingerprint(backbone)} if patches_of(backbone) else {}   # while its tensors are whole
+    parts = Parts(exp, run, data, order=order, accelerator=accelerator, share=share, backbone=backbone, inputs=model_inputs(backbone),
+                  null_class=anatomy_of(backbone).num_classes(backbone), tables=tables, facts=facts)
+    add_tasks(parts)
+    if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
+    tables.to(accelerator.device), data.to(accelerator.device)
+    return parts
+
+def add_tasks(parts: Parts):
+    "The intervals of timesteps as tasks, with learned weights or an aggregator, where the experiment asks for them."
+    config = parts.exp.multitask
+    if config.method == "none": return
+    parts.clusters = make_clusters(config, parts.tables)
+    if config.method == "uw":
+        parts.weights = UncertaintyWeighting(len(parts.clusters))
+        return
+    parts.aggregator = make_aggregator(config.method, len(parts.clusters))
+    if splits_weights(parts.accelerator):
+        raise BadInput(f"multitask.method is {config.method!r}: expected 'none' or 'uw' with FSDP, an aggregator needs the whole gradient of each loss")
+
+def groups_of(parts: Parts) -> list[dict]:
+    """The optimiser's groups: those of the model, and the learned weights of the tasks.
+
+    The weights become a part of the model while it trains: what averages or splits gradients does so with theirs.
+    """
+    groups = param_groups(parts.backbone, parts.exp)
+    if parts.weights is None: return groups
+    parts.backbone.add_module("multitask", parts.weights)
+    return [*groups, {"params": list(parts.weights.parameters()), "lr": parts.exp.multitask.uw_lr, "weight_decay": 0.0}]
