@@ -20,6 +20,7 @@ from .kernels import _forked_kernel
 from .page import write_page
 from ..core.files import check_plain
 from ..core.bars import mirror, PROGRESS_MIME, write_progress
+from ..core.paths import passive_waiting
 
 # %% ../../nbs/source/batch/03_engine.ipynb #5834bcf2
 RUN_VARIABLE = "DMP_WB_RUN"        # tells the kernel the folder of the output notebook
@@ -171,7 +172,8 @@ def _execute(client: LiveRun, notebook, interrupts: bool):
     output = notebook.metadata.papermill.get("output_path")
     try:
         with (_signals(client, interrupts),
-              _environment(**({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {}))):
+              _environment(**passive_waiting(),
+                           **({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {}))):
             try: client.execute()
             except DeadKernelError:   # raised for a question at the end; the cell has the error already
                 if not notebook.metadata.papermill.exception: raise
