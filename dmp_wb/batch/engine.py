@@ -18,7 +18,7 @@ from typing import Any
 from .kernels import _forked_kernel
 from .page import write_page
 from ..core.files import check_plain
-from ..core.progress import mirror, PROGRESS_MIME, write_progress
+from ..core.bars import mirror, PROGRESS_MIME, write_progress
 
 # %% ../../nbs/source/batch/03_engine.ipynb #5834bcf2
 RUN_VARIABLE = "DMP_WB_RUN"        # tells the kernel the folder of the output notebook

@@ -18,7 +18,7 @@ from pathlib import Path
 from .state import STATE_FILE
 from ..core.errors import printable
 from ..core.files import open_plain, write_atomic
-from ..core.progress import PROGRESS_MIME
+from ..core.bars import PROGRESS_MIME
 
 # %% ../../nbs/source/batch/01_page.ipynb #0a91d4ce
 _TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong

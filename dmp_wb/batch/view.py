@@ -17,7 +17,7 @@ from .engine import PROGRESS_FILE
 from .state import FAILED, FINISHED, read_state, RUNNING, RunState, STOPPED, WAITING
 from ..core.errors import printable
 from ..core.paths import short
-from ..core.progress import in_kernel, progress_line, read_progress
+from ..core.bars import in_kernel, progress_line, read_progress
 
 # %% ../../nbs/source/batch/09_view.ipynb #44bef44c
 @dataclass

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.files import read_json, sha256_of, write_atomic, write_json
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.settings import DataConfig
 from dmp_wb.data.cache_facts import (
     CACHE_DTYPES, CACHE_FILE, CACHE_FORMAT, _check_facts, _check_shard, FACTS, PLAN_FILE, _put, read_cache_facts,

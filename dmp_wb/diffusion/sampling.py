@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from ..core.errors import BadInput, real_number, said, unknown, whole_number, yes_or_no
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import ObjectiveConfig, PREDICTION_TYPES, SAMPLERS, ScheduleConfig
 from .objectives import predicted_x0

@@ -29,7 +29,7 @@ from torch import nn
 from ..core.errors import BadInput, MissingFile, real_number, said, whole_number, yes_or_no
 from ..core.files import read_json, read_regular, write_atomic, write_json
 from ..core.paths import assets_folder, expanded, runs_root
-from ..core.progress import progress
+from ..core.bars import progress
 from ..data.images import BadImage, read_image
 from ..data.load import captions_of
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk

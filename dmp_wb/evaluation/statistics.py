@@ -24,7 +24,7 @@ from torch import nn
 from ..core.errors import BadInput, whole_number
 from ..core.files import atomic_folder, read_json, sha256_of, write_json
 from ..core.paths import expanded, runs_root, short
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import DataConfig
 from ..data.tables import only_split

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import Experiment
 from ..core.errors import BadInput
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import DataConfig, DTRConfig
 from ..data.load import load_data

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core.errors import BadInput, MissingFile, said
 from ..core.files import write_atomic
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import ScheduleConfig
 from ..diffusion.objectives import diffusion_losses, make_tables

@@ -26,7 +26,7 @@ from ..core.errors import BadInput, MissingFile
 from ..core.files import open_to_append, read_json, write_atomic, write_json
 from ..core.paths import expanded, safe_path, short
 from ..core.processes import process_identity
-from ..core.progress import mirror, PROGRESS_VARIABLE, read_progress
+from ..core.bars import mirror, PROGRESS_VARIABLE, read_progress
 from ..store.checkpoints import newest_checkpoint, run_lock
 from ..store.run import Run
 from dmp_wb.training.distributed import (

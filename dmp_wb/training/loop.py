@@ -16,7 +16,7 @@ from ..config import Experiment, load_experiment
 from ..core.errors import BadInput
 from ..core.files import read_json, write_json
 from ..core.paths import short
-from ..core.progress import progress
+from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..data.folders import SkippedImages
 from ..data.load import load_data

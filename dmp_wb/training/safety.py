@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save
 
 from ..core.files import write_atomic
-from ..core.progress import in_kernel
+from ..core.bars import in_kernel
 from ..store.checkpoints import newest_checkpoint
 from ..store.run import Run
 from .batches import STOP_SIGNALS

@@ -21,7 +21,7 @@ from dmp_wb.core.errors import (
 from dmp_wb.core.files import atomic_folder, read_json, write_atomic, write_json
 from dmp_wb.core.paths import expanded, project_root, runs_root, short
 from dmp_wb.core.processes import process_alive, process_identity
-from dmp_wb.core.progress import LogBar, mirror, progress, progress_line, read_progress
+from dmp_wb.core.bars import LogBar, mirror, progress, progress_line, read_progress
 from dmp_wb.core.seeds import seed_of
 from dmp_wb.store.listing import RunFacts, runs_table
 from dmp_wb.batch.notebook import figures_table

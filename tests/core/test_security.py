@@ -25,7 +25,7 @@ from dmp_wb.store.checkpoints import drop_checkpoints_after, list_checkpoints, r
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.files import append_text, atomic_folder, open_to_append, write_atomic, write_json
 from dmp_wb.core.paths import foreign, named_files, project_root
-from dmp_wb.core.progress import write_progress
+from dmp_wb.core.bars import write_progress
 from dmp_wb.core.seeds import git_commit
 from dmp_wb.core.processes import locked
 from dmp_wb.store.listing import RunFacts

@@ -229,7 +229,7 @@ def test_neighbourhoods_in_blocks_and_far_from_zero(monkeypatch):
     g = torch.Generator().manual_seed(0)
     fake, real = torch.randn(150, 4, generator=g, dtype=torch.float64) + 0.5, torch.randn(170, 4, generator=g, dtype=torch.float64)
     whole = precision_recall(fake, real) | density_coverage(fake, real)
-    monkeypatch.setattr("dmp_wb.metrics._BLOCK", 1000)
+    monkeypatch.setattr("dmp_wb.evaluation.distances._BLOCK", 1000)
     assert precision_recall(fake, real) | density_coverage(fake, real) == whole
     shifted = precision_recall(fake + 1e5, real + 1e5) | density_coverage(fake + 1e5, real + 1e5)
     assert shifted == pytest.approx(whole)                                          # large numbers lose no digits
@@ -339,7 +339,7 @@ def test_more_images_than_announced(digits):
 
 def test_wrong_numbers_are_told_before_any_features(digits, monkeypatch):
     reference = reference_statistics("digits", quiet=True)
-    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, **kw: pytest.fail("collected"))
+    monkeypatch.setattr("dmp_wb.evaluation.statistics.collect", lambda *a, **kw: pytest.fail("collected"))
     for bad in (dict(k=40), dict(k_density=0), dict(splits=41), dict(kid_subset_size=41), dict(kid_subsets=0), dict(metrics="nothing")):
         with pytest.raises(BadInput): evaluate(digits[:40], reference, **bad)
 
@@ -517,7 +517,7 @@ def test_statistics_are_cached_and_verified(digits, runs_folder, monkeypatch):
     (folder,) = caches(runs_folder)
     assert {p.name for p in folder.iterdir()} == {"statistics.json", "statistics.safetensors"}
     calls = []
-    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, _real=collect, **kw: calls.append(1) or _real(*a, **kw))
+    monkeypatch.setattr("dmp_wb.evaluation.statistics.collect", lambda *a, _real=collect, **kw: calls.append(1) or _real(*a, **kw))
     second = reference_statistics("digits", quiet=True)
     assert not calls and torch.equal(first.rows, second.rows) and second.num_images == 1797 and second.shape == (1, 8, 8)
     assert torch.allclose(first.moments.mean, second.moments.mean, rtol=1e-12) and torch.allclose(first.moments.covariance, second.moments.covariance, rtol=1e-12) and frechet_distance(first.moments, second.moments) < 1e-9
@@ -652,7 +652,7 @@ def test_runs_that_ship_are_not_written_to():
 
 
 def test_an_extractor_that_does_not_fit_is_told_before_sampling(run, monkeypatch):
-    monkeypatch.setattr("dmp_wb.metrics.sample", lambda *a, **kw: pytest.fail("sampled"))
+    monkeypatch.setattr("dmp_wb.evaluation.evaluate.sample", lambda *a, **kw: pytest.fail("sampled"))
     with pytest.raises(BadInput, match="metric sfid needs"): evaluate_run(run.folder, 20, metrics="sfid")
     with pytest.raises(BadInput, match="there is no such folder"): evaluate_run(run.folder, 20, "no/such/folder")
 
@@ -704,7 +704,7 @@ def test_figures_that_cannot_be_noted_are_there_all_the_same(run, monkeypatch, c
 
     from dmp_wb import cli
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("dmp_wb.checkpoints.write_json", refuse)
+    monkeypatch.setattr("dmp_wb.store.run.write_json", refuse)
     with pytest.warns(UserWarning, match="the figures are not noted: .*summary.json cannot be written: Permission denied"): row = evaluate_run(run.folder, 20, **QUICK)
     assert row["fid"] > 0
     for arguments, lines in ((["evaluate", str(run.folder), "--num-images", "20"], '"fid": '), (["guidance", str(run.folder), "1", "2", "--num-images", "20"], "          2")):
