@@ -19,7 +19,8 @@ from ..config import Experiment
 from ..core.errors import BadInput
 from ..core.bars import progress
 from ..core.seeds import seed_of
-from ..core.settings import DataConfig, DTRConfig
+from ..core.settings import DataConfig
+from ..methods.settings import DTRConfig
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables

@@ -21,7 +21,8 @@ from dmp_wb.core.paths import assets_folder
 from dmp_wb.store.listing import run_folder
 from dmp_wb.batch.projects import new_project
 from dmp_wb.batch.notebook import listed
-from dmp_wb.core.settings import DMPConfig, DTRConfig, ModelConfig
+from dmp_wb.core.settings import ModelConfig
+from dmp_wb.methods.settings import DMPConfig, DTRConfig
 from dmp_wb.batch.plan import plan, read_sweep
 from dmp_wb.training.setup import new_run
 from dmp_wb.core.values import convert, parse_yaml, plain, read_yaml, split_words, unquoted

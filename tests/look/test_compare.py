@@ -71,7 +71,7 @@ def test_what_differs():
 
 @pytest.mark.parametrize("settings", [{"sharing_ratio": 0.5}, {"alpha": 1.0}, {"kind": "random"}, {"kind": "random", "seed": 7}, {"num_train_timesteps": 500}])
 def test_the_masks_of_a_page_are_those_that_act(settings):
-    from dmp_wb.core.settings import DTRConfig
+    from dmp_wb.methods.settings import DTRConfig
     from dmp_wb.methods.dtr import route
     model, seen = tiny_dit(), []
     route(model, DTRConfig(**settings))
