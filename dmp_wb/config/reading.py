@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Given', 'find_experiment', 'load_experiment', 'to_yaml']
 
-# %% ../../nbs/source/config/02_reading.ipynb #a45f4aaa
+# %% ../../nbs/source/config/02_reading.ipynb #84160306
 import contextlib
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .experiment import CONFIG_FORMAT, Experiment
-from .keys import keys, leaves, unknown_key
+from .names import keys, leaves, unknown_key
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.files import has_controls
 from ..core.paths import expanded, named_files
@@ -34,13 +34,13 @@ def find_experiment(
     if name in known and len(path.parts) == 1: return known[name]
     raise unknown("experiment", str(experiment), known, name)
 
-# %% ../../nbs/source/config/02_reading.ipynb #d72ac6b1
+# %% ../../nbs/source/config/02_reading.ipynb #dbae4683
 Given = dict[str, tuple[Any, str]]   # key → value as it was given, and where
 
 def _flatten(tree: dict, origin: str, prefix: str = "") -> Given:
     "The values of a tree by dotted key; raises `BadInput` for a key that there is not."
     given: Given = {}
-    known = {**older_keys(), **keys()}
+    known = {**keys(), **older_keys()}
     groups = {k.rpartition(".")[0] for k in known if "." in k}
     for k, value in tree.items():
         key = f"{prefix}{k}"
@@ -72,7 +72,7 @@ def _override(item: str) -> Given:
     key, _, text = item.partition("=")
     origin, value = f"override {item!r}", unquoted(text)
     key = key.strip()
-    kind, group = keys().get(key), any(k.startswith(f"{key}.") for k in {**older_keys(), **keys()})
+    kind, group = {**older_keys(), **keys()}.get(key), any(k.startswith(f"{key}.") for k in {**older_keys(), **keys()})
     listed = kind is not None and value.lstrip()[:1] in ("[", "{") and not _is_text(kind)
     if value.bare and (group or listed):
         try: value = parse_yaml(value, "it")
@@ -147,7 +147,7 @@ def _check_word(word: str | None, exp: Experiment):
     if word not in TRAINED or (word == TRAINED[0]) == (exp.base is None): return
     raise BadInput(f"base is {exp.base!r}: expected {'none for pretraining' if word == TRAINED[0] else f'the model that {word} starts from'}")
 
-# %% ../../nbs/source/config/02_reading.ipynb #b9694ed9
+# %% ../../nbs/source/config/02_reading.ipynb #7ac8a2bc
 def _gathered(experiment, overrides) -> tuple[Given, set[str], str | None]:
     "All that is given, the defaults first; the keys whose values hold no ${…} because they were made in Python; and what `method` said."
     made = isinstance(experiment, Experiment)
@@ -171,17 +171,32 @@ def _gathered(experiment, overrides) -> tuple[Given, set[str], str | None]:
 
 def _renamed(given: Given, word: str | None) -> tuple[Given, str | None]:
     "Keys of format 1 as those of today, and the newest word of `method`."
-    said = given.get("method")
-    return modern(given), word if said is None else str(said[0])
+    said, now = given.get("method"), modern(given)
+    for key in older_keys().keys() & given.keys():
+        if not any(name in now for name in newer_names(key)): _check_unused(key, *given[key], given)
+    return now, word if said is None else str(said[0])
 
-def _referred(given: Given, final: set[str], kinds: dict[str, Any]) -> dict[str, Any]:
-    "Values with what ${…} stands for put in, each in its type."
+def _check_unused(key: str, value, origin: str, given: Given):
+    "A setting of a method that does not act is left out, but not before it is found to be one that could act."
+    try: value = refer(value, _looking(given, set(), {**keys(), **older_keys()}), (key,))
+    except BadInput as e: raise BadInput(f"{origin}: {key}: {e}") from None
+    for name in newer_names(key):
+        _, method, setting = name.split(".", 2)
+        with contextlib.suppress(TypeError): method_entry(method).made(**{setting: _typed(key, value, origin, older_keys()[key])})
+
+def _looking(given: Given, final: set[str], kinds: dict[str, Any]):
+    "What gives the value that ${…} stands for."
     def look(name: str):
         name = next((n for n in newer_names(name) if n in given), name)
         if name not in kinds or name not in given:
             raise BadInput(f"${{{name}}} is no key of an experiment: expected one such as ${{seed}}, or \\${{ for these characters; "
                            "nothing else is put in, the variables of a shell neither")
         return _literal(given[name][0]) if name in final else given[name][0]
+    return look
+
+def _referred(given: Given, final: set[str], kinds: dict[str, Any]) -> dict[str, Any]:
+    "Values with what ${…} stands for put in, each in its type."
+    look = _looking(given, final, kinds)
     values = {}
     for key, (value, where) in given.items():
         try: value = value if key in final else refer(value, look, (key,))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CARD', 'LARGEST', 'PATCH_NAME', 'WRAPPED_METHODS', 'COMPARED', 'CONFIG_FILE', 'WEIGHTS_FILE', 'KEPT_FILES',
-           'REFERENCE_NAMES', 'Prompts', 'Newest', 'PromptPatch', 'Patches', 'Around', 'adapter_parameters',
-           'plain_name', 'unwrap_for_patch', 'patch', 'patches_of', 'get_patch', 'unpatch', 'use_patches',
-           'patch_disabled', 'fingerprint', 'save_patch', 'load_patch', 'load_reference_patch']
+           'REFERENCE_NAMES', 'settings_of', 'Prompts', 'Newest', 'PromptPatch', 'PromptTuning', 'Patches', 'Around',
+           'adapter_parameters', 'plain_name', 'unwrap_for_patch', 'patch', 'patches_of', 'get_patch', 'unpatch',
+           'use_patches', 'patch_disabled', 'fingerprint', 'save_patch', 'load_patch', 'load_reference_patch']
 
 # %% ../../nbs/source/methods/05_dmp.ipynb #f40742a2
 import contextlib
@@ -37,12 +37,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.files import atomic_folder, read_json, write_json
 from ..core.paths import expanded
-from .settings import DMPConfig
+from .base import Method, Panel
+from .settings import DMPConfig, PromptTuningConfig
 from dmp_wb.methods.gates import (
     _autocasts, Gate, NOISE_FLOOR, probability_in_top_k, squared_variation, top_k_softmax, _wide,
 )
 from dmp_wb.methods.hooks import (
-    attach, Call, hooks_of, is_offloaded, is_on_disk, Operation, PerThread, Scoped, weights_loaded,
+    attach, Call, hooks_of, is_offloaded, is_on_disk, PerThread, Scoped, weights_loaded,
 )
 from ..models.anatomy import check_timesteps, Size, unwrap_model, wrappers_of
 from ..models.backbones import anatomy_of, backbones_inside
@@ -70,6 +71,10 @@ patch = wb.load_patch(pipe.{{ part }}, "{{ repo }}")   # in place; wb.unpatch(pi
 
 LARGEST = 1 << 36   # numbers in a patch
 
+def settings_of(config: DMPConfig) -> dict:
+    "The settings that a patch's files and plans hold, which are all but the learning rate of its gate."
+    return {k: v for k, v in dataclasses.asdict(config).items() if k != "gate_lr_scale"}
+
 class Prompts(nn.ParameterList):
     "The prompts [prompts, D] of blocks that differ."
     __call__ = nn.Module.__call__
@@ -88,7 +93,7 @@ class Newest:
         self.by_replica: _Left | None = None   # where that pass was a replica's, of whose thread nobody asks
 
 
-class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"], paper_url="https://arxiv.org/abs/2405.17825"):
+class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"], paper_url="https://arxiv.org/abs/2405.17825"):
     """The learnable part of DMP on a frozen backbone.
 
     Parameters: `prompts` [patched blocks, prompts, D] (a list of [prompts, D] where blocks differ), `gate.weight` [prompts, D_t + 1],
@@ -298,6 +303,51 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         return {"gate_entropy": torch.cat([entropy(g).flatten() for g in gates]).mean(),
                 "prompt_use": torch.cat([entropy(g.mean(0)).exp() / g.shape[-1] for g in gates]).mean()}
 
+    Config, freezes, folder = DMPConfig, True, "patch"   # its files in a run folder are where they have been since format 1
+
+    def losses(self) -> dict[str, tuple[torch.Tensor, float]]:
+        "The balance losses of the gate, and their weights."
+        c = self.config
+        if not self.gated: return {}
+        found = {"balance": (self.balance_loss(), c.importance_weight)}
+        return found | ({"load": (self.load_loss(), c.load_weight)} if c.noisy_gating and c.top_k is not None else {})
+
+    def statistics(self) -> dict[str, torch.Tensor]: return self.gate_statistics()
+
+    def learning_rates(self) -> list[tuple[list[nn.Parameter], float]]:
+        "The gate and its noise learn faster than the prompts."
+        gate = list(self.gate_parameters())
+        return [(gate, self.config.gate_lr_scale)] if gate else []
+
+    def prepared(self, timesteps):
+        "Tables of the gates, where they depend on the timestep alone."
+        return self.baked(timesteps) if self.config.gate_input == "timestep" else contextlib.nullcontext(self)
+
+    def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
+        "The gates; those of a class, where the gate looks at the class. Raises `BadInput` for a gate that looks at text."
+        if not self.gated: return []
+        t = torch.as_tensor(timesteps)
+        classes = self.config.gate_input == "condition" and anatomy_of(self.model).num_classes(self.model)
+        labels = {"class_labels": torch.full((len(t),), class_label)} if classes else {}
+        with torch.no_grad(): gates = self.gates(t, **labels).float().cpu()
+        return [Panel("gates", "gates", gates, t, blocks=list(self.blocks), counts=list(self.counts))]
+
+    def facts(self) -> dict:
+        "By the patch's name, its weights and its settings, but for those of training alone."
+        return {self.name: {"weights": fingerprint(self), **settings_of(self.config)}}
+
+    @classmethod
+    def attach_to(cls, model: nn.Module, config: DMPConfig) -> "PromptPatch":
+        "`patch`, on a model whose dropout is off from now on."
+        return patch(unwrap_model(model).eval(), config).train()
+
+    def remove(self): unpatch(self.model, self.name)
+
+    def save(self, folder: str | Path, state_dict=None) -> Path: return save_patch(self.model, folder, state_dict, self.name)
+
+    @classmethod
+    def load(cls, model: nn.Module, folder: str | Path) -> "PromptPatch": return load_patch(model, folder)
+
     def load_loss(self) -> torch.Tensor: # scalar
         "Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k; zero without noise, without top_k and outside training."
         load = self._newest_pass()[1]
@@ -429,11 +479,15 @@ class PromptPatch(nn.Module, Operation, ModelHubMixin, library_name="dmp_wb", ta
         method = {"none": "prompt tuning, the paper's baseline"}.get(c.gate_input, f"prompts in {self.num_blocks} blocks, mixed by a gate on the {c.gate_input}")
         repo = kwargs.get("repo_id", "owner/name")
         return ModelCard.from_template(data, template_str=CARD, title=repo.split("/")[-1], repo=repo, method=method, base=base, parameters=f"{sum(p.numel() for p in self.parameters()):,}",
-                                       part="unet" if "UNet" in base["class"] else "transformer", settings={k: v for k, v in dataclasses.asdict(c).items() if v is not None})
+                                       part="unet" if "UNet" in base["class"] else "transformer", settings={k: v for k, v in settings_of(c).items() if v is not None})
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         "Upload the patch with its model card to a repository on the hub; see `ModelHubMixin.push_to_hub`."
         return super().push_to_hub(repo_id, **{**kwargs, "model_card_kwargs": {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}})
+
+class PromptTuning(PromptPatch):
+    "A patch without a gate: its prompts act at every timestep alike."
+    Config = PromptTuningConfig
 
 # %% ../../nbs/source/methods/05_dmp.ipynb #5b1c0b01
 PATCH_NAME = "dmp"
@@ -560,7 +614,8 @@ def patch(
     if not isinstance(patches, Patches): raise BadInput(f"this {type(model).__name__} has a part of its own named {PATCH_NAME!r}: expected none, patches go there")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name): raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
     dtype = _chosen_dtype(dtype, model)
-    p = PromptPatch(model, config or DMPConfig(), name)
+    config = config or DMPConfig()
+    p = (PromptTuning if config.gate_input == "none" else PromptPatch)(model, config, name)
     first = next(model.parameters())
     device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(model, "device", first.device)   # with group offloading where the model computes
     p.to(device=device, dtype=dtype)
@@ -703,7 +758,7 @@ def _write_files(p: PromptPatch, folder: Path, weights: dict[str, torch.Tensor] 
         weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
     _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **dataclasses.asdict(p.config),
+    write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **settings_of(p.config),
                                        "base_model": _base_facts(p.model, p.config) | ({"fingerprint": known} if (known := _fingerprints(p.model)) else {})})
 
 @contextlib.contextmanager

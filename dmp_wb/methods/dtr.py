@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..core.errors import BadInput
+from .base import Method, Panel
 from .settings import DTRConfig
-from .hooks import attach, Call, HOOKS_NAME, hooks_of, Operation
+from .hooks import attach, Call, HOOKS_NAME, hooks_of
 from ..models.anatomy import unwrap_model
 from ..models.backbones import anatomy_of, backbones_inside
 
@@ -58,13 +59,14 @@ def routing_mask(
     return _masks(t, channels, config).float()
 
 # %% ../../nbs/source/methods/06_dtr.ipynb #acfdd878
-class Router(Operation):
+class Router(Method):
     "The masks on one model: what `route` returns."
-    rank, key = 2, "route"
+    Config, rank = DTRConfig, 2
 
     def __init__(self, model: nn.Module, config: DTRConfig):
         config.check()
-        self.config = dataclasses.replace(config)   # the caller's stays the caller's
+        super().__init__(model, dataclasses.replace(config))   # the caller's stays the caller's
+        self.key = "route"
         anatomy = anatomy_of(model)
         self.scale = anatomy.timestep_scale(model)
         for width in {*anatomy.block_widths(model)}: config.kept_channels(width)
@@ -99,6 +101,20 @@ class Router(Operation):
         return torch.addcmul(x, kept, rest)
 
     def forget(self, index: int, call: Call): call.state[self.key]["kept"].pop(index, None)
+
+    @classmethod
+    def attach_to(cls, model: nn.Module, config: DTRConfig) -> "Router": return route(model, config)
+
+    def masks(self, timesteps, width: int) -> torch.Tensor: # [T, width]
+        "The masks that act in a block of this width."
+        return routing_mask(timesteps, width, self.config)
+
+    def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
+        "A mask for each width of the model's blocks."
+        c, t = self.config, torch.as_tensor(timesteps)
+        words = f"β = {c.sharing_ratio:g}, " + (f"α = {c.alpha:g}" if c.kind == "dtr" else f"{c.kind}, seed {c.seed}")
+        widths = sorted({*anatomy_of(self.model).block_widths(self.model)})
+        return [Panel("mask", f"{w} channels", self.masks(t, w), t, caption=words) for w in widths]
 
 def route(
     model: nn.Module,                 # a supported backbone, wrapped or not; changed in place

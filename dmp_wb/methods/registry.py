@@ -49,8 +49,8 @@ class Entry:
 
 _ENTRIES: dict[str, Entry] = {}
 
-# %% ../../nbs/source/methods/01_registry.ipynb #90987be8
-PARTS = ("acts_on", "start", "before", "after", "losses", "statistics", "learning_rates", "prepared", "panels", "save", "load", "apply")
+# %% ../../nbs/source/methods/01_registry.ipynb #29e2bd43
+PARTS = ("acts_on", "start", "before", "after", "losses", "statistics", "learning_rates", "prepared", "panels", "save", "load", "attach_to", "remove")
 
 def register_method(
     name: str,                         # in experiments and on command lines
