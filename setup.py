@@ -1,4 +1,5 @@
-"Everything about the package stands in settings.ini; this file hands it to setuptools, and puts the run notebooks and experiments into what is built."
+"""Everything about the package stands in settings.ini;
+this file hands it to setuptools, and puts the run notebooks and experiments into what is built."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -12,10 +13,13 @@ cfg = ini["DEFAULT"]
 
 
 class BuildWithNotebooks(build_py):
-    "Copies nbs/runs and nbs/experiments into the package that is built, where `core.shipped_folder` finds them; an editable install reads them where they are."
+    """Copies nbs/runs and nbs/experiments into the package that is built, where `core.shipped_folder` finds them;
+    an editable install reads them where they are."""
     def copied(self) -> dict[Path, Path]:
         files = [f for pattern in ("runs/*.ipynb", "experiments/*.yaml") for f in sorted((here / "nbs").glob(pattern))]
-        if not files: raise FileNotFoundError(f"no run notebooks in {here / 'nbs'}: expected the whole source tree, or an sdist of it")
+        if not files:
+            raise FileNotFoundError(
+                f"no run notebooks in {here / 'nbs'}: expected the whole source tree, or an sdist of it")
         return {} if self.editable_mode else {f: Path(self.build_lib, "dmp_wb", f.relative_to(here)) for f in files}
 
     def run(self):
@@ -53,6 +57,7 @@ setup(
     package_data={"dmp_wb": ["assets/**/*", "py.typed"]},
     cmdclass={"build_py": BuildWithNotebooks},
     include_package_data=False,
-    entry_points={"console_scripts": ["dmp-wb = dmp_wb.cli:main"], "papermill.engine": ["dmp-wb = dmp_wb.batch.engine:RunEngine"]},
+    entry_points={"console_scripts": ["dmp-wb = dmp_wb.cli:main"],
+                  "papermill.engine": ["dmp-wb = dmp_wb.batch.engine:RunEngine"]},
     zip_safe=False,
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")   # it would list every class that needs a package we do not need
+# it would list every class that needs a package we do not need
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path[:0] = [str(ROOT), str(DOCS)]
 import check  # noqa: E402
 import notebooks  # noqa: E402
@@ -24,7 +25,8 @@ PROC, OUT = ROOT / "_proc", ROOT / "_docs"
 
 
 def process():
-    "What `nbdev_proc_nbs` does, without the Quarto that this command would first download: each notebook through our processors."
+    """What `nbdev_proc_nbs` does, without the Quarto that this command would first download:
+    each notebook through our processors."""
     shutil.rmtree(PROC, ignore_errors=True)
     for source in pages.notebooks():
         target = PROC / source.relative_to(notebooks.NBS)
@@ -32,7 +34,8 @@ def process():
         nb = read_nb(source)
         notebooks.ForSite(source.relative_to(ROOT))(nb)
         write_nb(nb, target)
-    for folder in ("images", "experiments"): shutil.copytree(notebooks.NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.py"))
+    for folder in ("images", "experiments"):
+        shutil.copytree(notebooks.NBS / folder, PROC / folder, ignore=shutil.ignore_patterns("*.py"))
     pages.write(PROC)
     reference.write_pages(PROC / "reference")
 
@@ -41,10 +44,12 @@ def main() -> int:
     start = time.monotonic()
     process()
     shutil.rmtree(OUT, ignore_errors=True)
-    status = sphinx_build(["-q", "-W", "--keep-going", "-n", "-j", "auto", "-c", str(DOCS), "-d", str(PROC / ".doctrees"), "-b", "html", str(PROC), str(OUT)])
+    status = sphinx_build(["-q", "-W", "--keep-going", "-n", "-j", "auto", "-c", str(DOCS), "-d",
+                           str(PROC / ".doctrees"), "-b", "html", str(PROC), str(OUT)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)   # MyST-NB's copies
     status = status or check.main()
-    if not status: print(f"== built {OUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s: look at it with make serve-docs")
+    if not status:
+        print(f"== built {OUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s: look at it with make serve-docs")
     return status
 
 

@@ -12,7 +12,8 @@ ini.read(here.parent / "settings.ini", encoding="utf-8")
 
 project, author, version = "dmp_wb", ini["DEFAULT"]["author"], ini["DEFAULT"]["version"]
 copyright, release, language = ini["DEFAULT"]["copyright"], version, "en"
-extensions = ["myst_nb", "sphinx.ext.intersphinx", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design", "sphinx_codeautolink", "reference"]
+extensions = ["myst_nb", "sphinx.ext.intersphinx", "sphinx.ext.mathjax", "sphinx_copybutton", "sphinx_design",
+              "sphinx_codeautolink", "reference"]
 exclude_patterns = [".doctrees", "**.ipynb_checkpoints"]
 suppress_warnings = ["myst.header", "misc.highlighting_failure", "codeautolink.parse_block", "codeautolink.match_name"]
 nitpick_ignore_regex = [("py:.*", r"(?!dmp_wb).*")]   # names of libraries that have no inventory here
@@ -27,7 +28,8 @@ myst_heading_anchors = 4
 myst_links_external_new_tab = False
 mathjax_path = "mathjax/tex-svg.js"
 
-intersphinx_mapping = {library: (address, str(here / "inventories" / f"{library}.inv")) for library, (address, _) in inventories().items()}
+intersphinx_mapping = {library: (address, str(here / "inventories" / f"{library}.inv"))
+                       for library, (address, _) in inventories().items()}
 intersphinx_disabled_reftypes = ["std:*"]
 codeautolink_concat_default = True
 codeautolink_warn_on_missing_inventory = False
@@ -48,7 +50,12 @@ html_copy_source = False
 html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#8c2d2d", "color-brand-content": "#a33a2c", "color-code-background": "#f6f6f4", "color-background-secondary": "#faf9f7", "color-link-underline": "#d9c9c2", "color-brand-visited": "#a33a2c"},
-    "dark_css_variables": {"color-brand-primary": "#f0998a", "color-brand-content": "#f0998a", "color-code-background": "#1d1f23", "color-background-primary": "#141518", "color-background-secondary": "#1a1b1f", "color-link-underline": "#5b4540", "color-brand-visited": "#f0998a"},
+    "light_css_variables": {"color-brand-primary": "#8c2d2d", "color-brand-content": "#a33a2c",
+                            "color-code-background": "#f6f6f4", "color-background-secondary": "#faf9f7",
+                            "color-link-underline": "#d9c9c2", "color-brand-visited": "#a33a2c"},
+    "dark_css_variables": {"color-brand-primary": "#f0998a", "color-brand-content": "#f0998a",
+                           "color-code-background": "#1d1f23", "color-background-primary": "#141518",
+                           "color-background-secondary": "#1a1b1f", "color-link-underline": "#5b4540",
+                           "color-brand-visited": "#f0998a"},
 }
 pygments_style, pygments_dark_style = "friendly", "github-dark"

@@ -9,8 +9,11 @@ from execnb.nbio import mk_cell
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-PAGES = {"CHANGELOG.md": "changelog.md", "data/README.md": "data.md", "README.md": "index.md", "nbs/index.ipynb": "index.md"}   # files of the repository that are pages under another name
-WINGS = ["core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation", "batch", "look", "cli"]
+# files of the repository that are pages under another name
+PAGES = {"CHANGELOG.md": "changelog.md", "data/README.md": "data.md", "README.md": "index.md",
+         "nbs/index.ipynb": "index.md"}
+WINGS = ["core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation",
+         "batch", "look", "cli"]
 LONG = 30   # lines of exported code above which a cell starts folded
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
@@ -37,7 +40,9 @@ def on_site(target: str, page: Path) -> str:
     there = Path(*_normal(page.parent / path))
     name = PAGES.get(there.as_posix())
     if name is None and there.parts[:1] == ("nbs",): name = there.relative_to("nbs").as_posix()
-    if name is None: raise ValueError(f"{page} links {target}: no page of the site; give it one in docs/notebooks.py, or name it without a link")
+    if name is None:
+        raise ValueError(
+            f"{page} links {target}: no page of the site; give it one in docs/notebooks.py, or name it without a link")
     here = PAGES.get(page.as_posix()) or page.relative_to("nbs").as_posix()
     return "../" * (len(PurePosixPath(here).parts) - 1) + name + ("#" + anchor if anchor else "")
 
@@ -51,7 +56,8 @@ def _normal(path: Path) -> list[str]:
 def relinked(text: str, page: Path) -> str:
     "Markdown with its links as they are between pages; code is left as it is."
     pieces = re.split(r"(```.*?```|`[^`\n]*`)", text, flags=re.S)
-    return "".join(p if i % 2 else _LINK.sub(lambda m: m[1] + on_site(m[2], page) + m[3], p) for i, p in enumerate(pieces))
+    return "".join(p if i % 2 else _LINK.sub(lambda m: m[1] + on_site(m[2], page) + m[3], p)
+                   for i, p in enumerate(pieces))
 
 
 def coloured(text: str) -> str:
@@ -83,8 +89,12 @@ class for_reading(Processor):
         tags = cell.metadata["tags"]
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            for mime in ("application/vnd.jupyter.widget-view+json", "application/vnd.papermill.record+json", "application/vnd.dmp-wb.progress+json"): data.pop(mime, None)
-            if "text/markdown" in data: data["text/markdown"] = relinked("".join(data["text/markdown"]), self.nb.path_); data.pop("text/plain", None)
+            for mime in ("application/vnd.jupyter.widget-view+json", "application/vnd.papermill.record+json",
+                         "application/vnd.dmp-wb.progress+json"):
+                data.pop(mime, None)
+            if "text/markdown" in data:
+                data["text/markdown"] = relinked("".join(data["text/markdown"]), self.nb.path_)
+                data.pop("text/plain", None)
             if data.keys() & {"image/png", "image/svg+xml"}: data.pop("text/plain", None); data.pop("text/html", None)
         if directives.keys() & {"export", "exports", "exporti"}:
             tags.append("exported")
@@ -110,7 +120,8 @@ def defined(source: str) -> list[str]:
     names = []
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef): names.append(node.name)
-        for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+        for target in (node.targets if isinstance(node, ast.Assign)
+                       else [node.target] if isinstance(node, ast.AnnAssign) else []):
             names += [n.id for n in ast.walk(target) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     return names
 

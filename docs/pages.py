@@ -8,10 +8,16 @@ from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
-    "tutorials": ("Tutorials", "Do it once, from the first line to a result", ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster", "pictures", "explore", "digits_base"]),
-    "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens", ["timesteps_as_tasks", "dmp", "dtr", "losses", "sampling", "measuring"]),
-    "howto": ("How-to", "One task a page, for when you know what you want", ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "trust", "several_gpus"]),
-    "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster", ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
+    "tutorials": ("Tutorials", "Do it once, from the first line to a result",
+                  ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster",
+                   "pictures", "explore", "digits_base"]),
+    "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
+                 ["timesteps_as_tasks", "dmp", "dtr", "losses", "sampling", "measuring"]),
+    "howto": ("How-to", "One task a page, for when you know what you want",
+              ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "trust",
+               "several_gpus"]),
+    "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
+             ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
 }
 SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own
 
@@ -28,7 +34,8 @@ def head(path: Path) -> tuple[str, str]:
     if not title: raise SystemExit(f"error: {path} does not begin with a title, # …")
     quoted = re.search(r"^> (.+)$", text, re.M)
     rest = text[title.end():].strip()
-    return title[1].strip(), quoted[1].strip() if quoted else re.split(r"(?<=[.:])\s", rest, maxsplit=1)[0].rstrip(":") if rest else ""
+    return (title[1].strip(),
+            quoted[1].strip() if quoted else re.split(r"(?<=[.:])\s", rest, maxsplit=1)[0].rstrip(":") if rest else "")
 
 
 def listing(proc: Path, docs: list[str], below: str) -> list[str]:
@@ -37,12 +44,14 @@ def listing(proc: Path, docs: list[str], below: str) -> list[str]:
     for doc in docs:
         title, summary = head(proc / below / f"{doc}.ipynb")
         out += [f"[{doc if below == '.' else title}]({doc}.ipynb)", f": {summary}", ""]
-    return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs), "```", ""]
+    return [*out, ":::", "", "```{toctree}", ":hidden:", "", *(f"{d} <{d}>" if below == "." else d for d in docs),
+            "```", ""]
 
 
 def source_page(proc: Path) -> list[str]:
     "The wings of the package, each with its notebooks in reading order."
-    out = ["# Source notebooks", "", "> The package is written as notebooks: each explains, exports and shows one module. A wing imports only from the wings above it", ""]
+    out = ["# Source notebooks", "", "> The package is written as notebooks: each explains, exports and shows one "
+           "module. A wing imports only from the wings above it", ""]
     pages = []
     for wing in wings():
         init = ROOT / "dmp_wb" / wing / "__init__.py"
@@ -64,21 +73,26 @@ def write(proc: Path):
         there = sorted(p.stem for p in (proc / folder).glob("*.ipynb"))
         if not there: continue
         ordered = [d for d in first if d in there] + [d for d in there if d not in first]
-        (proc / folder / "index.md").write_text("\n".join([f"# {title}", "", f"> {summary}", "", *listing(proc, ordered, folder)]), encoding="utf-8")
+        (proc / folder / "index.md").write_text(
+            "\n".join([f"# {title}", "", f"> {summary}", "", *listing(proc, ordered, folder)]), encoding="utf-8")
         if folder != "runs": top.append(f"{folder}/index")
     (proc / "source.md").write_text("\n".join(source_page(proc)), encoding="utf-8")
     (proc / "reference").mkdir(exist_ok=True)
-    (proc / "reference" / "index.md").write_text("\n".join(["# Reference", "", "> Every name, command and key", "", ":::{div} pages", "",
-        "[Python](python.md)", ": What `import dmp_wb as wb` gives: signatures, parameters, returns, errors", "",
-        "[Command line](commands.md)", ": The commands of `dmp-wb` with their options", "",
-        "[Experiment keys](keys.md)", ": Every key of an experiment file and its default", "",
-        "[Run notebooks](../runs/index.md)", ": What papermill executes: parameters, and what each run leaves", "",
-        "[Data sets](../data.md)", ": How to get each, size, licence, the line that uses it", "",
-        "[Source notebooks](../source.md)", ": The package itself, to read", "", ":::", "",
-        "```{toctree}", ":hidden:", "", "python", "commands", "keys", "../runs/index", "../data", "../source", "```", ""]), encoding="utf-8")
+    (proc / "reference" / "index.md").write_text("\n".join(
+        ["# Reference", "", "> Every name, command and key", "", ":::{div} pages", "",
+         "[Python](python.md)", ": What `import dmp_wb as wb` gives: signatures, parameters, returns, errors", "",
+         "[Command line](commands.md)", ": The commands of `dmp-wb` with their options", "",
+         "[Experiment keys](keys.md)", ": Every key of an experiment file and its default", "",
+         "[Run notebooks](../runs/index.md)", ": What papermill executes: parameters, and what each run leaves", "",
+         "[Data sets](../data.md)", ": How to get each, size, licence, the line that uses it", "",
+         "[Source notebooks](../source.md)", ": The package itself, to read", "", ":::", "",
+         "```{toctree}", ":hidden:", "", "python", "commands", "keys", "../runs/index", "../data", "../source", "```",
+         ""]), encoding="utf-8")
     for name in ("CHANGELOG.md", "data/README.md"):
-        (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)), encoding="utf-8")
+        (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)),
+                                        encoding="utf-8")
     single = [s for s in SINGLE if (proc / f"{s}.ipynb").exists()]
     tree = [*[s for s in ("start",) if (proc / f"{s}.ipynb").exists()], *top, "reference/index", *single, "changelog"]
     landing = (Path(__file__).parent / "index.md").read_text(encoding="utf-8")
-    (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]), encoding="utf-8")
+    (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]),
+                                   encoding="utf-8")

@@ -16,10 +16,12 @@ from diffusers import DiTTransformer2DModel
 from dmp_wb.core.paths import project_root
 from dmp_wb.models.dit import DiT
 
-signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell starts what runs in the background deaf to interrupts, and its children after it
+# a shell starts what runs in the background deaf to interrupts, and its children after it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if CHROMIUM is None and os.environ.get("DMP_WB_REQUIRE_BROWSER"): raise RuntimeError("no Chromium on this machine: apt-get install chromium")
+if CHROMIUM is None and os.environ.get("DMP_WB_REQUIRE_BROWSER"):
+    raise RuntimeError("no Chromium on this machine: apt-get install chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium")
 
 
@@ -41,11 +43,13 @@ def randomise(module, std=0.05, seed=0):
 
 
 def tiny_dit(**changes):
-    return randomise(DiT(**{**dict(sample_size=8, in_channels=1, hidden_size=32, num_layers=3, num_attention_heads=4, num_classes=10), **changes})).eval()
+    return randomise(DiT(**{**dict(sample_size=8, in_channels=1, hidden_size=32, num_layers=3, num_attention_heads=4,
+                                   num_classes=10), **changes})).eval()
 
 
 def tiny_diffusers_dit():
-    return randomise(DiTTransformer2DModel(sample_size=8, in_channels=1, out_channels=1, num_layers=3, num_attention_heads=4, attention_head_dim=8,
+    return randomise(DiTTransformer2DModel(sample_size=8, in_channels=1, out_channels=1, num_layers=3,
+                                           num_attention_heads=4, attention_head_dim=8,
                                            norm_num_groups=1, num_embeds_ada_norm=10)).eval()
 
 
@@ -54,9 +58,11 @@ def run_cells(name, **parameters):
     space = {}
     for cell in nbformat.read(project_root() / "nbs" / "runs" / f"{name}.ipynb", 4).cells:
         if cell.cell_type != "code": continue
-        if "parameters" in cell.metadata.get("tags", []): assert parameters.keys() <= set(re.findall(r"^(\w+) =", cell.source, re.M))
+        if "parameters" in cell.metadata.get("tags", []):
+            assert parameters.keys() <= set(re.findall(r"^(\w+) =", cell.source, re.M))
         exec(cell.source, space)
-        if "parameters" in cell.metadata.get("tags", []): space |= {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
+        if "parameters" in cell.metadata.get("tags", []):
+            space |= {k: str(v) if isinstance(v, Path) else v for k, v in parameters.items()}
     return space
 
 

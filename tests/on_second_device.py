@@ -1,4 +1,5 @@
-"""What must hold where the model is on a GPU and the tensors of a user are not: run by `test_second_device.py`, in a process of its own.
+"""What must hold where the model is on a GPU and the tensors of a user are not:
+run by `test_second_device.py`, in a process of its own.
 
 The device computes on the CPU and refuses to mix devices, so these tests need no GPU; and the figures are the CPU's.
 """
@@ -64,15 +65,19 @@ def test_digits_are_measured_on_any_device(a, b):
     features, strata = torch.randn(24, 4, generator=torch.Generator().manual_seed(0)), LABELS % 2
     intervals = lambda f, s: distances.frechet_bootstrap({"m": f}, features, strata=s, rounds=3)["m"]["interval"]
     assert intervals(features.to(a), strata.to(b)) == pytest.approx(intervals(features, strata))
-    assert distances.bootstrap_mean(features[:, 0].to(a), 20, strata=strata.to(b)) == pytest.approx(distances.bootstrap_mean(features[:, 0], 20, strata=strata))
+    assert distances.bootstrap_mean(features[:, 0].to(a), 20, strata=strata.to(b)) == pytest.approx(
+        distances.bootstrap_mean(features[:, 0], 20, strata=strata))
 
 
 @pytest.mark.parametrize("place", [CPU, DEVICE])
 def test_metrics_of_samples_on_any_device(place):
-    settings = dict(metrics="fid,is,precision,density,kid", bootstrap=3, splits=2, cache=False, quiet=True, strata=LABELS.to(place))
+    settings = dict(metrics="fid,is,precision,density,kid", bootstrap=3, splits=2, cache=False, quiet=True,
+                    strata=LABELS.to(place))
     found = evaluate.evaluate(IMAGES.to(place), -IMAGES.to(place), "digits", **settings)
-    expected = evaluate.evaluate(IMAGES, -IMAGES, evaluation_features.digit_classifier(), "fid", cache=False, quiet=True)
-    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-3) and found["intervals"].keys() == {"fid", "is", "precision", "density", "kid"}
+    expected = evaluate.evaluate(IMAGES, -IMAGES, evaluation_features.digit_classifier(), "fid", cache=False,
+                                 quiet=True)
+    assert (found["fid"] == pytest.approx(expected["fid"], rel=1e-3)
+            and found["intervals"].keys() == {"fid", "is", "precision", "density", "kid"})
 
 
 @pytest.mark.parametrize("a, b", PAIRS)
@@ -85,7 +90,8 @@ def test_losses_where_the_models_answer_is(a, b, learned):
         found = wb.diffusion_losses(output.to(a), IMAGES.to(b), noise.to(b), t, tables, weighting="min-snr")
         assert found["loss"].device == a
         for k in expected: same(found[k], expected[k])
-        for where in (t, t.to(DEVICE)): assert wb.diffusion_losses(output.to(a), IMAGES.to(a), noise.to(a), where, tables)["loss"].device == a
+        for where in (t, t.to(DEVICE)):
+            assert wb.diffusion_losses(output.to(a), IMAGES.to(a), noise.to(a), where, tables)["loss"].device == a
 
 
 @pytest.mark.parametrize("a, b", PAIRS)
@@ -102,7 +108,8 @@ def test_analysis_of_timesteps_on_any_device(a, b):
     assert tasks_intervals.interval_of(t.to(a), clusters).device == a
     mask = wb.routing_mask(t.to(a), 64)
     assert mask.device == a and affinity.mask_overlap(mask).device == a
-    assert tasks_intervals.balanced_timesteps(8, clusters, g := torch.Generator(a)).device == g.device   # this device draws on the CPU
+    # this device draws on the CPU
+    assert tasks_intervals.balanced_timesteps(8, clusters, g := torch.Generator(a)).device == g.device
     assert affinity.spread_affinity(torch.eye(4, device=a), clusters).device == a
     x, output = IMAGES[:20].to(a), IMAGES[:20].to(b)
     assert sampling.posterior(output, x, t.to(b))[0].device == a
@@ -118,19 +125,24 @@ def test_pictures_of_tensors_on_a_device():
     viz.compare_samples({"base": list(IMAGES.to(DEVICE)), "dmp": IMAGES.to(DEVICE)})
     viz.film_strip({"base": IMAGES[:4].to(DEVICE), "patched": IMAGES[4:8].to(DEVICE)}, t[:4])
     viz.timestep_affinities({"masks": affinity.mask_overlap(wb.routing_mask(t, 64))}, t)
-    viz.loss_by_timestep(schedules.timestep_intervals(1000, 4), {"base": torch.rand(4, device=DEVICE), "dmp": torch.rand(4)})
+    viz.loss_by_timestep(schedules.timestep_intervals(1000, 4),
+                         {"base": torch.rand(4, device=DEVICE), "dmp": torch.rand(4)})
     viz.training_curves({"a": {"step": [1, 2], "mse": torch.rand(2, device=DEVICE)}})
     viz.prompt_similarity(torch.randn(3, 16, 8, device=DEVICE), gates)
     viz.gate_maps(gates, t, (4, 4))
 
 
-@pytest.mark.parametrize("model", [patched_dit(), patched_dit(out_channels=2), wb.DiT(sample_size=8, in_channels=1, hidden_size=32, num_layers=1, num_attention_heads=2, num_classes=None)], ids=["dmp", "variance", "plain"])
+@pytest.mark.parametrize("model", [patched_dit(), patched_dit(out_channels=2),
+                                   wb.DiT(sample_size=8, in_channels=1, hidden_size=32, num_layers=1,
+                                          num_attention_heads=2, num_classes=None)], ids=["dmp", "variance", "plain"])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmsolver++", "heun"])
 def test_images_are_those_of_the_cpu(model, sampler):
     settings = dict(num_images=3, sampler=sampler, num_inference_steps=3, quiet=True)
     expected = wb.sample(model.cpu(), **settings)
     same(wb.sample(model.to(DEVICE), **settings), expected)
-    if model.config.num_classes: same(wb.sample(model, class_labels=torch.arange(3, device=DEVICE), **settings), wb.sample(model, class_labels=[0, 1, 2], **settings))
+    if model.config.num_classes:
+        same(wb.sample(model, class_labels=torch.arange(3, device=DEVICE), **settings),
+             wb.sample(model, class_labels=[0, 1, 2], **settings))
     model.cpu()
 
 
@@ -157,10 +169,13 @@ def test_explorers_of_a_model_on_a_device():
     assert x0.device == CPU
 
 
-@pytest.mark.parametrize("overrides", [[], ["routing.sharing_ratio=0.8"], ["method=dmp", "base=digits-base", "optim.lr=1e-3"], ["multitask.method=uw", "multitask.k=2"]], ids=["pretrain", "dtr", "dmp", "uw"])
+@pytest.mark.parametrize("overrides",
+                         [[], ["routing.sharing_ratio=0.8"], ["method=dmp", "base=digits-base", "optim.lr=1e-3"],
+                          ["multitask.method=uw", "multitask.k=2"]], ids=["pretrain", "dtr", "dmp", "uw"])
 def test_a_run_trains_samples_and_is_measured(overrides, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent.parent)
-    run = wb.train("digits-quick", ["name=second", "train.steps=3", "train.batch_size=8", "train.log_every=1", "train.cpu=false", *overrides])
+    run = wb.train("digits-quick", ["name=second", "train.steps=3", "train.batch_size=8", "train.log_every=1",
+                                    "train.cpu=false", *overrides])
     assert next(wb.load_model(run.folder).parameters()).device.type == DEVICE.type
     row = wb.evaluate_run(run.folder, 20, metrics="fid,is", num_inference_steps=2, splits=2, quiet=True)
     assert row["num_images"] == 20 and run.summary["evaluations"]

@@ -1,4 +1,5 @@
-"The command tells a wrong value at once: before PyTorch is imported, in one line, and with its control characters escaped."
+"""The command tells a wrong value at once:
+before PyTorch is imported, in one line, and with its control characters escaped."""
 import os
 import subprocess
 import sys
@@ -13,11 +14,18 @@ from dmp_wb.core.errors import BadInput
 from dmp_wb.data.cache_facts import CACHE_DTYPES
 from dmp_wb.store.listing import METRICS
 
-WRONG = ["train digits-dmp optim.lr=x", "train digits-dmp train.epochs=3", "train nosuch", "train digits-dmp base=nosuch", "train digits-dmp schedule.name=x", "train digits-dmp multitask.method=x",
-         "run patch -p nosuch 1", "run nosuch", "run patch -p train.step 1", "run patch -p seed x", "sample nosuch 1", "sample digits-dmp 0", "sample digits-dmp 1 --sampler x", "sample digits-dmp 1 --guidance-scale -1",
-         "sample digits-dmp 1 --batch-size 0", "sample digits-dmp 1 --num-processes 0", "evaluate nosuch", "evaluate digits-dmp --extractor x", "evaluate digits-dmp --metrics fid,fidd", "evaluate digits-dmp --bootstrap -1",
-         "evaluate x.npz", "guidance nosuch", "guidance digits-dmp -- -1", "guidance digits-dmp --sampler x", "compare nosuch", "compare digits-dmp --extractor x", "compare digits-dmp label:nosuch", "compare digits-dmp --output x",
-         "latents d e --vae v --size 0", "latents d e --vae v --size 8 --channels 2", "latents d e --vae v --size 8 --dtype x", "list x", "list --folder nosuch"]
+WRONG = ["train digits-dmp optim.lr=x", "train digits-dmp train.epochs=3", "train nosuch",
+         "train digits-dmp base=nosuch", "train digits-dmp schedule.name=x", "train digits-dmp multitask.method=x",
+         "run patch -p nosuch 1", "run nosuch", "run patch -p train.step 1", "run patch -p seed x", "sample nosuch 1",
+         "sample digits-dmp 0", "sample digits-dmp 1 --sampler x", "sample digits-dmp 1 --guidance-scale -1",
+         "sample digits-dmp 1 --batch-size 0", "sample digits-dmp 1 --num-processes 0", "evaluate nosuch",
+         "evaluate digits-dmp --extractor x", "evaluate digits-dmp --metrics fid,fidd",
+         "evaluate digits-dmp --bootstrap -1",
+         "evaluate x.npz", "guidance nosuch", "guidance digits-dmp -- -1", "guidance digits-dmp --sampler x",
+         "compare nosuch", "compare digits-dmp --extractor x", "compare digits-dmp label:nosuch",
+         "compare digits-dmp --output x",
+         "latents d e --vae v --size 0", "latents d e --vae v --size 8 --channels 2",
+         "latents d e --vae v --size 8 --dtype x", "list x", "list --folder nosuch"]
 SCRIPT = """
 import shlex, sys
 sys.argv[0] = "dmp-wb"
@@ -33,10 +41,12 @@ for line in words:
 
 
 def test_every_command_refuses_a_wrong_value_in_one_line_without_torch(tmp_path):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *WRONG], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "DMP_WB_RUNS": str(tmp_path / "runs")})
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *WRONG], capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "DMP_WB_RUNS": str(tmp_path / "runs")})
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [f"{line}|2" for line in WRONG]
-    for line, said in zip(WRONG, done.stderr.split("--\n"), strict=False): assert said.startswith("error: ") and said.count("\n") == 1, (line, said)
+    for line, said in zip(WRONG, done.stderr.split("--\n"), strict=False):
+        assert said.startswith("error: ") and said.count("\n") == 1, (line, said)
     assert os.listdir(tmp_path) == []
 
 
@@ -53,15 +63,21 @@ def command(monkeypatch, capsys):
 def test_errors_of_the_system_are_one_line_in_every_command(command, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.chdir(tmp_path)
-    for words in (["new", "file/x"], ["new", "x" * 300], ["train", "digits-quick", "train.steps=1", "--folder", "file/x"], ["train", "digits-quick", "train.steps=1", "name=" + "x" * 300],
-                  ["run", "patch", "--folder", "file/x"], ["run", "patch", "--name", "x" * 300], ["list", "--folder", "file/x"], ["compare", "digits-dmp", "--output", "file/x.html", "--num-images", "-1"]):
+    for words in (["new", "file/x"], ["new", "x" * 300],
+                  ["train", "digits-quick", "train.steps=1", "--folder", "file/x"],
+                  ["train", "digits-quick", "train.steps=1", "name=" + "x" * 300],
+                  ["run", "patch", "--folder", "file/x"], ["run", "patch", "--name", "x" * 300],
+                  ["list", "--folder", "file/x"],
+                  ["compare", "digits-dmp", "--output", "file/x.html", "--num-images", "-1"]):
         status, said = command(*words)
         lines = [line for line in said.splitlines() if line.startswith("error: ")]
         assert status in (1, 2) and len(lines) == 1 and "Traceback" not in said, (words, said)
     monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path / "file"))
-    for words in (["list"], ["train", "digits-quick"], ["run", "patch"], ["sample", "nosuch", "1"], ["evaluate", "nosuch"], ["compare", "nosuch"]):
+    for words in (["list"], ["train", "digits-quick"], ["run", "patch"], ["sample", "nosuch", "1"],
+                  ["evaluate", "nosuch"], ["compare", "nosuch"]):
         status, said = command(*words)
-        assert status == 2 and "which is a file: expected a folder" in said and said.count("error: ") == 1, (words, said)
+        assert status == 2 and "which is a file: expected a folder" in said and said.count("error: ") == 1, (words,
+                                                                                                             said)
 
 
 def test_the_first_line_comes_before_the_work(monkeypatch, capsys):
@@ -74,10 +90,12 @@ def test_the_first_line_comes_before_the_work(monkeypatch, capsys):
 
 
 def test_the_names_that_the_command_knows_are_those_of_the_modules():
-    assert tuple(extractors.EXTRACTORS) == settings.EXTRACTOR_NAMES and tuple(CACHE_DTYPES) == settings.DTYPE_NAMES and set(evaluate.METRICS) == set(METRICS)
+    assert (tuple(extractors.EXTRACTORS) == settings.EXTRACTOR_NAMES and tuple(CACHE_DTYPES) == settings.DTYPE_NAMES
+            and set(evaluate.METRICS) == set(METRICS))
 
 
 def test_numbers_below_the_least_are_named():
     with pytest.raises(BadInput, match="num_images is 0: expected at least 1"): cli._at_least(1, num_images=0)
-    with pytest.raises(BadInput, match="guidance_scale is nan: expected a number ≥ 0"): cli._at_least(0, guidance_scale=float("nan"))
+    with pytest.raises(BadInput, match="guidance_scale is nan: expected a number ≥ 0"):
+        cli._at_least(0, guidance_scale=float("nan"))
     cli._at_least(1, batch_size=None)

@@ -13,8 +13,10 @@ def test_shipped_experiments_load(file):
 
 
 def test_round_trip(tmp_path):
-    exp = load_experiment("digits-dmp", ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "train.steps=7", "optim.max_grad_norm=null"])
-    assert exp.optim.lr == 3e-4 and exp.optim.betas == (0.8, 0.9) and exp.train.steps == 7 and exp.optim.max_grad_norm is None
+    exp = load_experiment("digits-dmp",
+                          ["optim.lr=3e-4", "optim.betas=[0.8,0.9]", "train.steps=7", "optim.max_grad_norm=null"])
+    assert (exp.optim.lr == 3e-4 and exp.optim.betas == (0.8, 0.9) and exp.train.steps == 7
+            and exp.optim.max_grad_norm is None)
     (tmp_path / "x.yaml").write_text(to_yaml(exp))
     assert load_experiment(tmp_path / "x.yaml") == exp
     assert load_experiment(exp, ["seed=3"]).seed == 3 and exp.seed == 0
@@ -69,7 +71,8 @@ def test_mistakes_are_one_clear_line(override):
 
 
 @pytest.mark.parametrize("text,match", [
-    ("optim: {lr: [", "not valid YAML"), ("- a\n- b", "not a mapping"), ("optm: {lr: 1}", "did you mean 'optim.lr'"), ("train: {steps: x}", "x.yaml: train.steps is 'x': expected int"),
+    ("optim: {lr: [", "not valid YAML"), ("- a\n- b", "not a mapping"), ("optm: {lr: 1}", "did you mean 'optim.lr'"),
+    ("train: {steps: x}", "x.yaml: train.steps is 'x': expected int"),
 ])
 def test_mistakes_in_a_file_name_it(tmp_path, text, match):
     (tmp_path / "x.yaml").write_text(text)

@@ -1,4 +1,5 @@
-"Short forms of the drills in tools/drills: what they do for minutes, for seconds. Two more are beside what they drill, in test_training and test_sweeps."
+"""Short forms of the drills in tools/drills: what they do for minutes, for seconds.
+Two more are beside what they drill, in test_training and test_sweeps."""
 import os
 import shutil
 import subprocess
@@ -12,14 +13,16 @@ DRILLS = Path(__file__).parents[1] / "tools" / "drills"
 
 def own_mounts() -> bool:
     "Whether this process may mount something in a mount namespace of its own."
-    return os.geteuid() == 0 and bool(shutil.which("unshare")) and subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
+    return os.geteuid() == 0 and bool(shutil.which("unshare")) and subprocess.run([
+        "unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0
 
 
 needs_mounts = pytest.mark.skipif(not own_mounts(), reason="mounts in a namespace of its own need root")
 
 
 def run(name, *arguments):
-    done = subprocess.run([sys.executable, str(DRILLS / f"{name}.py"), *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(DRILLS / f"{name}.py"), *arguments],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout
 

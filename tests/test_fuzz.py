@@ -36,7 +36,8 @@ def test_the_fuzzer_sees_a_traceback_a_forged_line_a_hang_and_a_dead_process(fuz
         def __str__(self): return "a\nerror: b"   # which a `BadInput` itself would escape
     def forged(data, folder): raise Forged
     monkeypatch.setattr(fuzz, "PATIENCE", 1)
-    for reader, fault in ((lambda data, folder: 1 / 0, "ZeroDivisionError"), (forged, "a message holds"), (lambda data, folder: time.sleep(9), "no answer within 1 s"),
+    for reader, fault in ((lambda data, folder: 1 / 0, "ZeroDivisionError"), (forged, "a message holds"),
+                          (lambda data, folder: time.sleep(9), "no answer within 1 s"),
                           (lambda data, folder: os.kill(os.getpid(), 9), "died of SIGKILL")):
         monkeypatch.setitem(fuzzer.kinds, "words", (fuzzer.kinds["words"][0], reader))
         [(number, said)] = run_kind(fuzzer, "words", 1)

@@ -1,4 +1,5 @@
-"""On a GPU, by way of a second device that needs none: `on_second_device.py`, in one process for all, since the device stays registered."""
+"""On a GPU, by way of a second device that needs none:
+`on_second_device.py`, in one process for all, since the device stays registered."""
 import ast
 import os
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = [n.name for n in ast.parse((HERE / "on_second_device.py").read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+CASES = [n.name for n in ast.parse((HERE / "on_second_device.py").read_text(encoding="utf-8")).body
+         if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +20,16 @@ def outcomes(tmp_path_factory):
     "What each of the cases came to: None, or what went wrong."
     from shutil import which
     if not any(map(which, filter(None, (os.environ.get("CXX"), "g++", "clang++")))):
-        if os.environ.get("DMP_WB_REQUIRE_COMPILER"): pytest.fail("no C++ compiler on this machine: apt-get install g++")
+        if os.environ.get("DMP_WB_REQUIRE_COMPILER"):
+            pytest.fail("no C++ compiler on this machine: apt-get install g++")
         pytest.skip("no C++ compiler on this machine: apt-get install g++")
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists(): pytest.skip("no headers of this Python: apt-get install python3-dev")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        pytest.skip("no headers of this Python: apt-get install python3-dev")
     report = tmp_path_factory.mktemp("second") / "report.xml"
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--junitxml={report}", str(HERE / "on_second_device.py")], cwd=HERE.parent,
-                          env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
+                           f"--junitxml={report}", str(HERE / "on_second_device.py")], cwd=HERE.parent,
+                          env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, capture_output=True,
+                          text=True)
     assert report.exists(), (done.stdout + done.stderr)[-3000:]
     found: dict = {}
     for case in ElementTree.parse(report).iter("testcase"):

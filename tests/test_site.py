@@ -1,6 +1,8 @@
-"""The docs site in a real browser, from its built files: search, links, pictures, both widths, both colour schemes, and not one request to the outside.
+"""The docs site in a real browser, from its built files:
+search, links, pictures, both widths, both colour schemes, and not one request to the outside.
 
-Needs `make docs` before, which CI runs, and a Chromium (Debian: apt-get install chromium). Without them the tests are skipped, but not where $DMP_WB_REQUIRE_BROWSER is set, as in CI.
+Needs `make docs` before, which CI runs, and a Chromium (Debian: apt-get install chromium).
+Without them the tests are skipped, but not where $DMP_WB_REQUIRE_BROWSER is set, as in CI.
 Screenshots go to $DMP_WB_SCREENSHOTS where it is set.
 """
 import os
@@ -17,7 +19,8 @@ from conftest import needs_browser
 
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "_docs"
-if os.environ.get("DMP_WB_REQUIRE_BROWSER") and not (SITE / "index.html").exists(): raise RuntimeError("no site: make docs")
+if os.environ.get("DMP_WB_REQUIRE_BROWSER") and not (SITE / "index.html").exists():
+    raise RuntimeError("no site: make docs")
 pytestmark = [needs_browser, pytest.mark.skipif(not (SITE / "index.html").exists(), reason="no site: make docs")]
 
 SIZES = {"desktop": (1440, 900), "phone": (390, 844)}
@@ -38,7 +41,8 @@ def url():
 
 @pytest.fixture
 def visit(browser, url):
-    "visit(path, size, scheme) → a page; at the end nothing may have been complained about, and nothing asked of another host."
+    """visit(path, size, scheme) → a page;
+    at the end nothing may have been complained about, and nothing asked of another host."""
     contexts, faults = [], []
 
     def at(path="index.html", size="desktop", scheme="light"):
@@ -49,7 +53,8 @@ def visit(browser, url):
         page.set_default_timeout(60_000)
         page.on("console", lambda m: faults.append(f"{page.url}: {m.text}") if m.type == "error" else None)
         page.on("pageerror", lambda e: faults.append(f"{page.url}: {e}"))
-        page.on("request", lambda r: faults.append(f"{page.url} asks for {r.url}") if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.on("request", lambda r: faults.append(f"{page.url} asks for {r.url}")
+                if not r.url.startswith((url, "data:", "blob:")) else None)
         page.on("response", lambda r: faults.append(f"{r.url}: {r.status}") if r.status >= 400 else None)
         page.goto(url + path, wait_until="load")
         return page
@@ -59,15 +64,19 @@ def visit(browser, url):
 
 
 def shot(page, name):
-    if os.environ.get("DMP_WB_SCREENSHOTS"): page.screenshot(path=Path(os.environ["DMP_WB_SCREENSHOTS"]) / f"site-{name}.png")
+    if os.environ.get("DMP_WB_SCREENSHOTS"):
+        page.screenshot(path=Path(os.environ["DMP_WB_SCREENSHOTS"]) / f"site-{name}.png")
 
 
 LOOK = """async () => {
     for (const img of document.images) img.loading = 'eager';
     await Promise.all([...document.images].map(i => i.decode().catch(() => null)));
-    const wide = [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
-        && !e.closest('pre, .table-wrapper, .cell_output, mjx-container, .math, .highlight')).map(e => e.tagName + '.' + e.className);
-    return {width: document.documentElement.scrollWidth, viewport: innerWidth, broken: [...document.images].filter(i => !i.naturalWidth).map(i => i.src), pictures: document.images.length, wide: wide.slice(0, 3)};
+    const wide = [...document.querySelectorAll('article *')].filter(e =>
+        e.getBoundingClientRect().right > innerWidth + 1
+        && !e.closest('pre, .table-wrapper, .cell_output, mjx-container, .math, .highlight'));
+    const broken = [...document.images].filter(i => !i.naturalWidth).map(i => i.src);
+    return {width: document.documentElement.scrollWidth, viewport: innerWidth, broken,
+            pictures: document.images.length, wide: wide.map(e => e.tagName + '.' + e.className).slice(0, 3)};
 }"""
 
 
@@ -125,7 +134,8 @@ def test_dark_mode_toggles_and_stays(visit, url):
     page.goto(url + "index.html")
     assert page.evaluate("document.body.dataset.theme") == "dark", "the choice is lost on another page"
     dark = visit("13_viz.html", scheme="dark")
-    assert dark.evaluate("getComputedStyle(document.querySelector('.cell_output img')).backgroundColor") == "rgb(255, 255, 255)", "figures are drawn on white"
+    assert (dark.evaluate("getComputedStyle(document.querySelector('.cell_output img')).backgroundColor")
+            == "rgb(255, 255, 255)"), "figures are drawn on white"
     shot(dark, "dark")
 
 
@@ -155,7 +165,8 @@ def test_hidden_cells_and_directives_are_not_on_pages():
 def test_every_public_name_has_an_anchor_and_stands_in_our_inventory():
     import dmp_wb
     raw = (SITE / "objects.inv").read_bytes()
-    entries = {line.split()[0]: line.split() for line in zlib.decompress(raw.split(b"zlib.\n", 1)[1]).decode().splitlines()}
+    entries = {line.split()[0]: line.split()
+               for line in zlib.decompress(raw.split(b"zlib.\n", 1)[1]).decode().splitlines()}
     for name in dmp_wb._PUBLIC:
         kind, page = entries[f"dmp_wb.{name}"][1], entries[f"dmp_wb.{name}"][3].split("#")[0]
         assert kind.startswith("py:") and f'id="dmp_wb.{name}"' in (SITE / page).read_text(encoding="utf-8"), name
@@ -166,27 +177,36 @@ def test_reference_tells_parameters_defaults_errors_and_links_types():
     page = (SITE / "reference" / "patching.html").read_text(encoding="utf-8")
     entry = page[page.index('id="dmp_wb.patch"'):page.index('id="dmp_wb.patching.patches_of"')]
     text = re.sub(r"<[^>]+>", "", entry)
-    assert "a supported backbone" in text and "the paper’s settings if None" in text and "Raises BadInput if there is a patch of that name already" in text and "Returns PromptPatch" in text
-    assert "docs.pytorch.org/docs/stable/generated/torch.nn.Module.html" in entry and 'href="settings.html#dmp_wb.DMPConfig"' in entry
+    assert ("a supported backbone" in text and "the paper’s settings if None" in text
+            and "Raises BadInput if there is a patch of that name already" in text and "Returns PromptPatch" in text)
+    assert ("docs.pytorch.org/docs/stable/generated/torch.nn.Module.html" in entry
+            and 'href="settings.html#dmp_wb.DMPConfig"' in entry)
 
 
 def test_inventories_are_what_their_list_says():
     import subprocess
-    done = subprocess.run([sys.executable, ROOT / "docs" / "make_inventories.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "docs" / "make_inventories.py", "--check"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
 
 
 def test_checker_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
-    "A link to nowhere, an anchor that is not there, a request to the outside, a misspelt word, a directive, a page that is too large."
+    """A link to nowhere, an anchor that is not there, a request to the
+    outside, a misspelt word, a directive, a page that is too large."""
     monkeypatch.syspath_prepend(ROOT / "docs")
     import check
     check.read.cache_clear()
     monkeypatch.setattr(check, "OUT", tmp_path)
     monkeypatch.setattr(check, "MAX_PAGE", 2000)
-    (tmp_path / "index.html").write_text('<article><p id="a">We recieve <a href="no.html">x</a><a href="#b">y</a><a href="#a">z</a><a href="https://arxiv.org/abs/12">p</a>'
-                                         '<a href="https://arxiv.org/abs/2405.17825">q</a></p><pre>\n#| export\nteh code</pre><script src="https://cdn.example.org/x.js"></script></article>' + " " * 2000, encoding="utf-8")
+    (tmp_path / "index.html").write_text(
+        '<article><p id="a">We recieve <a href="no.html">x</a><a href="#b">y</a><a href="#a">z</a><a '
+        'href="https://arxiv.org/abs/12">p</a>'
+        '<a href="https://arxiv.org/abs/2405.17825">q</a></p><pre>\n#| export\nteh code</pre><script '
+        'src="https://cdn.example.org/x.js"></script></article>' + " " * 2000, encoding="utf-8")
     assert check.main() == 1
     said = capsys.readouterr().err.splitlines()
-    for part in ("links no.html", "links #b", "abs/12", "loads https://cdn.example.org/x.js", "recieve ==> receive", "shows '#| export'", "index.html has"): assert sum(part in line for line in said) >= 1, (part, said)
+    for part in ("links no.html", "links #b", "abs/12", "loads https://cdn.example.org/x.js", "recieve ==> receive",
+                 "shows '#| export'", "index.html has"):
+        assert sum(part in line for line in said) >= 1, (part, said)
     assert not any("2405.17825" in line or "teh" in line or "#a" in line.split() for line in said)
     check.read.cache_clear()

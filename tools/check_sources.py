@@ -28,26 +28,32 @@ def readme() -> str:
     nb.cells = [c for c in nb.cells if c.source]
     nb.metadata["language_info"] = {"name": "python"}   # nbdev_clean takes it out; the code fences need it
     text, resources = MarkdownExporter().from_notebook_node(nb)
-    if resources.get("outputs"): raise SystemExit(f"nbs/index.ipynb has picture outputs {list(resources['outputs'])}: link a file in nbs/images instead")
+    if resources.get("outputs"):
+        raise SystemExit(
+            f"nbs/index.ipynb has picture outputs {list(resources['outputs'])}: link a file in nbs/images instead")
 
     def from_root(match):
         target = match.group(2)
         return f"{match.group(1)}({target if re.match(r'[a-z]+:|#', target) else (Path('nbs') / target).as_posix()})"
     text = re.sub(r"(\[[^\]]*\])\(([^)\s]+)\)", from_root, text)
     text = re.sub(r"\bnbs/\.\./", "", text)
-    return "<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return ("<!-- Written from nbs/index.ipynb by `make readme`. -->\n\n" + re.sub(r"\n{3,}", "\n\n", text).strip()
+            + "\n")
 
 
 def copy_of_tree(folder: Path) -> Path:
-    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(".venv", ".git", "_docs", "_proc", "runs", "__pycache__", "*.egg-info", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT, folder / "copy", ignore=shutil.ignore_patterns(
+        ".venv", ".git", "_docs", "_proc", "runs", "__pycache__", "*.egg-info", ".ipynb_checkpoints"))
     # `runs` above would also drop nbs/runs
-    shutil.copytree(ROOT / "nbs" / "runs", folder / "copy" / "nbs" / "runs", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "nbs" / "runs", folder / "copy" / "nbs" / "runs", dirs_exist_ok=True,
+                    ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     return folder / "copy"
 
 
 def differing(left: Path, right: Path, pattern: str) -> list[str]:
     names = {p.relative_to(root).as_posix() for root in (left, right) for p in root.rglob(pattern)}
-    return sorted(n for n in names if not ((left / n).is_file() and (right / n).is_file() and filecmp.cmp(left / n, right / n, shallow=False)))
+    return sorted(n for n in names if not ((left / n).is_file() and (right / n).is_file()
+                                           and filecmp.cmp(left / n, right / n, shallow=False)))
 
 
 def main():
@@ -55,13 +61,17 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         copy = copy_of_tree(Path(tmp))
         subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)
-        faults += [f"dmp_wb/{n} and its notebook disagree: run nbdev_export (or nbdev_update, if you edited the module)" for n in differing(ROOT / "dmp_wb", copy / "dmp_wb", "*.py")]
+        faults += [f"dmp_wb/{n} and its notebook disagree: run nbdev_export (or nbdev_update, if you edited the module)"
+                   for n in differing(ROOT / "dmp_wb", copy / "dmp_wb", "*.py")]
         subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True)
-        faults += [f"nbs/{n} is not clean: run nbdev_clean" for n in differing(ROOT / "nbs", copy / "nbs", "*.ipynb") if ".ipynb_checkpoints" not in n]
+        faults += [f"nbs/{n} is not clean: run nbdev_clean"
+                   for n in differing(ROOT / "nbs", copy / "nbs", "*.ipynb") if ".ipynb_checkpoints" not in n]
     if not (ROOT / "README.md").exists() or (ROOT / "README.md").read_text(encoding="utf-8") != readme():
         faults.append("README.md and nbs/index.ipynb disagree: run make readme")
-    if subprocess.run([BIN / "ruff", "check", "--quiet", "dmp_wb", "docs", "tests", "tools"], cwd=ROOT).returncode: faults.append("ruff has complaints, above")
-    if subprocess.run([sys.executable, "-m", "mypy", "--no-error-summary"], cwd=ROOT).returncode: faults.append("mypy has complaints, above")
+    if subprocess.run([BIN / "ruff", "check", "--quiet", "dmp_wb", "docs", "tests", "tools"], cwd=ROOT).returncode:
+        faults.append("ruff has complaints, above")
+    if subprocess.run([sys.executable, "-m", "mypy", "--no-error-summary"], cwd=ROOT).returncode:
+        faults.append("mypy has complaints, above")
     for fault in faults: print(f"error: {fault}", file=sys.stderr)
     print("notebooks, modules and README agree; notebooks are clean" if not faults else f"{len(faults)} faults")
     sys.exit(bool(faults))

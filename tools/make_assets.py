@@ -21,7 +21,8 @@ def classifier():
     folder.mkdir(parents=True, exist_ok=True)
     model, accuracy = train_digit_classifier(seed=0)
     save_file(model.state_dict(), folder / "model.safetensors")
-    write_json(folder / "config.json", {"trained_by": "dmp_wb.metrics.train_digit_classifier(seed=0)", "held_out_images": 360, "held_out_accuracy": accuracy})
+    write_json(folder / "config.json", {"trained_by": "dmp_wb.metrics.train_digit_classifier(seed=0)",
+                                        "held_out_images": 360, "held_out_accuracy": accuracy})
     print(f"{folder}: {accuracy:.4f} of the held-out digits")
 
 

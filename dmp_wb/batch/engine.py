@@ -26,7 +26,8 @@ PROGRESS_FILE = ".progress.json"   # in a run folder of a sweep: how far it is
 
 def bar_in(message: dict) -> dict | None:
     "The state of a progress bar, if this message of a kernel holds one."
-    return message["content"].get("data", {}).get(PROGRESS_MIME) if message.get("msg_type") in ("display_data", "update_display_data") else None
+    return (message["content"].get("data", {}).get(PROGRESS_MIME)
+            if message.get("msg_type") in ("display_data", "update_display_data") else None)
 
 class TerminalBars:
     "The progress bars of a kernel, shown in the terminal while their cell runs."
@@ -45,7 +46,8 @@ class TerminalBars:
         for bar in self.bars.values(): bar.close()
 
 class ProgressFile:
-    "The newest progress bar of a kernel as a small file, which the process that runs a sweep reads, on this machine or another."
+    """The newest progress bar of a kernel as a small file, which the
+    process that runs a sweep reads, on this machine or another."""
     def __init__(self, folder: str | Path, every: float = 0.5): # seconds between writes
         self.path, self.every, self.written, self.state = Path(folder) / PROGRESS_FILE, every, 0.0, {}
 
@@ -70,7 +72,10 @@ def _is_run(notebook) -> bool: return bool(notebook.metadata.get("dmp_wb", {}).g
 def death(status: int | None, log: str = "") -> str:
     "Why a kernel is dead, from its exit status, and where to look."
     if status is None or status >= 0: how = f"it exited with status {status}"
-    else: how = f"by signal {signal.Signals(-status).name}" + {signal.SIGKILL: ", most often because memory ran out", signal.SIGSEGV: ", a crash in compiled code"}.get(signal.Signals(-status), "")
+    else:
+        how = f"by signal {signal.Signals(-status).name}" + {signal.SIGKILL: ", most often because memory ran out",
+                                                             signal.SIGSEGV: ", a crash in compiled code"}.get(
+                                                                 signal.Signals(-status), "")
     return f"the kernel died: {how}{f'; what it wrote last is in {log}' if log else ''}"
 
 LOG_FILE = "log.txt"   # in a run folder of a sweep: what the kernel wrote to the terminal
@@ -85,14 +90,17 @@ def _engine():
     from papermill.log import logger
 
     class LiveClient(PapermillNotebookClient):
-        "papermill's client, which lets others hear the notebook's progress bars, stops when it is told to, and says why a kernel died."
+        """papermill's client, which lets others hear the notebook's progress
+        bars, stops when it is told to, and says why a kernel died."""
         terminal: Any = None
         standby: Any = None
         stopping = interrupted = False
 
         def create_kernel_manager(self):
             km = super().create_kernel_manager()
-            if self.standby is not None: km.provisioner = _forked_kernel()(kernel_id="", kernel_spec=km.kernel_spec, parent=km, standby=self.standby)
+            if self.standby is not None:
+                km.provisioner = _forked_kernel()(kernel_id="", kernel_spec=km.kernel_spec, parent=km,
+                                                  standby=self.standby)
             return km
 
         def process_message(self, msg, cell, cell_index):
@@ -105,8 +113,12 @@ def _engine():
             try: return super().execute_cell(cell, cell_index, **kwargs)
             except DeadKernelError:
                 if self.stopping: raise self.end() from None
-                what = death(self.km.provisioner.process and self.km.provisioner.process.poll(), LOG_FILE if self.standby else "")
-                if cell.execution_count is None: cell.execution_count = 1 + sum(c.cell_type == "code" and c.execution_count is not None for c in self.nb.cells[:cell_index])   # it may die before it says so
+                what = death(self.km.provisioner.process and self.km.provisioner.process.poll(),
+                             LOG_FILE if self.standby else "")
+                # it may die before it says so
+                if cell.execution_count is None:
+                    cell.execution_count = 1 + sum(c.cell_type == "code" and c.execution_count is not None
+                                                   for c in self.nb.cells[:cell_index])
                 cell.outputs.append(new_output("error", ename="DeadKernelError", evalue=what, traceback=[what]))
                 raise CellExecutionError(what, "DeadKernelError", what) from None
 
@@ -142,23 +154,29 @@ def _engine():
         def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, stdout_file=None, stderr_file=None,
                                      start_timeout=60, execution_timeout=None, terminal=None, standby=None, **kwargs):
             if terminal is None and not _is_run(nb_man.nb):
-                return super().execute_managed_notebook(nb_man, kernel_name, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
-                                                        start_timeout=start_timeout, execution_timeout=execution_timeout, **kwargs)
+                return super().execute_managed_notebook(
+                    nb_man, kernel_name, log_output=log_output, stdout_file=stdout_file, stderr_file=stderr_file,
+                    start_timeout=start_timeout, execution_timeout=execution_timeout, **kwargs)
             output = nb_man.nb.metadata.papermill.get("output_path")
             kwargs.pop("input_path", None)
-            client = LiveClient(nb_man, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name, log=logger, log_output=log_output,
+            client = LiveClient(nb_man, timeout=execution_timeout, startup_timeout=start_timeout,
+                                kernel_name=kernel_name, log=logger, log_output=log_output,
                                 stdout_file=stdout_file, stderr_file=stderr_file, coalesce_streams=True, **kwargs)
-            client.extra_arguments = ["--log-level=ERROR"]   # ipykernel warns on the terminal that it uses TCP on loopback
+            # ipykernel warns on the terminal that it uses TCP on loopback
+            client.extra_arguments = ["--log-level=ERROR"]
             client.terminal, client.standby = terminal or TerminalBars(), standby
             main = threading.current_thread() is threading.main_thread()   # where alone signals can be caught
-            handlers = {signal.SIGTERM: client.stop, **({signal.SIGINT: client.interrupt} if terminal is None else {})} if main else {}
+            handlers = ({signal.SIGTERM: client.stop, **({signal.SIGINT: client.interrupt} if terminal is None else {})}
+                        if main else {})
             before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
                 with _environment(**({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {})):
                     try: client.execute()
-                    except DeadKernelError:   # papermill asks it for its language at the end; the cell has the error already
+                    except DeadKernelError:
+                        # papermill asks it for its language at the end; the cell has the error already
                         if not nb_man.nb.metadata.papermill.exception: raise
-                if client.stopping: raise client.end()   # also when the last cell went well: a training that was stopped returns
+                # also when the last cell went well: a training that was stopped returns
+                if client.stopping: raise client.end()
                 return nb_man.nb
             finally:
                 for number, handler in before.items(): signal.signal(number, handler)

@@ -26,7 +26,8 @@ from ..core.errors import BadInput, printable
 from ..core.processes import locked
 
 # %% ../../nbs/source/batch/05_execute.ipynb #8b56cd66
-def checksum(*parts) -> str: return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def checksum(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 def execute_run(
     folder: str | Path,      # a run folder with the state of a waiting run
@@ -41,9 +42,13 @@ def execute_run(
         try: held.enter_context(locked(folder / ".run.lock", f"run {folder}"))
         except BadInput: return ""   # another process was quicker
         state = read_state(folder)
-        if state is None or ticket is not None and state.ticket != ticket or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job): return ""   # a job that Slurm requeued finds its own run
+        # a job that Slurm requeued finds its own run
+        if (state is None or ticket is not None and state.ticket != ticket
+                or not (state.status == WAITING or state.status in (RUNNING, STOPPED) and state.job == job)):
+            return ""
         with suppress(OSError): (folder / PROGRESS_FILE).unlink()
-        state = dataclasses.replace(state, status=RUNNING, job=job, attempts=state.attempts + 1, started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), error=None, cell=None)
+        state = dataclasses.replace(state, status=RUNNING, job=job, attempts=state.attempts + 1,
+                                    started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), error=None, cell=None)
         begun = time.monotonic()
         try:
             write_state(folder, state)
@@ -54,7 +59,8 @@ def execute_run(
             end: dict[str, Any] = {"status": FINISHED}
         except Stopped: end = {"status": STOPPED}
         except Exception as e:
-            print(printable(one_line(e)), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()   # a cell's traceback is on the page
+            # a cell's traceback is on the page
+            print(printable(one_line(e)), file=sys.stderr) if hasattr(e, "ename") else traceback.print_exc()
             end = {"status": FAILED, "error": one_line(e), "cell": getattr(e, "exec_count", None)}
         with suppress(OSError): (folder / PROGRESS_FILE).unlink()   # it says nothing any more
         write_state(folder, dataclasses.replace(state, seconds=round(time.monotonic() - begun, 3), **end))
@@ -63,12 +69,14 @@ def execute_run(
 def _papermill(folder: Path, notebook, parameters: dict, standby):
     from papermill import execute_notebook
     plain = lambda path: str(path).replace("{", "{{").replace("}", "}}")   # papermill fills in what stands in braces
-    execute_notebook(plain(notebook), plain(folder / NOTEBOOK_FILE), parameters=parameters, engine_name="dmp-wb", progress_bar=False,
+    execute_notebook(plain(notebook), plain(folder / NOTEBOOK_FILE), parameters=parameters, engine_name="dmp-wb",
+                     progress_bar=False,
                      terminal=ProgressFile(folder), standby=standby)
 
 def one_line(e: BaseException) -> str:
     "An exception, papermill's included, in one line."
-    if isinstance(e, OSError) and e.errno == errno.ENOSPC: return f"no space left on the disk of {e.filename or 'the run'}"
+    if isinstance(e, OSError) and e.errno == errno.ENOSPC:
+        return f"no space left on the disk of {e.filename or 'the run'}"
     name, text = (e.ename, e.evalue) if hasattr(e, "ename") and hasattr(e, "evalue") else (type(e).__name__, str(e))
     text = " ".join(text.split())
     if name in ("BadInput", "MissingFile", "DeadKernelError"): return text[:500]

@@ -45,29 +45,39 @@ def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
 def check_inside(folder: Path, names: list[str]):
     "Raise `BadInput` for a sweep whose files or runs lie elsewhere: a folder that came from others may hold links."
     for place in (folder / ".sweep", folder / ".sweep" / "jobs"):
-        if place.is_symlink() or place.exists() and not place.is_dir(): raise BadInput(f"{place} is a {'link' if place.is_symlink() else 'file'}: expected a folder of the sweep itself")
+        if place.is_symlink() or place.exists() and not place.is_dir():
+            raise BadInput(
+                f"{place} is a {'link' if place.is_symlink() else 'file'}: expected a folder of the sweep itself")
     for name in names:
-        if (folder / name).resolve() != folder / name: raise BadInput(f"run {folder / name} is a link: expected a folder of the sweep itself")
+        if (folder / name).resolve() != folder / name:
+            raise BadInput(f"run {folder / name} is a link: expected a folder of the sweep itself")
         for file in (LOG_FILE, NOTEBOOK_FILE, STATE_FILE, PROGRESS_FILE): check_plain(folder / name / file)
 
 def clear_jobs(folder: Path, cluster: str):
     """Leave in `.sweep/jobs` only what jobs need that are under way on a cluster.
 
-    submitit gives a job its work as a pickle under the job's number, and a pickle is code: in a folder that came from others one may wait there already. Raises `BadInput` for links.
+    submitit gives a job its work as a pickle under the job's number, and a pickle is code:
+    in a folder that came from others one may wait there already. Raises `BadInput` for links.
     """
     pickles = {}
     for file in folder.glob("*"):
-        if re.fullmatch(r"\.submission_file_\w+\.sh", file.name) and file.is_symlink() and Path(os.path.realpath(file)).parent == folder.resolve(): continue   # submitit's own
+        # submitit's own
+        if (re.fullmatch(r"\.submission_file_\w+\.sh", file.name) and file.is_symlink()
+                and Path(os.path.realpath(file)).parent == folder.resolve()):
+            continue
         check_plain(file)   # logs are written here
-        if file.suffix == ".pkl": pickles[file] = m[1] if (m := re.fullmatch(r"(\d+(_\d+)?)_(submitted|\d+_result)\.pkl", file.name)) else ""
+        if file.suffix == ".pkl":
+            pickles[file] = m[1] if (m := re.fullmatch(r"(\d+(_\d+)?)_(submitted|\d+_result)\.pkl", file.name)) else ""
         elif file.stat().st_nlink > 1: file.unlink()   # a log that has a name elsewhere as well
     wait = job_states(j for j in pickles.values() if j) if shutil.which("squeue") else {}
-    if cluster == "slurm" and "UNKNOWN" in wait.values(): raise BadInput("squeue does not say which jobs are under way: expected Slurm to answer")
+    if cluster == "slurm" and "UNKNOWN" in wait.values():
+        raise BadInput("squeue does not say which jobs are under way: expected Slurm to answer")
     for file, job in pickles.items():
         if wait.get(job, "GONE") in OVER or cluster == "local" and wait[job] == "UNKNOWN": file.unlink()
 
 def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
-    "The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough. None: as they are."
+    """The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough.
+    None: as they are."""
     gpus = visible.split(",") if visible else [str(i) for i in range(count)]
     if visible == "" or len(gpus) < 2 or jobs < 2: return visible
     return ",".join(gpus[index::jobs]) or gpus[index % len(gpus)]
@@ -76,27 +86,34 @@ def count_gpus() -> int:
     if shutil.which("nvidia-smi") is None: return 0
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
 
-def cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1   # those this process may use
+# those this process may use
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def submit(executor, workers: list[Worker], threads: int) -> list:
-    "Submit jobs. Ctrl-C and a closed terminal must not reach them: they stop when the sweep tells them to, with a checkpoint."
+    """Submit jobs. Ctrl-C and a closed terminal must not reach them:
+    they stop when the sweep tells them to, with a checkpoint."""
     import submitit
-    before, unset = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP]), "OMP_NUM_THREADS" not in os.environ
+    before, unset = (signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGHUP]),
+                     "OMP_NUM_THREADS" not in os.environ)
     try:
         if not isinstance(executor, submitit.LocalExecutor):
             with executor.batch(): return [executor.submit(w) for w in workers]
         if unset: os.environ["OMP_NUM_THREADS"] = str(threads)
         return [executor.submit(w) for w in workers]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as e:
-        raise BadInput(f"the cluster took no job: {'; '.join(re.findall(r'error: (.+)', str(e))) or one_line(e)}") from None
+        raise BadInput(f"the cluster took no job: "
+                       f"{'; '.join(re.findall(r'error: (.+)', str(e))) or one_line(e)}") from None
     finally:
         if unset: os.environ.pop("OMP_NUM_THREADS", None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def note_jobs(folder: Path, jobs: dict) -> dict[str, str]: # job → run
-    "Write down which job has which run, for a later call of `sweep`: a job that waits in the queue has not said so itself."
+    """Write down which job has which run, for a later call of `sweep`:
+    a job that waits in the queue has not said so itself."""
     file = folder / ".sweep" / "slurm.json"
-    write_json(file, {**(read_json(file) if file.exists() else {}), **{name: job.job_id for name, job in jobs.items()}})   # those of other runs may still wait
+    # those of other runs may still wait
+    write_json(file, {**(read_json(file) if file.exists() else {}), **{name: job.job_id for name, job in jobs.items()}})
     return {job.job_id: name for name, job in jobs.items()}
 
 def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → job
@@ -105,55 +122,74 @@ def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → j
     ids, noted = {}, read_json(file) if file.exists() else {}
     for name, state in states.items():
         job = state.job or noted.get(name)
-        if state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and isinstance(job, str) and re.fullmatch(r"\d+(_\d+)?", job): ids[name] = job   # no other word reaches squeue
+        # no other word reaches squeue
+        if (state.cluster == "slurm" and state.status in (WAITING, RUNNING, STOPPED) and isinstance(job, str)
+                and re.fullmatch(r"\d+(_\d+)?", job)):
+            ids[name] = job
     if not ids: return {}
     import submitit
     stand = job_states(ids.values())
-    if "UNKNOWN" in stand.values(): raise BadInput("squeue does not say whether the jobs of this sweep are over: expected to be on a machine of the cluster, and Slurm to answer")
-    return {name: submitit.SlurmJob(folder / ".sweep" / "jobs", job) for name, job in ids.items() if stand[job] not in OVER}
+    if "UNKNOWN" in stand.values():
+        raise BadInput("squeue does not say whether the jobs of this sweep are over: expected to be on a machine of "
+                       "the cluster, and Slurm to answer")
+    return {name: submitit.SlurmJob(folder / ".sweep" / "jobs", job)
+            for name, job in ids.items() if stand[job] not in OVER}
 
 def queued_again(states: dict[str, RunState], names: list[str]) -> dict[str, RunState]:
     "The states as they are to be shown: a run that was stopped, and whose job is still there, waits."
-    return {n: dataclasses.replace(s, status=WAITING) if s.status == STOPPED and n in names else s for n, s in states.items()}
+    return {n: dataclasses.replace(s, status=WAITING) if s.status == STOPPED and n in names else s
+            for n, s in states.items()}
 
 def bury_job(folder: Path, name: str, job, slurm_state: str):
     "Record why a run ended whose job on a cluster is over."
     state, (resumable, error) = read_state(folder / name), ending(job.job_id, slurm_state, job.paths.stderr)
-    if state is None or state.job not in (None, job.job_id) or state.status in (FINISHED, FAILED) or state.status == STOPPED and not resumable: return
-    write_state(folder / name, dataclasses.replace(state, status=STOPPED if resumable else FAILED, job=job.job_id, error=error))
+    if (state is None or state.job not in (None, job.job_id) or state.status in (FINISHED, FAILED)
+            or state.status == STOPPED and not resumable):
+        return
+    write_state(folder / name,
+                dataclasses.replace(state, status=STOPPED if resumable else FAILED, job=job.job_id, error=error))
 
 def bury(result: Sweep, job) -> bool: # whether the job took any run
     "Record the end of a run whose job is over without having said so."
     mine = {n: s for n, s in result.states().items() if s.job == job.job_id}
     for n, s in mine.items():
-        if s.status == RUNNING: write_state(result.folder / n, dataclasses.replace(s, status=FAILED, error=f"its job {job.job_id} ended without a word ({job.state.lower()}); look at {short(job.paths.stderr)}"))
+        if s.status == RUNNING:
+            write_state(result.folder / n,
+                        dataclasses.replace(s, status=FAILED, error=f"its job {job.job_id} ended without a word "
+                                            f"({job.state.lower()}); look at {short(job.paths.stderr)}"))
     return bool(mine)
 
 PATIENCE = 3   # workers in a row that end before they take a run: one may be killed while it imports what runs need
 
 def fails_by_itself(job) -> bool:
-    "Whether a worker that took no run would fail again: it raised, or the disk is full. One that was killed did neither."
+    """Whether a worker that took no run would fail again: it raised, or the disk is full.
+    One that was killed did neither."""
     if shutil.disk_usage(job.paths.folder).free < 2**20: return True
-    return job.paths.stderr.is_file() and "Submitted job triggered an exception" in read_regular(job.paths.stderr, tail=1 << 16).decode(errors="replace")
+    return (job.paths.stderr.is_file() and "Submitted job triggered an exception"
+            in read_regular(job.paths.stderr, tail=1 << 16).decode(errors="replace"))
 
 def why_not_started(folder: Path, job) -> str:
     if shutil.disk_usage(folder).free < 2**20: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    lines = read_regular(job.paths.stderr, tail=1 << 16).decode(errors="replace").splitlines() if job.paths.stderr.is_file() else []
-    return f"the process for the runs ended before it took one: {lines[-1] if lines else 'it said nothing'}; look at {short(job.paths.stderr)}"
+    lines = (read_regular(job.paths.stderr, tail=1 << 16).decode(errors="replace").splitlines()
+             if job.paths.stderr.is_file() else [])
+    return (f"the process for the runs ended before it took one: {lines[-1] if lines else 'it said nothing'}; look at "
+            f"{short(job.paths.stderr)}")
 
 def end_jobs(jobs: list):
     "Tell local jobs to stop, and wait until they have; Ctrl-C once more kills them."
     told = float("-inf")
     try:
         while left := [job for job in jobs if not job.done()]:
-            if time.monotonic() - told >= 1:   # again and again: submitit passes over one that comes before the job has its own handler
+            # again and again: submitit passes over one that comes before the job has its own handler
+            if time.monotonic() - told >= 1:
                 for job in left:
                     with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGTERM)
                 told = time.monotonic()
             time.sleep(0.05)
     except KeyboardInterrupt:
         for job in jobs:
-            with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGKILL)   # its children end with it
+            # its children end with it
+            with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGKILL)
         raise
 
 class Stopper:

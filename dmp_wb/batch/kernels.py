@@ -66,7 +66,8 @@ class Standby:
 
     def start(self, arguments: list[str], env: dict, cwd: str | None):
         "Let it become a kernel: the arguments are those of ipykernel."
-        with os.fdopen(self._want, "wb") as f: f.write(json.dumps({"arguments": arguments, "env": env, "cwd": cwd and str(cwd)}).encode())
+        with os.fdopen(self._want, "wb") as f:
+            f.write(json.dumps({"arguments": arguments, "env": env, "cwd": cwd and str(cwd)}).encode())
         self._want = None
 
     def discard(self):
@@ -104,10 +105,12 @@ def _forked_kernel():
             self.standby = standby
 
         async def launch_kernel(self, cmd, **kwargs):
-            if [Path(cmd[0]).resolve(), *cmd[1:3]] != [Path(sys.executable).resolve(), "-m", "ipykernel_launcher"]:   # another environment or language
+            # another environment or language
+            if [Path(cmd[0]).resolve(), *cmd[1:3]] != [Path(sys.executable).resolve(), "-m", "ipykernel_launcher"]:
                 self.standby.discard()
                 return await super().launch_kernel(cmd, preexec_fn=_ordinary_child, **kwargs)
-            self.standby.start([*cmd[3:], f"--IPKernelApp.parent_handle={os.getpid()}"], kwargs.get("env") or dict(os.environ), kwargs.get("cwd"))
+            self.standby.start([*cmd[3:], f"--IPKernelApp.parent_handle={os.getpid()}"],
+                               kwargs.get("env") or dict(os.environ), kwargs.get("cwd"))
             self.process, self.pid, self.cwd = self.standby, self.standby.pid, kwargs.get("cwd") or Path.cwd()
             return self.connection_info   # no process group: what it starts is its own to end
 

@@ -31,18 +31,22 @@ def here(
     return folder
 
 def as_text(*lines: str):
-    "Lines of plain text for display, several as a list. What files, errors and names say may be anybody's: it is shown as it stands, and is no markup."
+    """Lines of plain text for display, several as a list. What files, errors and names say may be anybody's:
+    it is shown as it stands, and is no markup."""
     from IPython.display import HTML
-    return HTML(f"<p>{escape(lines[0])}</p>" if len(lines) == 1 else f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
+    return HTML(f"<p>{escape(lines[0])}</p>" if len(lines) == 1
+                else f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
 
 def listed(
     values: str | list | tuple | None,  # a notebook parameter: a list, or one string of words from `papermill -p`
 ) -> list[str]:
-    "A parameter that is a list, also when the command line made one string of it; quotes in it hold a word with blanks together, as in a shell."
+    """A parameter that is a list, also when the command line made one string of it;
+    quotes in it hold a word with blanks together, as in a shell."""
     return split_words(values) if isinstance(values, str) else [str(v) for v in values or []]
 
 def save_figure(figure, folder: str | Path, name: str):
-    "Save a matplotlib figure as `figures/<name>.png` in a run folder, and return the picture for display (with any backend, unlike the figure)."
+    """Save a matplotlib figure as `figures/<name>.png` in a run folder, and
+    return the picture for display (with any backend, unlike the figure)."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     name = re.sub(r"[^\w.,+= -]", "-", name).lstrip(".") or "figure"   # labels of runs are part of it
@@ -51,7 +55,8 @@ def save_figure(figure, folder: str | Path, name: str):
     return Image(data=buffer.getvalue(), format="png", alt=name.replace("-", " "))
 
 def saved_figure(folder: str | Path, name: str):
-    "A figure of a run folder for display; None if there is none. Raises `BadInput` for a link, which may lead to any file."
+    """A figure of a run folder for display; None if there is none.
+    Raises `BadInput` for a link, which may lead to any file."""
     from IPython.display import Image
     try: fd = open_plain(Path(folder) / "figures" / f"{name}.png", os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError): return None
@@ -76,12 +81,17 @@ def figures_table(
         compared = "difference" in f
         rows.append({"model": name, "Fréchet distance": f"{f['frechet']:.3f}", "95 % interval": span(f["interval"]),
                      f"difference to {first}": f"{f['difference']:+.3f}" if compared else "–",
-                     "95 % interval of it": span(f["difference_interval"], "+") if compared else "–", **({"accuracy": f"{100 * f['accuracy']:.1f} %"} if "accuracy" in f else {})})
+                     "95 % interval of it": span(f["difference_interval"], "+") if compared else "–",
+                     **({"accuracy": f"{100 * f['accuracy']:.1f} %"} if "accuracy" in f else {})})
     table = [[printable(cell) for cell in row] for row in (rows[0], *(row.values() for row in rows))]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
-    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance {evaluation['guidance_scale']:g}, {printable(evaluation['sampler'])} with {evaluation['num_inference_steps']} steps)"])
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
+                       for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+    return "\n".join([*lines, f"({evaluation['num_images']:,} samples each, the same seeds; guidance "
+                      f"{evaluation['guidance_scale']:g}, {printable(evaluation['sampler'])} with "
+                      f"{evaluation['num_inference_steps']} steps)"])
 
 if __name__ == "__main__" and globals().get("__spec__"):   # under `python -m`; a notebook has no __spec__
     import sys
-    with one_line_errors(): print(figures_table(read_json(Path(sys.argv[1] if len(sys.argv) > 1 else ".") / "evaluation.json")))
+    with one_line_errors():
+        print(figures_table(read_json(Path(sys.argv[1] if len(sys.argv) > 1 else ".") / "evaluation.json")))

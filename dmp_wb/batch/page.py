@@ -21,13 +21,17 @@ from ..core.files import open_plain, write_atomic
 from ..core.bars import PROGRESS_MIME
 
 # %% ../../nbs/source/batch/01_page.ipynb #0a91d4ce
-_TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong
-    sub summary sup table tbody td tfoot th thead tr u ul var wbr""".split())
-_ATTRIBUTES = {"class", "id", "title", "style", "align", "valign", "colspan", "rowspan", "alt", "width", "height", "href", "src", "open", "start", "border", "scope", "role"}
-_CSS = set("""color background background-color border border-bottom border-left border-right border-top border-collapse border-color border-radius border-style border-width display float clear
-    font font-family font-size font-style font-variant font-variant-numeric font-weight height width max-height max-width min-height min-width letter-spacing line-height list-style-type margin margin-bottom
-    margin-left margin-right margin-top opacity overflow overflow-x overflow-y overflow-wrap padding padding-bottom padding-left padding-right padding-top text-align text-decoration text-indent
-    vertical-align white-space word-break""".split())
+_TAGS = set("""a abbr b blockquote br caption cite code col colgroup dd del details div dl dt em figcaption figure h1
+    h2 h3 h4 h5 h6 hr i img ins kbd li mark ol p pre q s samp small span strong sub summary sup table
+    tbody td tfoot th thead tr u ul var wbr""".split())
+_ATTRIBUTES = {"class", "id", "title", "style", "align", "valign", "colspan", "rowspan", "alt", "width", "height",
+               "href", "src", "open", "start", "border", "scope", "role"}
+_CSS = set("""color background background-color border border-bottom border-left border-right border-top border-collapse
+    border-color border-radius border-style border-width display float clear font font-family font-size font-style
+    font-variant font-variant-numeric font-weight height width max-height max-width min-height min-width
+    letter-spacing line-height list-style-type margin margin-bottom margin-left margin-right margin-top opacity
+    overflow overflow-x overflow-y overflow-wrap padding padding-bottom padding-left padding-right padding-top
+    text-align text-decoration text-indent vertical-align white-space word-break""".split())
 _PICTURES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".gif": "gif", ".webp": "webp"}
 _LINK = re.compile(r"https?://[^\s\x00-\x20]+|mailto:[^\s\x00-\x20]+|#[^\s\x00-\x20]*|[\w%~+-][\w./%~+-]*(#[\w%~+-]*)?")
 
@@ -37,19 +41,26 @@ def harmless(
 ) -> str:
     """HTML for a page, of which nothing is left that runs, loads, leads away or asks for anything.
 
-    Tags, attributes and styles that text, tables and pictures need stay, and links that a reader has to click. The pictures are in the page: those named by file are read, from the folders alone.
+    Tags, attributes and styles that text, tables and pictures need stay, and links that a reader has to click.
+    The pictures are in the page: those named by file are read, from the folders alone.
     """
     from bleach.css_sanitizer import CSSSanitizer
     from bleach.sanitizer import Cleaner
     def allowed(tag, name, value):
         if name == "href": return tag == "a" and bool(_LINK.fullmatch(value))
-        if name == "src": return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*$", value))
+        if name == "src":
+            return tag == "img" and bool(re.match(r"data:image/(png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/=\s]*$",
+                                                  value))
         if name == "style": return not re.search(r"url|image|expression|[\\@]", value, re.IGNORECASE)
         return name in _ATTRIBUTES or name.startswith("aria-")
     html = _each(html, "svg", _svg_picture)
-    for tag in ("script", "style", "iframe", "object", "noscript", "template", "textarea", "title"): html = _each(html, tag, lambda _: "")   # with what is in them; the cleaner would leave that as text
-    html = re.sub(r'(<img\b[^<>]*?\bsrc=")(?!data:)([^"]+)(")', lambda m: f"{m[1]}{_in_page(m[2], folders)}{m[3]}", html)
-    return Cleaner(_TAGS, allowed, {"http", "https", "mailto", "data"}, strip=True, css_sanitizer=CSSSanitizer(allowed_css_properties=_CSS)).clean(html)
+    # with what is in them; the cleaner would leave that as text
+    for tag in ("script", "style", "iframe", "object", "noscript", "template", "textarea", "title"):
+        html = _each(html, tag, lambda _: "")
+    html = re.sub(r'(<img\b[^<>]*?\bsrc=")(?!data:)([^"]+)(")', lambda m: f"{m[1]}{_in_page(m[2], folders)}{m[3]}",
+                  html)
+    return Cleaner(_TAGS, allowed, {"http", "https", "mailto", "data"}, strip=True,
+                   css_sanitizer=CSSSanitizer(allowed_css_properties=_CSS)).clean(html)
 
 def _each(html: str, tag: str, become) -> str:
     "HTML in which each element of a kind has become something else; in one pass, whatever is left open."
@@ -72,7 +83,8 @@ def _in_page(name: str, folders: tuple[Path, ...]) -> str:
         try:
             file = (folder / unquote(name)).resolve()
             if not file.is_relative_to(folder.resolve()) or file.suffix.lower() not in _PICTURES: continue
-            with os.fdopen(open_plain(file, os.O_RDONLY), "rb") as f: return f"data:image/{_PICTURES[file.suffix.lower()]};base64,{base64.b64encode(f.read()).decode()}"
+            with os.fdopen(open_plain(file, os.O_RDONLY), "rb") as f:
+                return f"data:image/{_PICTURES[file.suffix.lower()]};base64,{base64.b64encode(f.read()).decode()}"
         except (OSError, ValueError): continue   # `BadInput` is one
     return ""
 
@@ -85,23 +97,42 @@ def _still(output):
 
 # %% ../../nbs/source/batch/01_page.ipynb #1d6d57a5
 PAGE_STYLE = """
-:root { color-scheme: light dark; --ink: #1d2330; --faint: #5d6675; --paper: #ffffff; --line: #dde1e8; --code: #f3f4f7; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ee; --faint: #a0a8b8; --paper: #15181f; --line: #363c4a; --code: #20242e; --bad: #ff8a80; } }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap: break-word; }
+:root { color-scheme: light dark; --ink: #1d2330; --faint: #5d6675; --paper: #ffffff; --line: #dde1e8; --code:
+  #f3f4f7; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e7ee; --faint: #a0a8b8; --paper: #15181f; --line: #363c4a;
+  --code: #20242e; --bad: #ff8a80; } }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; overflow-wrap:
+  break-word; }
 main { max-width: 1000px; margin: 0 auto; padding: 1.2rem 1rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; } h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); } h3 { font-size: 1.05rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .5rem; padding-top: .9rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1.05rem; }
 a.anchor-link { display: none; } a { color: inherit; }
-code, pre { font: .86em/1.45 ui-monospace, monospace; } code { background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
-pre { overflow-x: auto; background: var(--code); padding: .6rem .8rem; border-radius: 6px; } pre code { padding: 0; background: none; }
+code, pre { font: .86em/1.45 ui-monospace, monospace; }
+code { background: var(--code); padding: .1em .3em; border-radius: 3px; overflow-wrap: anywhere; }
+pre { overflow-x: auto; background: var(--code); padding: .6rem .8rem; border-radius: 6px; }
+pre code { padding: 0; background: none; }
 .output_png, .output_jpeg, .output_svg, .table, .output_html, .text_cell_render { overflow-x: auto; }
-.output_png img, .output_jpeg img { display: block; max-width: max(100%, 540px); margin: .4rem 0; background: #fff; border-radius: 6px; }
+.output_png img, .output_jpeg img { display: block; max-width: max(100%, 540px); margin: .4rem 0; background: #fff;
+  border-radius: 6px; }
 table { border-collapse: collapse; font-size: .88rem; margin: .5rem 0; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .7rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-thead th { border-bottom: 2px solid var(--line); white-space: nowrap; } .table tbody th { font-weight: normal; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
-td:first-child code { white-space: nowrap; } details { color: var(--faint); font-size: .9rem; } summary { cursor: pointer; } small { color: var(--faint); white-space: nowrap; }
-.output_stderr, .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); } .ansi-bold { font-weight: bold; } .ansi-green-fg, .ansi-green-intense-fg { color: #2e8b57; } .ansi-cyan-fg, .ansi-blue-fg { color: #4682b4; } .ansi-yellow-fg { color: #b8860b; }
-@media (max-width: 600px) { th, td { padding: .25rem .4rem; } .table tbody th { width: 6.5rem; min-width: 6.5rem; overflow-wrap: break-word; } }
-.failed { background: #b3261e; color: #fff; padding: .3rem 1.1rem .8rem; border-radius: 8px; margin-bottom: 1.6rem; } .failed h2 { border-top: 0; margin-top: .6rem; padding-top: 0; } .failed pre, .failed code { background: #0003; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
+thead th { border-bottom: 2px solid var(--line); white-space: nowrap; }
+.table tbody th { font-weight: normal; color: var(--faint); position: sticky; left: 0; background: var(--paper); }
+td:first-child code { white-space: nowrap; }
+details { color: var(--faint); font-size: .9rem; }
+summary { cursor: pointer; }
+small { color: var(--faint); white-space: nowrap; }
+.output_stderr, .ansi-red-fg, .ansi-red-intense-fg { color: var(--bad); }
+.ansi-bold { font-weight: bold; }
+.ansi-green-fg, .ansi-green-intense-fg { color: #2e8b57; }
+.ansi-cyan-fg, .ansi-blue-fg { color: #4682b4; }
+.ansi-yellow-fg { color: #b8860b; }
+@media (max-width: 600px) { th, td { padding: .25rem .4rem; } .table tbody th { width: 6.5rem; min-width: 6.5rem;
+  overflow-wrap: break-word; } }
+.failed { background: #b3261e; color: #fff; padding: .3rem 1.1rem .8rem; border-radius: 8px; margin-bottom: 1.6rem; }
+.failed h2 { border-top: 0; margin-top: .6rem; padding-top: 0; }
+.failed pre, .failed code { background: #0003; color: inherit; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media print { h2 { break-after: avoid; } .output_png { break-inside: avoid; } }
 """
 
@@ -116,20 +147,30 @@ def write_page(
     done = lambda o: (bar := o.get("data", {}).get(PROGRESS_MIME)) and bar["total"] and bar["n"] >= bar["total"]
     banner = failure_banner(notebook, Path(path))
     for cell in notebook.cells:
-        if "outputs" in cell: cell.outputs = [still for o in cell.outputs if not done(o) and (still := _still(o)) is not None]
-    exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True, exclude_output_prompt=True)
-    heading = next((line[2:] for c in notebook.cells if c.cell_type == "markdown" for line in c.source.splitlines() if line.startswith("# ")), Path(path).stem)
+        if "outputs" in cell:
+            cell.outputs = [still for o in cell.outputs if not done(o) and (still := _still(o)) is not None]
+    exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True,
+                            exclude_output_prompt=True)
+    heading = next((line[2:] for c in notebook.cells if c.cell_type == "markdown"
+                    for line in c.source.splitlines() if line.startswith("# ")), Path(path).stem)
     body = harmless(exporter.from_notebook_node(notebook)[0], (Path(path).parent, Path.cwd()))
-    given = [f"<li><code>{escape(k)}</code>: {escape(' '.join(map(str, v)) if isinstance(v, list) else str(v)) or 'empty'}</li>" for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items()]
+    given = [f"<li><code>{escape(k)}</code>: "
+             f"{escape(' '.join(map(str, v)) if isinstance(v, list) else str(v)) or 'empty'}</li>"
+             for k, v in notebook.metadata.get("papermill", {}).get("parameters", {}).items()]
     said = f"<p>given:</p><ul>{''.join(given)}</ul>" if given else ""
-    body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>", lambda table: f"<details><summary>Parameters ({len(given) or 'none'} given)</summary>{said}{table[0]}</details>", body, count=1, flags=re.DOTALL)
+    body = re.sub(r"<table>\s*<thead>\s*<tr>\s*<th>parameter</th>.*?</table>",
+                  lambda table: f"<details><summary>Parameters ({len(given) or 'none'} "
+                  f"given)</summary>{said}{table[0]}</details>", body, count=1, flags=re.DOTALL)
     style = PAGE_STYLE
     if code:
         from pygments.formatters import HtmlFormatter
-        style += HtmlFormatter().get_style_defs(".highlight") + "@media (prefers-color-scheme: dark) {" + HtmlFormatter(style="monokai").get_style_defs(".highlight") + "}"
+        style += (HtmlFormatter().get_style_defs(".highlight") + "@media (prefers-color-scheme: dark) {"
+                  + HtmlFormatter(style="monokai").get_style_defs(".highlight") + "}")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
     return write_atomic(path, f'''<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{escape(heading)}</title><style>{style}</style></head><body><main>
 {banner}{body}
 </main></body></html>
@@ -145,7 +186,9 @@ def failure_banner(
     "What stands above the page of a run that failed: the cell, the error, and the command that tries again."
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     ran = [c for c in cells if c.execution_count is not None or c.outputs]
-    raised = [o for c in ran[-1:] if "raises-exception" not in c.metadata.get("tags", []) for o in c.outputs if o.output_type == "error"]   # after an error that was meant, others follow
+    # after an error that was meant, others follow
+    raised = [o for c in ran[-1:] if "raises-exception" not in c.metadata.get("tags", [])
+              for o in c.outputs if o.output_type == "error"]
     if not raised: return ""
     later = len(notebook.cells) - 1 - next(i for i, c in enumerate(notebook.cells) if c is ran[-1])
     if later: del notebook.cells[-later:]
@@ -159,8 +202,13 @@ def failure_banner(
 def retry(notebook, page: Path) -> str:
     "How to try again, as HTML."
     ran, command = notebook.metadata.get("papermill", {}), os.environ.get(COMMAND_VARIABLE, "")
-    if not command and (page.parent / STATE_FILE).exists(): return "To try again, start the same sweep once more: what is finished is skipped."
+    if not command and (page.parent / STATE_FILE).exists():
+        return "To try again, start the same sweep once more: what is finished is skipped."
     if not command and ran.get("input_path"):
         given = dict(ran.get("parameters", {}))
-        command = shlex.join(["papermill", str(ran["input_path"]), str(ran.get("output_path") or page.with_suffix(".ipynb")), *(["-y", json.dumps(given, default=str)] if given else [])])
-    return f"To try again, in <code>{escape(printable(Path.cwd()))}</code>:</p><pre>{escape(printable(command))}</pre><p>" if command else ""
+        command = shlex.join(["papermill", str(ran["input_path"]),
+                              str(ran.get("output_path") or page.with_suffix(".ipynb")),
+                              *(["-y", json.dumps(given, default=str)] if given else [])])
+    return (
+        f"To try again, in <code>{escape(printable(Path.cwd()))}</code>:</p><pre>{escape(printable(command))}</pre><p>"
+        if command else "")

@@ -29,32 +29,39 @@ def find_notebook(
     notebook: str | Path,   # a path, or the bare name of a run notebook
 ) -> Path:
     "The file of a notebook; raises `BadInput` that suggests the nearest known name."
-    if not isinstance(notebook, (str, Path)): raise BadInput(f"notebook is {notebook!r}: expected a path, or the bare name of a run notebook")
+    if not isinstance(notebook, (str, Path)):
+        raise BadInput(f"notebook is {notebook!r}: expected a path, or the bare name of a run notebook")
     path = expanded(notebook)
     if path.is_file(): return path
-    if len(path.parts) > 1: raise MissingFile(f"no notebook {notebook}: expected a file, or the bare name of a run notebook")
+    if len(path.parts) > 1:
+        raise MissingFile(f"no notebook {notebook}: expected a file, or the bare name of a run notebook")
     known, name = named_files("runs"), path.name.removesuffix(".ipynb")
     if name not in known: raise unknown("notebook", str(notebook), known, name)
     return known[name]
 
 def cells_of(notebook: Path) -> list[dict]:
-    "The code cells of a notebook, each with its source as one string. Reads the file itself: to import nbformat takes seconds."
+    """The code cells of a notebook, each with its source as one string. Reads the file itself:
+    to import nbformat takes seconds."""
     try:
         cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
         return [{**c, "source": "".join(c["source"]), "metadata": c.get("metadata", {})} for c in cells]
-    except (ValueError, KeyError, TypeError, UnicodeError) as e: raise BadInput(f"{notebook} is not a notebook of format 4: {one_line(e)}") from None
+    except (ValueError, KeyError, TypeError, UnicodeError) as e:
+        raise BadInput(f"{notebook} is not a notebook of format 4: {one_line(e)}") from None
 
 def parameters_of(notebook: Path) -> dict: # name → default; None where that is no plain value
     "The parameters of a notebook. Raises `BadInput` if it is no notebook, or has no cell for them."
     source = next((c["source"] for c in cells_of(notebook) if "parameters" in c["metadata"].get("tags", [])), None)
-    if source is None: raise BadInput(f"notebook {notebook} has no cell tagged 'parameters': expected one, with a line `name = default` for each; in JupyterLab, tags are in the property inspector")
+    if source is None:
+        raise BadInput(f"notebook {notebook} has no cell tagged 'parameters': expected one, with a line `name = "
+                       "default` for each; in JupyterLab, tags are in the property inspector")
     try: lines = ast.parse(source).body
     except SyntaxError:   # another language; papermill reads a few
         from papermill import inspect_notebook
         return dict.fromkeys(inspect_notebook(str(notebook)))
     found = {}
     for line in lines:
-        for target in line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) and line.value else []:
+        for target in (line.targets if isinstance(line, ast.Assign)
+                       else [line.target] if isinstance(line, ast.AnnAssign) and line.value else []):
             if isinstance(target, ast.Name):
                 try: found[target.id] = ast.literal_eval(line.value)
                 except (ValueError, TypeError): found[target.id] = None
@@ -74,13 +81,15 @@ def word(value) -> str:
 def override(key: str, value) -> str:
     "A value as a word for `load_experiment`, which takes quotes around the whole of it off."
     text = word(value)
-    return f"{key}={text}" if unquoted(text) == text and not (isinstance(value, str) and text in NULLS) else f"{key}={json.dumps(text, ensure_ascii=False)}"
+    return (f"{key}={text}" if unquoted(text) == text and not (isinstance(value, str) and text in NULLS)
+            else f"{key}={json.dumps(text, ensure_ascii=False)}")
 
 def typed(
     text: str,
     kind=None,   # the type of the key it is for; None: unknown
 ):
-    "A value from the command line, by the type of its key; without one: true, false, none, null, a decimal number, or text."
+    """A value from the command line, by the type of its key; without one:
+    true, false, none, null, a decimal number, or text."""
     return given_as(unquoted(text), kind)
 
 def safe(text: str) -> str:
@@ -91,8 +100,10 @@ def safe(text: str) -> str:
 def check_name(name: str, what: str) -> str:
     "Raise `BadInput` for the name of a run or sweep that would leave the folder it belongs in."
     parts = PurePosixPath(name).parts
-    if not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or has_controls(name) or any(p.startswith(".") for p in parts):
-        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part that starts with a dot and no control characters")
+    if (not isinstance(name, str) or not parts or name.startswith(("/", "~")) or "\\" in name or has_controls(name)
+            or any(p.startswith(".") for p in parts)):
+        raise BadInput(f"{what} is {name!r}: expected a folder name that stays inside the runs folder, with no part "
+                       "that starts with a dot and no control characters")
     return PurePosixPath(name).as_posix()
 
 def check_values(given: dict, what: str) -> dict:
@@ -102,13 +113,16 @@ def check_values(given: dict, what: str) -> dict:
     for key, value in given.items():
         if not isinstance(key, str): raise BadInput(f"{what} has the key {key!r}: expected text")
         try: json.dumps(value)
-        except (TypeError, ValueError): raise BadInput(f"{what}: {key} is {value!r}: expected text, a number, true, false or none, or lists and mappings of these") from None
+        except (TypeError, ValueError):
+            raise BadInput(f"{what}: {key} is {value!r}: expected text, a number, true, false or none, or lists and "
+                           "mappings of these") from None
     return given
 
 def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
     "Parameters of a notebook; keys of an experiment among them become further words of its parameter `overrides`."
     if "run" in given and re.search(r"\bhere\(\s*run\b", notebook.read_text(encoding="utf-8")):
-        raise BadInput(f"parameter run is {given['run']!r}: expected none, each run of a batch has a folder of its own; --name or --folder says where they are")
+        raise BadInput(f"parameter run is {given['run']!r}: expected none, each run of a batch has a folder of its "
+                       "own; --name or --folder says where they are")
     strange = [k for k in given if k not in known]
     if not strange: return dict(given)
     from dmp_wb.config.names import leaves, OTHER_NAMES, unknown_key
@@ -125,14 +139,18 @@ def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
     before = parameters.get("overrides", known["overrides"])
     words = split_words(before) if isinstance(before, str) else list(before or [])
     parameters["overrides"] = [*words, *(override(k, given[k]) for k in strange)]
-    if isinstance(experiment := parameters.get("experiment", known.get("experiment")), str) and experiment: load_experiment(experiment, parameters["overrides"])   # tells now what every run would stumble over
+    # tells now what every run would stumble over
+    if isinstance(experiment := parameters.get("experiment", known.get("experiment")), str) and experiment:
+        load_experiment(experiment, parameters["overrides"])
     return parameters
 
 def kinds_of(known: dict) -> dict[str, Any]: # name → type; nothing for a parameter whose default is none
     "The types of a notebook's parameters, from their defaults, and of the keys of an experiment."
     from dmp_wb.config.names import leaves
     from dmp_wb.methods.older import older_keys
-    return {**older_keys(), **leaves(), **{name: type(default) for name, default in known.items() if isinstance(default, (str, bool, int, float))}, **dict.fromkeys([n for n, d in known.items() if not isinstance(d, (str, bool, int, float))])}
+    return {**older_keys(), **leaves(),
+            **{name: type(default) for name, default in known.items() if isinstance(default, (str, bool, int, float))},
+            **dict.fromkeys([n for n, d in known.items() if not isinstance(d, (str, bool, int, float))])}
 
 def plan(
     notebook: str | Path | None = None,   # a path, or a bare name in nbs/runs/
@@ -144,50 +162,67 @@ def plan(
     grid, parameters = grid or {}, check_values(parameters or {}, "parameters")
     if not isinstance(grid, dict): raise BadInput(f"grid is {grid!r}: expected keys with lists of values")
     for key, values in grid.items():
-        if not isinstance(values, (list, tuple)) or not values: raise BadInput(f"the grid of {key} is {values!r}: expected at least one value")
+        if not isinstance(values, (list, tuple)) or not values:
+            raise BadInput(f"the grid of {key} is {values!r}: expected at least one value")
         check_values({key: list(values)}, "grid")
         texts = [word(v) for v in values]
-        if twice := [t for t, n in Counter(texts).items() if n > 1]: raise BadInput(f"the grid of {key} has {twice[0]} more than once: expected different values")
-        if key in parameters: raise BadInput(f"parameter {key} is given for every run, and in the grid: expected one of them")
+        if twice := [t for t, n in Counter(texts).items() if n > 1]:
+            raise BadInput(f"the grid of {key} has {twice[0]} more than once: expected different values")
+        if key in parameters:
+            raise BadInput(f"parameter {key} is given for every run, and in the grid: expected one of them")
     if runs is not None and not runs: raise BadInput("the list of runs is empty: expected at least one")
     varying = [k for k, v in grid.items() if len(v) > 1]
     last = Counter(k.split(".")[-1] for k in varying)
     planned, files = [], {}
     for i, entry in enumerate(runs if runs is not None else [{}]):
         where = f"run {i + 1} of the list"
-        if not isinstance(entry, dict): raise BadInput(f"{where} is {entry!r}: expected keys name, notebook and parameters")
-        if strange := [k for k in entry if k not in ("name", "notebook", "parameters")]: raise BadInput(f"{where}: {unknown('key', strange[0], ('name', 'notebook', 'parameters'))}")
+        if not isinstance(entry, dict):
+            raise BadInput(f"{where} is {entry!r}: expected keys name, notebook and parameters")
+        if strange := [k for k in entry if k not in ("name", "notebook", "parameters")]:
+            raise BadInput(f"{where}: {unknown('key', strange[0], ('name', 'notebook', 'parameters'))}")
         own = check_values(entry.get("parameters") or {}, f"{where}: parameters")
-        if twice := [k for k in own if k in grid]: raise BadInput(f"parameter {twice[0]} is given for {where}, and in the grid: expected one of them")
-        if (named := entry.get("notebook") or notebook) is None: raise BadInput(f"{where} names no notebook: expected `notebook`" if runs is not None else "no notebook is named")
+        if twice := [k for k in own if k in grid]:
+            raise BadInput(f"parameter {twice[0]} is given for {where}, and in the grid: expected one of them")
+        if (named := entry.get("notebook") or notebook) is None:
+            raise BadInput(f"{where} names no notebook: expected `notebook`" if runs is not None
+                           else "no notebook is named")
         file = find_notebook(named)
         known = files.get(file) or files.setdefault(file, parameters_of(file))
         kinds = kinds_of(known)
         as_given = lambda values: {k: given_as(v, kinds.get(k)) for k, v in values.items()}   # noqa: B023
-        label = check_name(str(entry["name"]), f"the name of {where}") if "name" in entry else f"{i + 1:03d}" if runs is not None else ""
+        label = (check_name(str(entry["name"]), f"the name of {where}") if "name" in entry
+                 else f"{i + 1:03d}" if runs is not None else "")
         for values in itertools.product(*grid.values()):
             point = as_given(dict(zip(grid, values, strict=True)))
-            pieces = [safe(f"{k.split('.')[-1] if last[k.split('.')[-1]] == 1 else k}={word(point[k])}") for k in varying]
-            planned.append(Planned(",".join([label] * bool(label) + pieces) or ".", file, with_overrides(file, {**as_given(parameters), **as_given(own), **point}, known)))
+            pieces = [safe(f"{k.split('.')[-1] if last[k.split('.')[-1]] == 1 else k}={word(point[k])}")
+                      for k in varying]
+            planned.append(Planned(",".join([label] * bool(label) + pieces) or ".", file,
+                                   with_overrides(file, {**as_given(parameters), **as_given(own), **point}, known)))
     names = Counter(p.name for p in planned)
-    if twice := [n for n, c in names.items() if c > 1]: raise BadInput(f"two runs are called {twice[0]!r}: expected different names")
+    if twice := [n for n, c in names.items() if c > 1]:
+        raise BadInput(f"two runs are called {twice[0]!r}: expected different names")
     seen = {}
     for p in planned:
         other = seen.setdefault(checksum(str(p.notebook), p.parameters), p.name)
-        if other != p.name: raise BadInput(f"runs {other!r} and {p.name!r} are the same notebook with the same parameters: expected different ones")
+        if other != p.name:
+            raise BadInput(f"runs {other!r} and {p.name!r} are the same notebook with the same parameters: expected "
+                           "different ones")
     return planned
 
 # %% ../../nbs/source/batch/06_plan.ipynb #9ee56bbc
 FILE_KEYS = ("name", "notebook", "parameters", "grid", "runs")
 
 def read_sweep(file: str | Path) -> dict: # name, notebook, parameters, grid, runs: those that are given
-    "A sweep from YAML; values as they are written, since their types are those of the notebook's parameters and of the experiment's keys."
+    """A sweep from YAML; values as they are written, since their types are
+    those of the notebook's parameters and of the experiment's keys."""
     path = expanded(file)
     given = read_yaml(path, "a sweep")
     def look(name: str):
         node: Any = given
         for part in name.split("."):
-            if not isinstance(node, dict) or part not in node: raise BadInput(f"${{{name}}} is no key of this file: expected one that is, or \\${{ for these characters")
+            if not isinstance(node, dict) or part not in node:
+                raise BadInput(
+                    f"${{{name}}} is no key of this file: expected one that is, or \\${{ for these characters")
             node = node[part]
         return node
     try: given = refer(given, look)
@@ -195,11 +230,15 @@ def read_sweep(file: str | Path) -> dict: # name, notebook, parameters, grid, ru
     if not isinstance(given, dict): raise BadInput(f"{path} is not a mapping: expected the keys {', '.join(FILE_KEYS)}")
     for key in given:
         if key not in FILE_KEYS: raise BadInput(f"{path}: {unknown('key', key, FILE_KEYS)}")
-    for key, kind, expected in (("parameters", dict, "keys with values"), ("grid", dict, "keys with lists of values"), ("runs", list, "a list of runs")):
+    for key, kind, expected in (("parameters", dict, "keys with values"), ("grid", dict, "keys with lists of values"),
+                                ("runs", list, "a list of runs")):
         if isinstance(given.get(key), Written) and plain(given[key]) is None: given[key] = None
-        if given.get(key) is not None and not isinstance(given[key], kind): raise BadInput(f"{path}: {key} is {plain(given[key])!r}: expected {expected}")
+        if given.get(key) is not None and not isinstance(given[key], kind):
+            raise BadInput(f"{path}: {key} is {plain(given[key])!r}: expected {expected}")
     for key in ("name", "notebook"):
-        if key in given and not isinstance(given[key], str): raise BadInput(f"{path}: {key} is {plain(given[key])!r}: expected text")
-    if "grid" in given and not given["grid"]: raise BadInput(f"{path}: grid is empty: expected keys with lists of values")
+        if key in given and not isinstance(given[key], str):
+            raise BadInput(f"{path}: {key} is {plain(given[key])!r}: expected text")
+    if "grid" in given and not given["grid"]:
+        raise BadInput(f"{path}: grid is empty: expected keys with lists of values")
     if "runs" in given and not given["runs"]: raise BadInput(f"{path}: runs is empty: expected a list of runs")
     return given

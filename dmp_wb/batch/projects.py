@@ -23,12 +23,15 @@ def opening(
     if file.suffix == ".yaml": return text.splitlines()[0].removeprefix("#").strip() if text.startswith("#") else ""
     said = "".join(json.loads(text)["cells"][0]["source"]).splitlines()
     lines = [line for line in said if line and line[0] not in "#>|"]
-    return lines[0].split(". ")[0].rstrip(".") + "." if lines else next((line.removeprefix("# ") + "." for line in said if line.startswith("# ")), "")
+    return lines[0].split(". ")[0].rstrip(".") + "." if lines else next(
+        (line.removeprefix("# ") + "." for line in said if line.startswith("# ")), "")
 
 # %% ../../nbs/source/batch/12_projects.ipynb #95b57879
 _README = """# {name}
 
-A project of dmp_wb. Commands that are given here, or in a folder below, look up bare names in `nbs/` first and write to `runs/`. `dmp-wb compare` executes the notebook that ships with dmp_wb, unless it is given `--notebook compare`.
+A project of dmp_wb. Commands that are given here, or in a folder below, look up bare names in `nbs/` first and \
+write to `runs/`. `dmp-wb compare` executes the notebook that ships with dmp_wb, \
+unless it is given `--notebook compare`.
 
 ```
 dmp-wb run patch                # patches the digits model that ships with dmp_wb; the page is runs/patch/run.html
@@ -45,7 +48,8 @@ dmp-wb train digits-dmp name=mine optim.lr=2e-3    # training alone, without a n
 |---|---|
 {experiments}
 
-`dmp-wb --help` lists all commands. `dmp-wb new --add .` adds what a newer version of dmp_wb brings, and changes nothing that is here.
+`dmp-wb --help` lists all commands. `dmp-wb new --add .` adds what a newer version of dmp_wb brings, \
+and changes nothing that is here.
 """
 
 def project_files(
@@ -53,24 +57,33 @@ def project_files(
 ) -> dict[str, bytes]: # path in the project → content
     "What a new project consists of."
     shipped = {kind: sorted(shipped_folder(kind).glob(f"*{suffix}")) for kind, suffix in NAMED.items()}
-    rows = {kind: "\n".join(f"| [{f.stem}](nbs/{kind}/{f.name}) | {opening(f)} |" for f in files) for kind, files in shipped.items()}
-    return {"README.md": _README.format(name=name, **rows).encode()} | {f"nbs/{kind}/{f.name}": f.read_bytes() for kind, files in shipped.items() for f in files}
+    rows = {kind: "\n".join(f"| [{f.stem}](nbs/{kind}/{f.name}) | {opening(f)} |" for f in files)
+            for kind, files in shipped.items()}
+    return {"README.md": _README.format(name=name, **rows).encode()} | {
+        f"nbs/{kind}/{f.name}": f.read_bytes() for kind, files in shipped.items() for f in files}
 
 def new_project(
     folder: str | Path,   # is made; or one that is there and empty
     add: bool = False,    # into a folder that holds other things: write what is missing, change nothing that is there
 ) -> tuple[list[str], list[str]]: # paths that were written, and paths that were there and say something else
-    "Write the run notebooks, the experiments and a README. Raises `BadInput` for a folder that is in use, or cannot be written."
+    """Write the run notebooks, the experiments and a README.
+    Raises `BadInput` for a folder that is in use, or cannot be written."""
     folder = expanded(folder)
     files = project_files(folder.resolve().name)
-    if folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder to make, or an empty one")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file: expected a folder to make, or an empty one")
     try:
         if not folder.exists():
             with atomic_folder(folder) as new:
                 for path, content in files.items(): write_atomic(new / path, content)
             return list(files), []
-        if any(folder.iterdir()) and not add: raise BadInput(f"{folder} is not empty: expected a new folder, or --add to write what is missing there and keep what is there")
+        if any(folder.iterdir()) and not add:
+            raise BadInput(f"{folder} is not empty: expected a new folder, or --add to write what is missing there and "
+                           "keep what is there")
         missing = [path for path in files if not os.path.lexists(folder / path)]
         for path in missing: write_atomic(folder / path, files[path])
-        return missing, [path for path in files if path not in missing and not ((folder / path).is_file() and (folder / path).read_bytes() == files[path])]
-    except OSError as e: raise BadInput(f"{folder} cannot be written: {e.strerror or e}" + (f" ({e.filename})" if e.filename else "")) from None
+        return missing, [path for path in files if path not in missing
+                         and not ((folder / path).is_file() and (folder / path).read_bytes() == files[path])]
+    except OSError as e:
+        raise BadInput(f"{folder} cannot be written: {e.strerror or e}"
+                       + (f" ({e.filename})" if e.filename else "")) from None

@@ -32,51 +32,77 @@ def slurm_executor(
 ):
     "submitit's executor. Raises `BadInput` where there is no Slurm, and for an option that it does not know."
     import submitit
-    if missing := [c for c in ("sbatch", "srun", "squeue") if shutil.which(c) is None]: raise BadInput(f"cluster is slurm, but there is no {missing[0]} here: expected to be on a machine that can submit jobs")
+    if missing := [c for c in ("sbatch", "srun", "squeue") if shutil.which(c) is None]:
+        raise BadInput(
+            f"cluster is slurm, but there is no {missing[0]} here: expected to be on a machine that can submit jobs")
     options = {k: v for k, v in options.items() if v is not None}
     _check_lines(folder, name, options)
-    known = {*submitit.SlurmExecutor._valid_parameters(), *GENERIC, "max_num_timeout"} - {"num_gpus", "job_name", "array_parallelism", "use_srun", "stderr_to_stdout"}
+    known = {*submitit.SlurmExecutor._valid_parameters(), *GENERIC, "max_num_timeout"} - {
+        "num_gpus", "job_name", "array_parallelism", "use_srun", "stderr_to_stdout"}
     for key in options:
         if key not in known: raise unknown("option of slurm", key, known)
     for key, other in GENERIC.items():
-        if key in options and other in options: raise BadInput(f"{key} and {other} are given: expected one of them, they are the same")
+        if key in options and other in options:
+            raise BadInput(f"{key} and {other} are given: expected one of them, they are the same")
     minutes = options.pop("timeout_min", options.pop("time", 60))
-    if not isinstance(minutes, int) or minutes < 1: raise BadInput(f"timeout_min is {minutes!r}: expected at least 1, whole minutes")
+    if not isinstance(minutes, int) or minutes < 1:
+        raise BadInput(f"timeout_min is {minutes!r}: expected at least 1, whole minutes")
     for key in ("gpus_per_node", "cpus_per_task", "nodes", "ntasks_per_node", "signal_delay_s", "max_num_timeout"):
-        if key in options and (not isinstance(options[key], int) or options[key] < (0 if key in ("gpus_per_node", "max_num_timeout") else 1)): raise BadInput(f"{key} is {options[key]!r}: expected a whole number")
+        if key in options and (not isinstance(options[key], int)
+                               or options[key] < (0 if key in ("gpus_per_node", "max_num_timeout") else 1)):
+            raise BadInput(f"{key} is {options[key]!r}: expected a whole number")
     if options.get("nodes", 1) > 1 or options.get("ntasks_per_node", 1) > 1:
-        raise BadInput("a run is one task on one node: expected neither nodes nor ntasks_per_node above 1; for several processes give gpus_per_node and cpus_per_task, and let the notebook launch them (num_processes)")
+        raise BadInput(
+            "a run is one task on one node: expected neither nodes nor ntasks_per_node above 1; for several processes "
+            "give gpus_per_node and cpus_per_task, and let the notebook launch them (num_processes)")
     for key in ("setup", "teardown", "srun_args"):
         if isinstance(options.get(key), str): options[key] = [options[key]]
-    if "cpus_per_task" in options: options["srun_args"] = [*options.get("srun_args", []), f"--cpus-per-task={options['cpus_per_task']}"]   # since Slurm 22.05 srun does not take it over from sbatch
-    options["setup"] = ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}", *options.get("setup", [])]
+    # since Slurm 22.05 srun does not take it over from sbatch
+    if "cpus_per_task" in options:
+        options["srun_args"] = [*options.get("srun_args", []), f"--cpus-per-task={options['cpus_per_task']}"]
+    options["setup"] = ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+                        *options.get("setup", [])]
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=options.pop("max_num_timeout", 100))
     mem = {"mem_gb": options.pop("mem_gb")} if "mem_gb" in options else {}
-    given = {"job_name": name, "array_parallelism": jobs, "signal_delay_s": notice({"timeout_min": minutes, **options}), **options}
-    executor.update_parameters(timeout_min=minutes, **mem, **{f"slurm_{k}": v for k, v in given.items() if k not in GENERIC_TOO}, **{k: v for k, v in given.items() if k in GENERIC_TOO})
+    given = {"job_name": name, "array_parallelism": jobs, "signal_delay_s": notice({"timeout_min": minutes, **options}),
+             **options}
+    executor.update_parameters(timeout_min=minutes, **mem,
+                               **{f"slurm_{k}": v for k, v in given.items() if k not in GENERIC_TOO},
+                               **{k: v for k, v in given.items() if k in GENERIC_TOO})
     return executor
 
 def _check_lines(folder: Path, name: str, options: dict):
-    "Raise `BadInput` for what would become further lines of the job's script, or other words of its lines; those of set-up and tear-down are shell, as they are."
+    """Raise `BadInput` for what would become further lines of the job's script, or other words of its lines;
+    those of set-up and tear-down are shell, as they are."""
     for what, text in (("the name of the jobs", name), ("the sweep's folder", str(folder))):
-        if has_controls(text): raise BadInput(f"{what} is {text!r}: expected no control characters, it becomes a line of the jobs' script")
-    if bad := next((c for c in "%\\" if c in str(folder)), None): raise BadInput(f"the sweep's folder is {str(folder)!r}: expected no {bad}, which Slurm replaces in the names of log files")
-    def texts(value): return [t for v in value for t in texts(v)] if isinstance(value, (list, tuple)) else [t for pair in value.items() for t in texts(pair)] if isinstance(value, dict) else [value] if isinstance(value, str) else []
+        if has_controls(text):
+            raise BadInput(f"{what} is {text!r}: expected no control characters, it becomes a line of the jobs' script")
+    if bad := next((c for c in "%\\" if c in str(folder)), None):
+        raise BadInput(
+            f"the sweep's folder is {str(folder)!r}: expected no {bad}, which Slurm replaces in the names of log files")
+    def texts(value):
+        return ([t for v in value for t in texts(v)] if isinstance(value, (list, tuple))
+                else [t for pair in value.items() for t in texts(pair)] if isinstance(value, dict)
+                else [value] if isinstance(value, str) else [])
     for key, value in options.items():
         if key in ("setup", "teardown"): continue
-        if bad := next((t for t in texts(value) if has_controls(t)), None): raise BadInput(f"{key} is {bad!r}: expected no control characters, it becomes a line of the jobs' script")
-        if key == "additional_parameters" and (not isinstance(value, dict) or (bad := next((k for k in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(k))), None))):
+        if bad := next((t for t in texts(value) if has_controls(t)), None):
+            raise BadInput(f"{key} is {bad!r}: expected no control characters, it becomes a line of the jobs' script")
+        if key == "additional_parameters" and (not isinstance(value, dict) or (
+            bad := next((k for k in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(k))), None))):
             raise BadInput(f"additional_parameters is {value!r}: expected options of sbatch, as {{'mail-type': 'END'}}")
 
 GENERIC_TOO = ("nodes", "cpus_per_task", "gpus_per_node")   # submitit wants these without its prefix
 
 # %% ../../nbs/source/batch/07_slurm.ipynb #d867f1ed
-OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED", "REVOKED", "GONE"}
+OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
+        "PREEMPTED", "REVOKED", "GONE"}
 
 def job_states(
     jobs,   # ids: 17, or 17_3 for a task of an array
 ) -> dict[str, str]:
-    "What Slurm says of jobs: PENDING, RUNNING, COMPLETING, …; GONE for one that it has forgotten, as it does minutes after the end; UNKNOWN while it does not answer."
+    """What Slurm says of jobs: PENDING, RUNNING, COMPLETING, …;
+    GONE for one that it has forgotten, as it does minutes after the end; UNKNOWN while it does not answer."""
     jobs = sorted(set(jobs))
     if not jobs: return {}
     command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i|%T", f"--jobs={','.join(jobs)}"]
@@ -92,11 +118,14 @@ class JobWatch:
 
     def __call__(self, jobs) -> dict[str, str]:
         jobs = set(jobs)
-        if time.monotonic() - self.asked >= self.every or not jobs <= self.states.keys(): self.states, self.asked = job_states(jobs), time.monotonic()
+        if time.monotonic() - self.asked >= self.every or not jobs <= self.states.keys():
+            self.states, self.asked = job_states(jobs), time.monotonic()
         return {job: self.states[job] for job in jobs}
 
 # %% ../../nbs/source/batch/07_slurm.ipynb #a7624be0
-ENDINGS = {"CANCELLED": "was cancelled", "TIMEOUT": "was ended at its time limit", "DEADLINE": "was ended at its deadline", "NODE_FAIL": "lost its node", "BOOT_FAIL": "lost its node", "REVOKED": "was revoked",
+ENDINGS = {"CANCELLED": "was cancelled", "TIMEOUT": "was ended at its time limit",
+           "DEADLINE": "was ended at its deadline", "NODE_FAIL": "lost its node", "BOOT_FAIL": "lost its node",
+           "REVOKED": "was revoked",
            "PREEMPTED": "was pre-empted and not queued again"}
 
 def ending(
@@ -106,15 +135,18 @@ def ending(
 ) -> tuple[bool, str]: # whether it can go on; one line
     "Why a job ended before its run did."
     if state in ENDINGS: return True, f"its job {job} {ENDINGS[state]}"
-    if state == "OUT_OF_MEMORY": return False, f"its job {job} needed more memory than it had asked for; give it more with --mem-gb"
+    if state == "OUT_OF_MEMORY":
+        return False, f"its job {job} needed more memory than it had asked for; give it more with --mem-gb"
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "")[:200]
-    return False, f"its job {job} ended without a word ({state.lower()}){f': {last}' if last else ''}; look at {short(log)}"
+    return (False,
+            f"its job {job} ended without a word ({state.lower()}){f': {last}' if last else ''}; look at {short(log)}")
 
 def queue_again(job: str) -> bool: # whether it was
     """Put the job that this process runs in back into the queue, if Slurm thinks that it goes on.
 
-    On SIGTERM alone one cannot tell a pre-emption with a time of grace, after which a job that has ended in time would be over, from an end that Slurm deals with itself.
+    On SIGTERM alone one cannot tell a pre-emption with a time of grace, after which a
+    job that has ended in time would be over, from an end that Slurm deals with itself.
     """
     if job_states([job])[job] != "RUNNING": return False
     return subprocess.run(["scontrol", "requeue", job], capture_output=True, timeout=60).returncode == 0

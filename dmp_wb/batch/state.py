@@ -42,11 +42,17 @@ def read_state(folder: str | Path) -> RunState | None:
     file = Path(folder) / STATE_FILE
     if not os.path.lexists(file): return None
     given, known = read_json(file), {f.name for f in dataclasses.fields(RunState)}
-    if not isinstance(given, dict) or "notebook" not in given: raise BadInput(f"{file} does not describe a run: expected what `dmp-wb run` writes")
-    kinds: dict[str, Any] = {"parameters": dict, "attempts": int, "cell": (int, type(None)), "seconds": (int, float, type(None))} | dict.fromkeys(("error", "started", "job"), (str, type(None)))
+    if not isinstance(given, dict) or "notebook" not in given:
+        raise BadInput(f"{file} does not describe a run: expected what `dmp-wb run` writes")
+    kinds: dict[str, Any] = {"parameters": dict, "attempts": int, "cell": (int, type(None)),
+                             "seconds": (int, float, type(None))} | dict.fromkeys(("error", "started", "job"),
+                                                                                  (str, type(None)))
     for key, value in given.items():
-        if key in known and not isinstance(value, kinds.get(key, str)): raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected what `dmp-wb run` writes")
-    if given.get("status", WAITING) not in (WAITING, RUNNING, FINISHED, FAILED, STOPPED): raise BadInput(f"{file}: status is {given['status'][:80]!r}: expected what `dmp-wb run` writes")
+        if key in known and not isinstance(value, kinds.get(key, str)):
+            raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected what `dmp-wb run` writes")
+    if given.get("status", WAITING) not in (WAITING, RUNNING, FINISHED, FAILED, STOPPED):
+        raise BadInput(f"{file}: status is {given['status'][:80]!r}: expected what `dmp-wb run` writes")
     return RunState(**{k: v for k, v in given.items() if k in known})
 
-def write_state(folder: str | Path, state: RunState) -> Path: return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))
+def write_state(folder: str | Path, state: RunState) -> Path:
+    return write_json(Path(folder) / STATE_FILE, dataclasses.asdict(state))

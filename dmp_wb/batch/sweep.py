@@ -34,64 +34,80 @@ from ..core.processes import clear_leftovers, locked, process_identity
 
 # %% ../../nbs/source/batch/11_sweep.ipynb #b45dbd94
 def sweep(
-    notebook: str | Path | None = None,      # a path, or the bare name of one in nbs/runs/
-    parameters: dict | None = None,          # for every run; keys of an experiment become overrides
-    grid: dict[str, list] | None = None,     # several values to a key: every combination is a run
-    runs: list[dict] | None = None,          # or a list of runs: name, notebook, parameters
-    file: str | Path | None = None,          # a YAML file with these; what is given here is added to it
-    name: str | None = None,                 # of the sweep, below runs/; that of the notebook or file if None
-    folder: str | Path | None = None,        # in place of runs/<name>
-    jobs: int = 1,                           # runs at a time
-    cluster: str = "local",                  # local or slurm
-    keep_finished: bool = False,             # skip finished runs also if the notebook has changed since
-    **slurm,                                 # what a job asks for: partition, timeout_min, gpus_per_node, … as `slurm_executor` has them
+        notebook: str | Path | None = None,   # a path, or the bare name of one in nbs/runs/
+        parameters: dict | None = None,   # for every run; keys of an experiment become overrides
+        grid: dict[str, list] | None = None,   # several values to a key: every combination is a run
+        runs: list[dict] | None = None,   # or a list of runs: name, notebook, parameters
+        file: str | Path | None = None,   # a YAML file with these; what is given here is added to it
+        name: str | None = None,   # of the sweep, below runs/; that of the notebook or file if None
+        folder: str | Path | None = None,   # in place of runs/<name>
+        jobs: int = 1,   # runs at a time
+        cluster: str = "local",   # local or slurm
+        keep_finished: bool = False,   # skip finished runs also if the notebook has changed since
+        **slurm,   # what a job asks for: partition, timeout_min, gpus_per_node, … as `slurm_executor` has them
 ) -> Sweep:
-    """Execute a notebook with every combination of parameters, each in a run folder of its own; returns when all have ended.
+    """Execute a notebook with every combination of parameters, each in a run folder of its own;
+    returns when all have ended.
 
-    Finished runs are skipped, what was cut off is resumed, what failed is tried again. A failing run does not stop the others. Raises `BadInput` before anything is run.
+    Finished runs are skipped, what was cut off is resumed, what failed is tried again.
+    A failing run does not stop the others. Raises `BadInput` before anything is run.
     """
     if file is not None:
         given = read_sweep(file)
-        if runs is not None and given.get("runs"): raise BadInput(f"runs are given here and in {file}: expected one of them")
+        if runs is not None and given.get("runs"):
+            raise BadInput(f"runs are given here and in {file}: expected one of them")
         more = grid or {}, parameters or {}
         parameters = {**{k: v for k, v in (given.get("parameters") or {}).items() if k not in more[0]}, **more[1]}
         grid = {**{k: v for k, v in (given.get("grid") or {}).items() if k not in more[1]}, **more[0]}
-        notebook, runs, name = notebook or given.get("notebook"), runs if runs is not None else given.get("runs"), name or given.get("name") or Path(file).stem
+        notebook, runs, name = (notebook or given.get("notebook"), runs if runs is not None else given.get("runs"),
+                                name or given.get("name") or Path(file).stem)
     if jobs < 1: raise BadInput(f"jobs is {jobs}: expected at least 1")
     planned = plan(notebook, parameters, grid, runs)
-    folder = expanded(folder) if folder else runs_root() / check_name(str(name if name is not None else Path(planned[0].notebook).stem), "the name of the sweep")
+    folder = expanded(folder) if folder else runs_root() / check_name(
+        str(name if name is not None else Path(planned[0].notebook).stem), "the name of the sweep")
     folder = folder.resolve()
     check_inside(folder, [p.name for p in planned])
     try:
-        with locked(folder / ".sweep" / "lock", f"sweep {short(folder)}"): return _sweep(folder, planned, jobs, cluster, keep_finished, slurm)
+        with locked(folder / ".sweep" / "lock", f"sweep {short(folder)}"):
+            return _sweep(folder, planned, jobs, cluster, keep_finished, slurm)
     except OSError as e:
-        raise BadInput(f"sweep {short(folder)}: {one_line(e)}: nothing that is finished is lost, run it again when that is mended") from e
+        raise BadInput(f"sweep {short(folder)}: {one_line(e)}: nothing that is finished is lost, run it again when "
+                       "that is mended") from e
 
 def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_finished: bool, slurm: dict) -> Sweep:
     ticket, result = uuid.uuid4().hex, Sweep(folder, [p.name for p in planned])
     executor = make_executor(folder / ".sweep" / "jobs", cluster, jobs, slurm)
     clear_jobs(folder / ".sweep" / "jobs", cluster)
-    wanted = {p.name: RunState(str(p.notebook), p.parameters, *fingerprint(p), cluster=cluster, ticket=ticket) for p in planned}
+    wanted = {p.name: RunState(str(p.notebook), p.parameters, *fingerprint(p), cluster=cluster, ticket=ticket)
+              for p in planned}
     todo, under_way = sort_out(folder, wanted, keep_finished)
     tidy(folder, cluster)
     copies = {p.notebook: keep_copy(p.notebook, folder / ".sweep") for p in planned}
     for name in todo:
         run = folder / name
-        with locked(run / ".run.lock", f"run {short(run)}", patience=GRACE + 30):   # what a killed sweep left behind ends by itself
+        # what a killed sweep left behind ends by itself
+        with locked(run / ".run.lock", f"run {short(run)}", patience=GRACE + 30):
             clear_leftovers(run, (STATE_FILE, PROGRESS_FILE, NOTEBOOK_FILE, NOTEBOOK_FILE.replace(".ipynb", ".html")))
             before = read_state(run)
-            if before and before.status == FINISHED and before.inputs == wanted[name].inputs: continue   # it finished while we waited
+            # it finished while we waited
+            if before and before.status == FINISHED and before.inputs == wanted[name].inputs: continue
             write_state(run, dataclasses.replace(wanted[name], attempts=before.attempts if before else 0))
     write_json(folder / ".sweep" / "sweep.json", {"runs": {p.name: str(p.notebook) for p in planned}})
-    local, work, gpus = cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo], count_gpus()
+    local, work, gpus = (cluster == "local", [(p.name, str(copies[p.notebook])) for p in planned if p.name in todo],
+                         count_gpus())
     seconds = notice(slurm)
     grace = GRACE if local else max(seconds - 10, seconds / 2)   # what is left is for writing down how it ended
     sweeper, threads = process_identity() if local else None, max(1, cores() // jobs)
-    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper, gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None, grace)
+    worker = lambda i, runs: Worker(str(folder), runs, ticket, sweeper,
+                                    gpu_share(os.environ.get("CUDA_VISIBLE_DEVICES"), gpus, i, jobs) if local else None,
+                                    grace)
     with Stopper() as stopper, View(result) as view:
-        workers = [worker(i, work) for i in range(min(jobs, len(work)))] if local else [worker(0, [run]) for run in work]
+        workers = ([worker(i, work) for i in range(min(jobs, len(work)))] if local
+                   else [worker(0, [run]) for run in work])
         submitted = submit(executor, workers, threads) if workers else []
-        if not local: jobs_of = note_jobs(folder, {**under_way, **{name: job for (name, _), job in zip(work, submitted, strict=True)}})
+        if not local:
+            jobs_of = note_jobs(folder,
+                                {**under_way, **{name: job for (name, _), job in zip(work, submitted, strict=True)}})
         active, watch, lost = dict(enumerate([*submitted, *under_way.values()])), JobWatch(), 0
         try:
             while not stopper.asked:
@@ -104,7 +120,8 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
                     took = bury(result, job) if local else bury_job(folder, jobs_of[job.job_id], job, stand[job.job_id])
                     if local and any(s.status == WAITING for s in result.states().values()):   # its process died
                         lost = 0 if took else lost + 1
-                        if not took and (lost >= PATIENCE or fails_by_itself(job)): raise BadInput(why_not_started(folder, job))
+                        if not took and (lost >= PATIENCE or fails_by_itself(job)):
+                            raise BadInput(why_not_started(folder, job))
                         active[i], = submit(executor, [worker(i, work)], threads)
                 if not active or all(s.status in (FINISHED, FAILED) for s in states.values()): break
                 time.sleep(0.2 if local else 1.0)
@@ -114,7 +131,9 @@ def _sweep(folder: Path, planned: list[Planned], jobs: int, cluster: str, keep_f
                 with contextlib.suppress(OSError, BadInput): clear_jobs(folder / ".sweep" / "jobs", cluster)
             view.show(result.states(), last=True)
     if stopper.asked:
-        if not local: print(f"the jobs go on; run the same again to watch them, or end them: scancel {' '.join(sorted({j.job_id.split('_')[0] for j in active.values()}))}", file=sys.stderr)
+        if not local:
+            print(f"the jobs go on; run the same again to watch them, or end them: scancel "
+                  f"{' '.join(sorted({j.job_id.split('_')[0] for j in active.values()}))}", file=sys.stderr)
         else: print("stopped; run the same again to go on", file=sys.stderr)
         raise KeyboardInterrupt
     return result
@@ -125,33 +144,45 @@ def fingerprint(p: Planned) -> tuple[str, str]:
     experiment = p.parameters.get("experiment") or parameters_of(p.notebook).get("experiment")
     text = ""
     if isinstance(experiment, str) and experiment:
-        file = Path(experiment) if Path(experiment).is_file() else named_files("experiments").get(Path(experiment).name.removesuffix(".yaml"))
+        file = Path(experiment) if Path(experiment).is_file() else named_files("experiments").get(
+            Path(experiment).name.removesuffix(".yaml"))
         if file is not None: text = file.read_text(encoding="utf-8")
     return checksum(code), checksum(p.parameters, text)
 
-def sort_out(folder: Path, wanted: dict[str, RunState], keep_finished: bool) -> tuple[list[str], dict]: # runs to do; jobs on a cluster that still work on others, by run
-    "Compare the run folders with what is wanted. Raises `BadInput` rather than skip or overwrite a run that is another one."
+def sort_out(folder: Path, wanted: dict[str, RunState],
+             keep_finished: bool) -> tuple[list[str],
+                                           dict]:   # runs to do; jobs on a cluster that still work on others, by run
+    """Compare the run folders with what is wanted.
+    Raises `BadInput` rather than skip or overwrite a run that is another one."""
     todo, older, found = [], [], {name: read_state(folder / name) for name in wanted}
     jobs = cluster_jobs(folder, {name: have for name, have in found.items() if have is not None})
     for name, want in wanted.items():
         have = found[name]
         if have is None: todo.append(name); continue
         if have.inputs != want.inputs:
-            changed = sorted(k for k in {*have.parameters, *want.parameters} if have.parameters.get(k) != want.parameters.get(k))
-            told = f"{changed[0]} was {have.parameters.get(changed[0], 'not given')!r}, is {want.parameters.get(changed[0], 'not given')!r}" if changed else "the experiment's file has changed"
-            raise BadInput(f"run {short(folder / name)} was made with other parameters ({told}): expected the same ones, another --name, or its folder removed")
+            changed = sorted(k for k in {*have.parameters, *want.parameters}
+                             if have.parameters.get(k) != want.parameters.get(k))
+            told = (f"{changed[0]} was {have.parameters.get(changed[0], 'not given')!r}, is "
+                    f"{want.parameters.get(changed[0], 'not given')!r}" if changed
+                    else "the experiment's file has changed")
+            raise BadInput(f"run {short(folder / name)} was made with other parameters ({told}): expected the same "
+                           "ones, another --name, or its folder removed")
         if have.status == FINISHED:
             if have.code != want.code: older.append(name)
             continue
         if name not in jobs: todo.append(name)
-        elif want.cluster == "local": raise BadInput(f"run {short(folder / name)} is that of job {jobs[name].job_id} on a cluster: expected cluster slurm, or that job's end: scancel {jobs[name].job_id}")
+        elif want.cluster == "local":
+            raise BadInput(f"run {short(folder / name)} is that of job {jobs[name].job_id} on a cluster: expected "
+                           f"cluster slurm, or that job's end: scancel {jobs[name].job_id}")
     if older and not keep_finished:
-        raise BadInput(f"{len(older)} finished {'runs were' if len(older) > 1 else 'run was'} made with another version of the notebook ({', '.join(older[:3])}{', …' if len(older) > 3 else ''}): "
+        raise BadInput(f"{len(older)} finished {'runs were' if len(older) > 1 else 'run was'} made with another "
+                       f"version of the notebook ({', '.join(older[:3])}{', …' if len(older) > 3 else ''}): "
                        "expected the same, another --name, or --keep-finished to leave them as they are")
     return todo, jobs
 
 def tidy(folder: Path, cluster: str):
-    "Remove what earlier calls, killed ones too, left in the folder of a sweep. Jobs on a cluster still need their copies of notebooks."
+    """Remove what earlier calls, killed ones too, left in the folder of a sweep.
+    Jobs on a cluster still need their copies of notebooks."""
     clear_leftovers(folder / ".sweep", ("sweep.json", "slurm.json"))
     if cluster != "local" or (folder / ".sweep" / "slurm.json").exists(): return
     for file in (folder / ".sweep").glob("*-" + 16 * "[0-9a-f]" + ".ipynb"): file.unlink(missing_ok=True)
@@ -159,4 +190,5 @@ def tidy(folder: Path, cluster: str):
 def keep_copy(notebook: Path, folder: Path) -> Path:
     "The notebook as it is now: a job may start much later."
     text = notebook.read_text(encoding="utf-8")
-    return write_atomic(folder / f"{notebook.stem}-{checksum(text)}.ipynb", text)   # whatever stands there: the folder may come from somebody else
+    # whatever stands there: the folder may come from somebody else
+    return write_atomic(folder / f"{notebook.stem}-{checksum(text)}.ipynb", text)

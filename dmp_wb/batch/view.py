@@ -34,13 +34,15 @@ class Sweep:
 
     def __str__(self) -> str:
         counts = Counter(s.status for s in self.states().values())
-        return f"{short(self.folder)}: " + ", ".join(f"{counts[k]} {k}" for k in (FINISHED, FAILED, STOPPED, RUNNING, WAITING) if counts[k])
+        return f"{short(self.folder)}: " + ", ".join(
+            f"{counts[k]} {k}" for k in (FINISHED, FAILED, STOPPED, RUNNING, WAITING) if counts[k])
 
 # %% ../../nbs/source/batch/09_view.ipynb #16a8ce5e
 def line_of(folder: Path, state: RunState) -> str:
     "How a run stands, in one line: the step, the rate, the loss and the time that is left while it runs."
     if state.status == FAILED: return f"failed{f' in cell {state.cell}' if state.cell else ''}: {state.error}"
-    if state.status == FINISHED: return f"finished in {state.seconds:.0f} s" if state.seconds is not None else "finished"
+    if state.status == FINISHED:
+        return f"finished in {state.seconds:.0f} s" if state.seconds is not None else "finished"
     if state.status == STOPPED: return f"stopped{f': {state.error}' if state.error else ''}; run again to go on"
     if state.status == WAITING: return "waiting"
     at = read_progress(folder / PROGRESS_FILE) or {}
@@ -49,7 +51,8 @@ def line_of(folder: Path, state: RunState) -> str:
     except (KeyError, TypeError, ValueError, ArithmeticError): return cell   # somebody else's file
 
 class View:
-    "One line a run: redrawn in a terminal or a notebook; elsewhere a line when something changes, and every half minute."
+    """One line a run: redrawn in a terminal or a notebook;
+    elsewhere a line when something changes, and every half minute."""
     live: Any = None   # rich's display
 
     def __init__(self, sweep: Sweep): self.sweep, self.told, self.shown, self.spoken = sweep, {}, None, 0.0
@@ -67,9 +70,12 @@ class View:
 
     def lines(self, states: dict[str, RunState], height: int | None = None) -> list[tuple[str, str]]: # status, text
         width = max(len(self._name(n)) for n in states)
-        rows = [(s.status, printable(f"{self._name(n):<{width}}  {line_of(self.sweep.folder / n, s)}")) for n, s in states.items()]
+        rows = [(s.status, printable(f"{self._name(n):<{width}}  {line_of(self.sweep.folder / n, s)}"))
+                for n, s in states.items()]
         if height and len(rows) > height:   # what matters first, in the order of the runs
-            keep = sorted(sorted(range(len(rows)), key=lambda i: (RUNNING, FAILED, STOPPED, FINISHED, WAITING).index(rows[i][0]))[:height - 1])
+            keep = sorted(
+                sorted(range(len(rows)),
+                       key=lambda i: (RUNNING, FAILED, STOPPED, FINISHED, WAITING).index(rows[i][0]))[:height - 1])
             rows = [rows[i] for i in keep] + [("", f"… and {len(rows) - len(keep)} more")]
         return [*rows, ("", printable(self.sweep))]
 
@@ -79,7 +85,8 @@ class View:
         if self.live:
             from rich.text import Text
             style = {RUNNING: "bold", FINISHED: "green", FAILED: "red", STOPPED: "yellow", WAITING: "dim"}
-            text = Text("\n", no_wrap=True, overflow="ellipsis").join(Text(t, style.get(s, "")) for s, t in self.lines(states, None if last else self.live.console.height - 3))
+            text = Text("\n", no_wrap=True, overflow="ellipsis").join(Text(t, style.get(s, "")) for s, t in self.lines(
+                states, None if last else self.live.console.height - 3))
             self.live.update(text, refresh=True)
         elif in_kernel():
             from IPython.display import display
@@ -91,7 +98,8 @@ class View:
             say = lambda line: print(printable(line), file=sys.stderr, flush=True)
             also = time.monotonic() - self.spoken > 30
             for name, s in states.items():
-                if s.status != self.told.get(name, WAITING) or also and s.status == RUNNING: say(f"{self._name(name)}  {line_of(self.sweep.folder / name, s)}")
+                if s.status != self.told.get(name, WAITING) or also and s.status == RUNNING:
+                    say(f"{self._name(name)}  {line_of(self.sweep.folder / name, s)}")
                 self.told[name] = s.status
             if also: self.spoken = time.monotonic()
             if last: say(str(self.sweep))

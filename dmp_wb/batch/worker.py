@@ -32,19 +32,25 @@ from ..core.processes import locked, process_alive
 GRACE = 30.0   # seconds that a notebook has to stop in, before it is killed
 
 def warm(notebook: Path):
-    "Import what a notebook uses of this package, torch and diffusers with it, so that every kernel forked from now on has it."
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")   # asking whether there is a GPU must not start CUDA before the fork
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")   # as ipykernel does, but before matplotlib is imported
+    """Import what a notebook uses of this package, torch and diffusers
+    with it, so that every kernel forked from now on has it."""
+    # asking whether there is a GPU must not start CUDA before the fork
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # as ipykernel does, but before matplotlib is imported
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for module in ("papermill", "nbconvert", "ipykernel.kernelapp"): importlib.import_module(module)
     code = "\n".join(c["source"] for c in cells_of(notebook))
     if "dmp_wb" not in code: return
     import dmp_wb
     words = set(re.findall(r"\w+", code))
-    for module in {dmp_wb._PUBLIC[w] for w in words if w in dmp_wb._PUBLIC} | {w for w in words if w in dmp_wb._MODULES}: importlib.import_module(f"dmp_wb.{module}")
+    for module in {dmp_wb._PUBLIC[w] for w in words if w in dmp_wb._PUBLIC} | {w
+                                                                               for w in words if w in dmp_wb._MODULES}:
+        importlib.import_module(f"dmp_wb.{module}")
 
 @dataclass
 class Worker:
-    "What one job of a sweep does: it executes the runs that are waiting, one after another, each in a forked process with a forked kernel."
+    """What one job of a sweep does: it executes the runs that are waiting,
+    one after another, each in a forked process with a forked kernel."""
     folder: str                          # of the sweep
     runs: list[tuple[str, str]]          # the names of the runs it may take, and the notebook of each
     ticket: str                          # of the call of `sweep` it works for
@@ -56,7 +62,8 @@ class Worker:
     def __call__(self) -> dict[str, str]: # name → the status that a run ended with
         if self.sweeper is not None:   # on this machine
             die_with_parent()
-            if os.getppid() != int(job_id()): return {}   # submitit's process died before this one could notice: another worker takes its place
+            # submitit's process died before this one could notice: another worker takes its place
+            if os.getppid() != int(job_id()): return {}
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
             if self.gpus is not None: os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus
         self.stopping, done = False, {}
@@ -69,7 +76,8 @@ class Worker:
             if state.status != WAITING and state.job != job_id(): continue
             warm(Path(notebook))
             if self._ends(): break
-            if self._execute(folder, notebook) and (state := read_state(folder)) is not None and state.job == job_id(): done[name] = state.status
+            if self._execute(folder, notebook) and (state := read_state(folder)) is not None and state.job == job_id():
+                done[name] = state.status
         if self.stopping and self.sweeper is None and queue_again(job_id()): self._wait_again()
         return done
 
@@ -84,7 +92,9 @@ class Worker:
     def _wait_again(self):
         for name, _ in self.runs:
             folder = Path(self.folder) / name
-            if (state := read_state(folder)) and state.ticket == self.ticket and state.job == job_id() and state.status == STOPPED: write_state(folder, dataclasses.replace(state, status=WAITING))
+            if ((state := read_state(folder)) and state.ticket == self.ticket and state.job == job_id()
+                    and state.status == STOPPED):
+                write_state(folder, dataclasses.replace(state, status=WAITING))
 
     def _stop(self, number=None, frame=None): self.stopping = True
 
@@ -92,7 +102,8 @@ class Worker:
 
     def _execute(self, folder: Path, notebook: str) -> str:
         sys.stdout.flush(), sys.stderr.flush()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])   # one that comes now waits for the handler it is meant for
+        # one that comes now waits for the handler it is meant for
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         self.child = os.fork()
         if self.child == 0:
             status = 1
@@ -130,14 +141,22 @@ class Worker:
         if state.status == RUNNING and state.job == job_id():   # it died before it could say how it ended
             code = os.waitstatus_to_exitcode(status)
             how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-            end: dict[str, Any] = {"status": STOPPED} if deadline is not None else {"status": FAILED, "error": f"the process of the run ended {how}; look at {LOG_FILE}"}
-            with locked(folder / ".run.lock", f"run {folder}", 10): write_state(folder, dataclasses.replace(state, **end))
+            end: dict[str, Any] = {"status": STOPPED} if deadline is not None else {
+                "status": FAILED, "error": f"the process of the run ended {how}; look at {LOG_FILE}"}
+            with locked(folder / ".run.lock", f"run {folder}", 10):
+                write_state(folder, dataclasses.replace(state, **end))
             return end["status"]
-        if state.status == WAITING and os.WIFSIGNALED(status) and deadline is None:   # killed before it could say that it began
+        # killed before it could say that it began
+        if state.status == WAITING and os.WIFSIGNALED(status) and deadline is None:
             how = f"by signal {signal.Signals(os.WTERMSIG(status)).name} before the run began"
-            with locked(folder / ".run.lock", f"run {folder}", 10): write_state(folder, dataclasses.replace(state, status=FAILED, job=job_id(), error=f"the process of the run ended {how}; look at {LOG_FILE}"))
+            with locked(folder / ".run.lock", f"run {folder}", 10):
+                write_state(folder,
+                            dataclasses.replace(state, status=FAILED, job=job_id(),
+                                                error=f"the process of the run ended {how}; look at {LOG_FILE}"))
             return FAILED
-        if state.status == WAITING and status and deadline is None: raise RuntimeError(f"run {folder} could not be started: look at its {LOG_FILE}, and whether the disk is full")
+        if state.status == WAITING and status and deadline is None:
+            raise RuntimeError(
+                f"run {folder} could not be started: look at its {LOG_FILE}, and whether the disk is full")
         return state.status
 
 def _raise_stopped(number, frame): raise Stopped("asked to stop")

@@ -23,7 +23,8 @@ from .files import _new_beside, read_regular
 
 # %% ../../nbs/source/core/04_bars.ipynb #5f115ae7
 PROGRESS_MIME = "application/vnd.dmp-wb.progress+json"
-PROGRESS_VARIABLE = "DMP_WB_PROGRESS"   # the file in which a process leaves the numbers of its bar for one that watches it
+# the file in which a process leaves the numbers of its bar for one that watches it
+PROGRESS_VARIABLE = "DMP_WB_PROGRESS"
 
 def in_kernel() -> bool:
     "Whether this code runs in a Jupyter kernel."
@@ -35,7 +36,8 @@ def progress_numbers(bar: tqdm) -> dict:
     "What a bar knows, as plain numbers: desc, n, total, initial, elapsed (s), rate (1/s), unit, postfix."
     d = bar.format_dict
     rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
-    return {"desc": (d["prefix"] or "").removesuffix(": "), "n": d["n"], "total": d["total"], "initial": d["initial"], "elapsed": d["elapsed"],
+    return {"desc": (d["prefix"] or "").removesuffix(": "), "n": d["n"], "total": d["total"], "initial": d["initial"],
+            "elapsed": d["elapsed"],
             "rate": rate, "unit": d["unit"], "postfix": d["postfix"] or ""}
 
 def progress_line(d: dict) -> str:
@@ -58,8 +60,10 @@ class NotebookBar(tqdm):
         done = data["n"] / data["total"] if data["total"] else 0.0
         colour = "#2a9d8f" if done >= 1 else "#4c78a8"
         html = ('<div style="font: 13px monospace; white-space: nowrap">'
-                '<span style="display: inline-block; width: 12em; height: .8em; border: 1px solid #8888; vertical-align: middle; margin-right: .7em">'
-                f'<span style="display: block; width: {100 * done:.1f}%; height: 100%; background-color: {colour}"></span></span>{escape(text)}</div>')
+                '<span style="display: inline-block; width: 12em; height: .8em; border: 1px solid #8888; '
+                'vertical-align: middle; margin-right: .7em">'
+                f'<span style="display: block; width: {100 * done:.1f}%; height: 100%; background-color: '
+                f'{colour}"></span></span>{escape(text)}</div>')
         bundle = {"text/plain": text, "text/html": html, PROGRESS_MIME: data}
         from IPython.display import display
         if self._shown is None: self._shown = display(bundle, raw=True, display_id=True)
@@ -67,7 +71,8 @@ class NotebookBar(tqdm):
 
 class LogBar(tqdm):
     "A bar for a log file: whole lines, every ten seconds."
-    def __init__(self, *args, **kwargs): super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 10, "maxinterval": 10})
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "file": io.StringIO(), "mininterval": 10, "maxinterval": 10})
 
     def display(self, msg=None, pos=None):
         if self.n > self.initial: print(progress_line(progress_numbers(self)), file=sys.stderr, flush=True)
@@ -76,7 +81,8 @@ def write_progress(
     file: Path,    # what `read_progress` reads
     state: dict,
 ):
-    "Leave a state for another process, whole or not at all. Without waiting for the disk, and silent where it fails: progress is not worth a run."
+    """Leave a state for another process, whole or not at all. Without waiting for the disk, and silent where it fails:
+    progress is not worth a run."""
     with contextlib.suppress(OSError):
         fd, tmp = _new_beside(file)
         try:
@@ -117,7 +123,8 @@ def progress(
     leave: bool | None = True,  # keep the bar when it is done; None: only if it is the outermost
 ) -> tqdm:
     "A progress bar with a rate and an ETA for a terminal, a notebook, papermill or a log file."
-    kwargs = dict(iterable=iterable, total=total, desc=printable(desc), unit=printable(unit), initial=initial, disable=disable, leave=leave)
+    kwargs = dict(iterable=iterable, total=total, desc=printable(desc), unit=printable(unit), initial=initial,
+                  disable=disable, leave=leave)
     if in_kernel(): return NotebookBar(**kwargs)
     if os.environ.get(PROGRESS_VARIABLE): return FileBar(**kwargs)
     if sys.stderr.isatty(): return tqdm(dynamic_ncols=True, **kwargs)
@@ -130,7 +137,8 @@ def mirror(
 ) -> tqdm:
     "A bar here that shows what one elsewhere does; a new one where that is another one than before."
     numbers = {k: printable(v) if isinstance(v, str) else v for k, v in numbers.items()}   # they come from a file
-    if bar is not None and ((bar.desc or "").removesuffix(": "), bar.total, bar.initial) != tuple(numbers[k] for k in ("desc", "total", "initial")):
+    if bar is not None and ((bar.desc or "").removesuffix(": "), bar.total, bar.initial) != tuple(
+            numbers[k] for k in ("desc", "total", "initial")):
         bar.close()
         bar = None
     if bar is None:

@@ -38,7 +38,8 @@ class BadInput(ValueError):
         text = printable(super().__str__())   # it quotes names and files that others wrote
         return text if len(text) <= LONGEST else f"{text[:LONGEST - 300]} … {text[-290:]}"
 
-    def _render_traceback_(self): return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]   # IPython asks for it: one line in a notebook as well
+    # IPython asks for it: one line in a notebook as well
+    def _render_traceback_(self): return [f"\x1b[31m{type(self).__name__}\x1b[0m: {self}"]
 
 class MissingFile(BadInput, FileNotFoundError):
     "A file or folder that the user named does not exist."
@@ -53,7 +54,8 @@ def unknown(
     "The error for an unknown name: it suggests the nearest known one and lists the rest."
     known, word = sorted(map(str, known)), str(word)[:200]
     lower = {k.lower(): k for k in known}
-    near = [meant] if meant in known else [lower[k] for k in difflib.get_close_matches(str(name or word)[:200].lower(), lower, n=1, cutoff=0.5)]
+    near = ([meant] if meant in known
+            else [lower[k] for k in difflib.get_close_matches(str(name or word)[:200].lower(), lower, n=1, cutoff=0.5)])
     if not near: # "lr" for "optim.lr": compare with the last part of each dotted name
         last = str(word).split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == last][:1]
@@ -75,7 +77,8 @@ def whole_number(
     value,                      # Python's, NumPy's, or a tensor of no dimensions
     least: int | None = None,
 ) -> int:
-    "A whole number as Python's own. Raises `BadInput` for what is none, 2.0 and True among them, and for one below `least`."
+    """A whole number as Python's own. Raises `BadInput` for what
+    is none, 2.0 and True among them, and for one below `least`."""
     try: number = None if _is_bool(value) or _is_array(value) else operator.index(value)
     except TypeError: number = None
     if number is None: raise BadInput(f"{name} is {said(value)}: expected a whole number")
@@ -87,11 +90,13 @@ def real_number(
     value,                      # Python's, NumPy's, or a tensor of no dimensions
     least: float | None = None,
 ) -> float:
-    "A finite number as Python's own. Raises `BadInput` for what is none, text and True among them, and for one below `least`."
+    """A finite number as Python's own. Raises `BadInput` for what
+    is none, text and True among them, and for one below `least`."""
     wanted = "a number" if least is None else f"a number ≥ {least:g}"
     try: number = None if _is_bool(value) or isinstance(value, (str, bytes)) or _is_array(value) else float(value)
     except (TypeError, ValueError, OverflowError): number = None
-    if number is None or not math.isfinite(number) or least is not None and number < least: raise BadInput(f"{name} is {said(value)}: expected {wanted}")
+    if number is None or not math.isfinite(number) or least is not None and number < least:
+        raise BadInput(f"{name} is {said(value)}: expected {wanted}")
     return number
 
 def yes_or_no(
@@ -108,7 +113,8 @@ _EXPECTED = {   # of what the system refuses
     errno.EACCES: "one that you may read and write", errno.EPERM: "one that you may read and write",
     errno.ENAMETOOLONG: "a shorter name", errno.ENOTDIR: "a folder, not a file, at each level above it",
     errno.EISDIR: "a file, not a folder", errno.EEXIST: "a folder, not a file", errno.ENOENT: "one that exists",
-    errno.ELOOP: "links that lead to a file", errno.EMFILE: "fewer open files, or a larger `ulimit -n`", errno.EIO: "a disk that works"}
+    errno.ELOOP: "links that lead to a file", errno.EMFILE: "fewer open files, or a larger `ulimit -n`",
+    errno.EIO: "a disk that works"}
 
 def system_error(e: OSError) -> BadInput:
     "An error of the operating system as one line: the file, what is wrong with it, what was expected."
@@ -116,11 +122,13 @@ def system_error(e: OSError) -> BadInput:
     if e.errno is None: return BadInput(" ".join(f"{type(e).__name__}: {e}".split())[:300])
     file, strerror = e.filename2 or e.filename, (e.strerror or os.strerror(e.errno)).lower()
     subject = "a file" if file is None else f"file descriptor {file}" if isinstance(file, int) else os.fsdecode(file)
-    return BadInput(f"{subject} cannot be used: {strerror}" + (f": expected {_EXPECTED[e.errno]}" if e.errno in _EXPECTED else ""))
+    return BadInput(
+        f"{subject} cannot be used: {strerror}" + (f": expected {_EXPECTED[e.errno]}" if e.errno in _EXPECTED else ""))
 
 @contextlib.contextmanager
 def system_errors():
-    "Inside this context, or a function that it decorates, an error of the operating system becomes a `BadInput` of one line."
+    """Inside this context, or a function that it decorates, an error
+    of the operating system becomes a `BadInput` of one line."""
     try: yield
     except BadInput: raise
     except OSError as e: raise system_error(e) from e
@@ -129,20 +137,24 @@ def _working_folder_exists() -> bool:
     try: return bool(os.getcwd())
     except OSError: return False
 
-def _working_folder_is_gone() -> MissingFile: return MissingFile("the working folder is gone: expected one that exists, change to another")
+def _working_folder_is_gone() -> MissingFile:
+    return MissingFile("the working folder is gone: expected one that exists, change to another")
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Inside a command line's main: `BadInput` and errors of the system become one line on stderr and exit status 2; Ctrl-C becomes 130.
+    """Inside a command line's main: `BadInput` and errors of the system
+    become one line on stderr and exit status 2; Ctrl-C becomes 130.
 
     Under Python's development mode (PYTHONDEVMODE=1) errors of the system keep their traceback.
     """
     try:
-        if not _working_folder_exists(): raise _working_folder_is_gone()   # PyTorch's libraries end the process there, with words of their own
+        # PyTorch's libraries end the process there, with words of their own
+        if not _working_folder_exists(): raise _working_folder_is_gone()
         with contextlib.nullcontext() if sys.flags.dev_mode else system_errors(): yield
     except BadInput as e:
         first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
-        if first or e.local: print(f"error{'' if first else ' in process ' + os.environ['RANK']}: {e}", file=sys.stderr)   # once, not once a process, unless only this one met it
+        # once, not once a process, unless only this one met it
+        if first or e.local: print(f"error{'' if first else ' in process ' + os.environ['RANK']}: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -32,14 +32,17 @@ def check_plain(
     try: mode = os.lstat(path).st_mode
     except FileNotFoundError: return
     if stat.S_ISREG(mode): return
-    what = next(name for is_, name in ((stat.S_ISLNK, "link"), (stat.S_ISDIR, "folder"), (lambda _: True, "pipe, socket or device")) if is_(mode))
-    raise BadInput(f"{os.fspath(path)} is a {what}: expected a regular file or none, this program writes through nothing else")
+    what = next(name for is_, name in ((stat.S_ISLNK, "link"), (stat.S_ISDIR, "folder"),
+                                       (lambda _: True, "pipe, socket or device")) if is_(mode))
+    raise BadInput(
+        f"{os.fspath(path)} is a {what}: expected a regular file or none, this program writes through nothing else")
 
 def open_plain(
     path: str | os.PathLike,
     flags: int,   # of `os.open`; a file that is not there yet needs O_CREAT among them
 ) -> int: # a file descriptor
-    "Open a regular file, never through a link. Raises `BadInput` for anything else, without waiting for the other end of a pipe."
+    """Open a regular file, never through a link.
+    Raises `BadInput` for anything else, without waiting for the other end of a pipe."""
     try: fd = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR): check_plain(path)   # it says which
@@ -52,7 +55,8 @@ def open_plain(
 def open_to_append(
     path: str | os.PathLike,
 ) -> int: # a file descriptor
-    "Open a regular file to add to its end; made if missing. One that has several names (a hard link) is copied first, so that the others keep what they have."
+    """Open a regular file to add to its end; made if missing.
+    One that has several names (a hard link) is copied first, so that the others keep what they have."""
     fd = open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     if os.fstat(fd).st_nlink < 2: return fd
     os.close(fd)
@@ -93,11 +97,13 @@ def _name_file(e: BaseException, path: str | os.PathLike):
     if isinstance(e, OSError) and e.errno is not None and e.filename is None: e.filename = os.fspath(path)
 
 def _new_beside(path: Path, folder: bool = False) -> tuple[int, Path]:
-    "A new file or folder in the same place, under a name that nobody can have prepared; its mode is the usual one, as the system makes it."
+    """A new file or folder in the same place, under a name that nobody can have prepared;
+    its mode is the usual one, as the system makes it."""
     while True:
         tmp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         with contextlib.suppress(FileExistsError):
-            if not folder: return os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666), tmp
+            if not folder:
+                return os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666), tmp
             tmp.mkdir()
             return -1, tmp
 
@@ -120,22 +126,26 @@ def read_regular(
     limit: int = LARGEST,     # bytes
     tail: int | None = None,  # only so many bytes from the file's end, however long it is
 ) -> bytes:
-    "The content of a file. A folder, pipe, socket or device is never opened; it is a `BadInput`, as is a file beyond the limit."
+    """The content of a file. A folder, pipe, socket or device is never opened;
+    it is a `BadInput`, as is a file beyond the limit."""
     try:
         _need_regular(path, os.stat(path).st_mode)
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))   # another file may stand here by now
+        # another file may stand here by now
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
         with os.fdopen(fd, "rb") as f:
             found = os.fstat(fd)
             _need_regular(path, found.st_mode)
             if tail is not None: f.seek(max(0, found.st_size - tail))
-            elif found.st_size > limit: raise BadInput(f"{path} has {found.st_size:,} bytes: expected at most {limit:,}")
+            elif found.st_size > limit:
+                raise BadInput(f"{path} has {found.st_size:,} bytes: expected at most {limit:,}")
             return f.read(limit if tail is None else tail)
     except (FileNotFoundError, NotADirectoryError): raise MissingFile(f"no file {path}") from None
     except OSError as e: raise BadInput(f"{path} cannot be read: {e.strerror or e}") from None
 
 def _need_regular(path, mode: int):
     if stat.S_ISREG(mode): return
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device", stat.S_IFBLK: "device"}
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket", stat.S_IFCHR: "device",
+             stat.S_IFBLK: "device"}
     raise BadInput(f"{path} is a {kinds.get(stat.S_IFMT(mode), 'special file')}: expected a file")
 
 def sha256_of(path: str | os.PathLike) -> str: # 64 hex digits
@@ -152,7 +162,8 @@ def atomic_folder(
 ):
     """Yield a temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
-    A new folder appears in one step. Replacing an existing one takes two renames; if the second fails, the first is undone.
+    A new folder appears in one step. Replacing an existing one takes two renames;
+    if the second fails, the first is undone.
     """
     path, old = Path(path), None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +188,8 @@ def atomic_folder(
 
 # %% ../../nbs/source/core/01_files.ipynb #42f48895
 def read_rows(file: Path, limit: int = 1 << 30) -> list[dict]: # limit in bytes
-    "The lines of a metrics.jsonl; none if it is missing. A line torn by a kill is left out. Raises `BadInput` for what is no file."
+    """The lines of a metrics.jsonl; none if it is missing. A line torn by a kill is left out.
+    Raises `BadInput` for what is no file."""
     try: text = read_regular(file, limit).decode("utf-8", errors="replace")
     except MissingFile: return []
     return [row for line in text.splitlines() if (row := _row(line)) is not None]
@@ -195,4 +207,5 @@ def _row(line: str) -> dict | None:
 
 def flat(tree: dict, prefix: str = "") -> dict:
     "Nested dictionaries as one, with dotted keys."
-    return {k2: v2 for k, v in tree.items() for k2, v2 in (flat(v, f"{prefix}{k}.").items() if isinstance(v, dict) else [(f"{prefix}{k}", v)])}
+    return {k2: v2 for k, v in tree.items()
+            for k2, v2 in (flat(v, f"{prefix}{k}.").items() if isinstance(v, dict) else [(f"{prefix}{k}", v)])}

@@ -20,24 +20,29 @@ def assets_folder() -> Path:
     import dmp_wb
     return Path(dmp_wb.__file__).parent / "assets"
 
-NAMED = {"experiments": ".yaml", "runs": ".ipynb"}   # what is known by bare name, below nbs/: experiments and run notebooks
+# what is known by bare name, below nbs/: experiments and run notebooks
+NAMED = {"experiments": ".yaml", "runs": ".ipynb"}
 
 def shipped_folder(
     kind: str,  # a key of `NAMED`
 ) -> Path:
-    "The experiments or run notebooks that ship with the package: a wheel carries them inside it, a checkout has them in its nbs/."
+    """The experiments or run notebooks that ship with the package:
+    a wheel carries them inside it, a checkout has them in its nbs/."""
     package = assets_folder().parent
     return inside if (inside := package / "nbs" / kind).is_dir() else package.parent / "nbs" / kind
 
 PROJECT_VARIABLE = "DMP_WB_PROJECT"   # a project that is used wherever one stands, whoever owns it
 
 def foreign(path: str | os.PathLike) -> str | None:
-    "Why what is at a path may come from somebody else, in words; None if it belongs to this user and others cannot write it."
+    """Why what is at a path may come from somebody else, in words;
+    None if it belongs to this user and others cannot write it."""
     if not hasattr(os, "geteuid"): return None   # Windows
-    owners = {os.geteuid(), *([int(os.environ["SUDO_UID"])] if os.geteuid() == 0 and os.environ.get("SUDO_UID", "").isdecimal() else [])}
+    owners = {os.geteuid(), *([int(os.environ["SUDO_UID"])]
+                              if os.geteuid() == 0 and os.environ.get("SUDO_UID", "").isdecimal() else [])}
     try: facts = os.stat(path)
     except OSError: return "cannot be looked at"
-    return "belongs to another user" if facts.st_uid not in owners else "can be written by all users" if facts.st_mode & stat.S_IWOTH else None
+    return ("belongs to another user" if facts.st_uid not in owners
+            else "can be written by all users" if facts.st_mode & stat.S_IWOTH else None)
 
 _told: set[str] = set()
 
@@ -46,20 +51,23 @@ def _tell_once(line: str):
     _told.add(line)
 
 def safe_path() -> dict[str, str]: # environment variables
-    "For a Python process of this package's own: it must not take modules from the working folder, which may be anybody's, unless the package itself lies there."
+    """For a Python process of this package's own:
+    it must not take modules from the working folder, which may be anybody's, unless the package itself lies there."""
     return {} if assets_folder().parent.parent == Path.cwd() else {"PYTHONSAFEPATH": "1"}
 
 def named_files(
     kind: str,             # a key of `NAMED`
     project: bool = True,  # False: those that ship alone, for commands that only read
 ) -> dict[str, Path]:
-    "Experiments or run notebooks by bare name: those that ship with the package, and the project's, which win; not files of other users."
+    """Experiments or run notebooks by bare name: those that ship with the package, and the project's, which win;
+    not files of other users."""
     found = {file.stem: file for file in sorted(shipped_folder(kind).glob(f"*{NAMED[kind]}"))}
     folder = project_root() / "nbs" / kind
     if not project or not folder.is_dir() or folder.resolve() == shipped_folder(kind).resolve(): return found
     named = bool(os.environ.get(PROJECT_VARIABLE))
     if not named and (why := foreign(folder.parent.parent) or foreign(folder.parent) or foreign(folder)):
-        _tell_once(f"note: {short(folder)} is not used, it {why}: expected one's own, or {PROJECT_VARIABLE}={project_root()} to use it")
+        _tell_once(f"note: {short(folder)} is not used, it {why}: expected one's own, or "
+                   f"{PROJECT_VARIABLE}={project_root()} to use it")
         return found
     for file in sorted(folder.glob(f"*{NAMED[kind]}")):
         if not file.is_file(): continue   # a pipe, or a link that leads nowhere
@@ -70,7 +78,8 @@ def named_files(
 def project_root(
     start: str | os.PathLike | None = None,  # where to look from; the working directory if None
 ) -> Path:
-    "`$DMP_WB_PROJECT`, or the nearest folder, upwards, that holds `nbs/experiments`; the starting folder if there is none before one of another user, or that all users can write."
+    """`$DMP_WB_PROJECT`, or the nearest folder, upwards, that holds `nbs/experiments`;
+    the starting folder if there is none before one of another user, or that all users can write."""
     if start is None and (named := os.environ.get(PROJECT_VARIABLE)): return Path(named).resolve()
     if not _working_folder_exists(): raise _working_folder_is_gone()
     start, stop = Path(start or Path.cwd()).resolve(), None
@@ -78,7 +87,8 @@ def project_root(
         if stop is None and (why := foreign(folder)): stop = f"{folder} {why}"
         if not (folder / "nbs" / "experiments").is_dir(): continue
         if stop is None: return folder
-        _tell_once(f"note: the project {folder} is not used, {stop}: expected one's own, or {PROJECT_VARIABLE}={folder} to use it")
+        _tell_once(f"note: the project {folder} is not used, {stop}: expected one's own, or "
+                   f"{PROJECT_VARIABLE}={folder} to use it")
         break
     return start
 
@@ -90,9 +100,12 @@ def short(path: str | os.PathLike) -> str:
 def runs_root() -> Path:
     "Where run folders go: `$DMP_WB_RUNS`, else `runs/` in the project. Raises `BadInput` where that is a file."
     root = expanded(os.environ.get("DMP_WB_RUNS") or project_root() / "runs")
-    if root.exists() and not root.is_dir(): raise BadInput(f"{'DMP_WB_RUNS' if os.environ.get('DMP_WB_RUNS') else 'the runs folder'} is {root}, which is a file: expected a folder")
+    if root.exists() and not root.is_dir():
+        raise BadInput(f"{'DMP_WB_RUNS' if os.environ.get('DMP_WB_RUNS') else 'the runs folder'} is {root}, which is a "
+                       "file: expected a folder")
     return root
 
 def expanded(path: str | os.PathLike) -> Path:
-    "A path as the user gave it, with `~` and `~name` as the shell reads them; a shell leaves them alone in --folder=~/x and key=~/x."
+    """A path as the user gave it, with `~` and `~name` as the shell reads them;
+    a shell leaves them alone in --folder=~/x and key=~/x."""
     return Path(os.path.expanduser(path))

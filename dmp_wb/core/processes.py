@@ -22,10 +22,13 @@ from .paths import short
 
 # %% ../../nbs/source/core/05_processes.ipynb #c0ffee02
 def _since_boot(pid: int) -> tuple[str, str]:
-    "The state of a process, as Z for one that is dead and waits for its parent, and when it began, in words that no clock changes."
+    """The state of a process, as Z for one that is dead and waits for
+    its parent, and when it began, in words that no clock changes."""
     if Path("/proc/self/stat").exists():
-        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()   # a name may hold blanks and brackets
-        return after_name[0], f"ticks {after_name[19]} boot {Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}"
+        # a name may hold blanks and brackets
+        after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return (after_name[0], f"ticks {after_name[19]} boot "
+                f"{Path('/proc/sys/kernel/random/boot_id').read_text(encoding='utf-8').strip()}")
     import psutil   # not Linux: there the kernel notes the time of the start, and does not change it
     try:
         process = psutil.Process(pid)
@@ -35,15 +38,19 @@ def _since_boot(pid: int) -> tuple[str, str]:
 def process_identity(
     pid: int | None = None,  # None: this process
 ) -> str: # one line without line breaks
-    "What tells a process apart from any other, before and after it. Raises `ProcessLookupError` if there is no such process."
+    """What tells a process apart from any other, before and after it.
+    Raises `ProcessLookupError` if there is no such process."""
     pid = os.getpid() if pid is None else pid
     try: return f"process {pid} {_since_boot(pid)[1]}"
-    except (OSError, IndexError): raise ProcessLookupError(f"there is no process {pid}") from None   # it may end while it is read
+    except (OSError, IndexError):
+        # it may end while it is read
+        raise ProcessLookupError(f"there is no process {pid}") from None
 
 def process_alive(
     identity: str,  # as `process_identity` gave it, here or in another process of this machine
 ) -> bool:
-    "Whether that process still runs; one that is dead and waits for its parent does not, nor does any for a text that is no identity."
+    """Whether that process still runs; one that is dead and waits for
+    its parent does not, nor does any for a text that is no identity."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         word, pid, began = str(identity).split(" ", 2)
         state, really = _since_boot(int(pid))
@@ -53,18 +60,21 @@ def process_alive(
 # %% ../../nbs/source/core/05_processes.ipynb #07671929
 @contextlib.contextmanager
 def locked(
-    path: str | Path,        # of the lock's file; what it says, `writer_of` reads
-    what: str,               # is written, for the message
-    patience: float = 0.0,   # seconds to wait for it
-    children: bool = True,   # a child forked inside holds it as well, until it ends; False: it is free when the block ends
+        path: str | Path,   # of the lock's file; what it says, `writer_of` reads
+        what: str,   # is written, for the message
+        patience: float = 0.0,   # seconds to wait for it
+        # a child forked inside holds it as well, until it ends; False: it is free when the block ends
+        children: bool = True,
 ):
-    "Hold a file's lock. Raises `BadInput` that names who holds it, and for a file that is no lock; the lock of a dead process is gone with it."
+    """Hold a file's lock. Raises `BadInput` that names who holds it, and for a file that is no lock;
+    the lock of a dead process is gone with it."""
     import fcntl
     path, end = Path(path), time.monotonic() + patience
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(open_plain(path, os.O_RDWR | os.O_CREAT), "r+", encoding="utf-8", errors="replace") as f:
         said = f.read(1000)   # before anything is emptied: the file may be another's, under this name
-        if said and not _WRITER.fullmatch(said.strip()): raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
+        if said and not _WRITER.fullmatch(said.strip()):
+            raise BadInput(f"{short(path)} is no lock of dmp_wb: expected that or no file, it stays as it is")
         while True:
             try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB); break
             except OSError as e:
@@ -72,7 +82,8 @@ def locked(
                 f.seek(0)
                 if time.monotonic() >= end:
                     writer = _WRITER.fullmatch(f.read(1000).strip())
-                    raise BadInput(f"{what} is being written by {writer[1] if writer else 'another process'}: expected to be the only one") from None
+                    raise BadInput(f"{what} is being written by {writer[1] if writer else 'another process'}: expected "
+                                   "to be the only one") from None
             time.sleep(0.1)
         f.seek(0)
         f.truncate(0)
@@ -83,7 +94,8 @@ def locked(
             with contextlib.suppress(OSError): f.truncate(0)   # this process may live on, and writes here no more
             if not children: fcntl.flock(f, fcntl.LOCK_UN)
 
-_WRITER = re.compile(r"(process (\d{1,9}) on ([^\n(]*?))(?: \(([^\n]*)\))?")   # who it is in words, its number, its machine; how to tell it from a later one with its number
+# who it is in words, its number, its machine; how to tell it from a later one with its number
+_WRITER = re.compile(r"(process (\d{1,9}) on ([^\n(]*?))(?: \(([^\n]*)\))?")
 
 def clear_leftovers(
     folder: str | Path,
@@ -101,7 +113,9 @@ QUIET = 15 * 60   # seconds without a new byte after which a writer on another m
 def writer_of(folder: str | Path) -> str | None:
     "Who is writing a run folder, as “process 123 on host”, or None."
     for lock in LOCKS:
-        try: said, since = read_regular(Path(folder) / lock, tail=1000).decode(errors="replace").strip(), (Path(folder) / lock).stat().st_mtime
+        try:
+            said, since = (read_regular(Path(folder) / lock, tail=1000).decode(errors="replace").strip(),
+                           (Path(folder) / lock).stat().st_mtime)
         except (BadInput, OSError): continue   # a lock is a file
         if not (m := _WRITER.fullmatch(said)): continue
         if m[3] != platform.node():
@@ -110,13 +124,15 @@ def writer_of(folder: str | Path) -> str | None:
             if process_alive(m[4]): return m[1]
         else:
             with contextlib.suppress(psutil.Error):   # no such process
-                process = psutil.Process(int(m[2]))   # of a version that wrote no more; a process that is younger than the lock has the number of a dead one
+                # of a version that wrote no more; a process that is younger than the lock has the number of a dead one
+                process = psutil.Process(int(m[2]))
                 if process.create_time() < since + 2 and process.status() != psutil.STATUS_ZOMBIE: return m[1]
     return None
 
 def _times(folder: str | Path) -> list[float]:
     times = []
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "run.json", ".progress.json", *(p.name for p in Path(folder).glob("*.ipynb"))):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "evaluation.json", "run.json", ".progress.json",
+                 *(p.name for p in Path(folder).glob("*.ipynb"))):
         with contextlib.suppress(OSError): times.append((Path(folder) / name).stat().st_mtime)
     return times
 
@@ -125,6 +141,7 @@ def changed(folder: str | Path) -> float:
     return max(_times(folder), default=0.0)
 
 def fresh(folder: str | Path) -> bool:
-    "Whether one of a run's own files was written in the last minutes; a date in the future, of a clock that was wrong, says nothing."
+    """Whether one of a run's own files was written in the last minutes;
+    a date in the future, of a clock that was wrong, says nothing."""
     now = time.time()
     return any(abs(now - t) < QUIET for t in _times(folder))

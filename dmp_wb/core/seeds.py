@@ -33,8 +33,10 @@ def git_commit(
     if top is None: return ""
     try:
         home = top / ".git"
-        if home.is_file(): home = top / home.read_text(encoding="utf-8").removeprefix("gitdir:").strip()   # a worktree or submodule
-        shared = home / (home / "commondir").read_text(encoding="utf-8").strip() if (home / "commondir").is_file() else home
+        # a worktree or submodule
+        if home.is_file(): home = top / home.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+        shared = (home / (home / "commondir").read_text(encoding="utf-8").strip() if (home / "commondir").is_file()
+                  else home)
         commit = _head(home, shared)
         return commit + ("-dirty" if commit and _changed(top, home, shared, commit) else "")
     except (OSError, UnicodeError, subprocess.SubprocessError): return ""
@@ -42,21 +44,28 @@ def git_commit(
 def _head(home: Path, shared: Path) -> str:
     said = (home / "HEAD").read_text(encoding="utf-8").strip()
     if m := re.fullmatch(r"ref: (refs/[\w./@+-]+)", said):
-        loose = next((file for file in (home / m[1], shared / m[1]) if file.is_file()), None) if ".." not in m[1] else None
-        packed = (shared / "packed-refs").read_text(encoding="utf-8").splitlines() if loose is None and (shared / "packed-refs").is_file() else []
-        said = loose.read_text(encoding="utf-8").strip() if loose else next((line.split()[0] for line in packed if line.endswith(f" {m[1]}")), "")
+        loose = (next((file for file in (home / m[1], shared / m[1]) if file.is_file()), None) if ".." not in m[1]
+                 else None)
+        packed = ((shared / "packed-refs").read_text(encoding="utf-8").splitlines()
+                  if loose is None and (shared / "packed-refs").is_file() else [])
+        said = loose.read_text(encoding="utf-8").strip() if loose else next(
+            (line.split()[0] for line in packed if line.endswith(f" {m[1]}")), "")
     return said if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) else ""
 
 def _changed(top: Path, home: Path, shared: Path, commit: str) -> bool:
-    "Whether tracked files differ from a commit, by a git folder that has nothing of the repository but its index and objects."
+    """Whether tracked files differ from a commit, by a git folder
+    that has nothing of the repository but its index and objects."""
     if shutil.which("git") is None or not (home / "index").is_file(): return False
     with tempfile.TemporaryDirectory(prefix="dmp-wb-git-") as own:
         for name in ("refs", "objects"): (Path(own) / name).mkdir()
         (Path(own) / "HEAD").write_text(commit + "\n", encoding="utf-8")
-        (Path(own) / "config").write_text(f"[core]\n\trepositoryformatversion = {int(len(commit) == 64)}\n" + ("[extensions]\n\tobjectFormat = sha256\n" if len(commit) == 64 else ""), encoding="utf-8")
+        (Path(own) / "config").write_text(f"[core]\n\trepositoryformatversion = {int(len(commit) == 64)}\n" + (
+            "[extensions]\n\tobjectFormat = sha256\n" if len(commit) == 64 else ""), encoding="utf-8")
         shutil.copy(home / "index", Path(own) / "index")
         env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-        env |= {"GIT_DIR": own, "GIT_WORK_TREE": str(top), "GIT_OBJECT_DIRECTORY": str((shared / "objects").resolve()), "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_NO_LAZY_FETCH": "1"}
-        done = subprocess.run(["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all"],
+        env |= {"GIT_DIR": own, "GIT_WORK_TREE": str(top), "GIT_OBJECT_DIRECTORY": str((shared / "objects").resolve()),
+                "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_NO_LAZY_FETCH": "1"}
+        done = subprocess.run(["git", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", "status",
+                               "--porcelain", "--untracked-files=no", "--ignore-submodules=all"],
                               capture_output=True, text=True, timeout=10, env=env, cwd=top)
         return done.returncode == 0 and bool(done.stdout.strip())

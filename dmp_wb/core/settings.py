@@ -20,14 +20,18 @@ from .errors import BadInput, unknown
 from .values import plain_fields
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771000
-SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "squaredcos_cap_v2": "squaredcos_cap_v2", "scaled_linear": "scaled_linear"}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "squaredcos_cap_v2": "squaredcos_cap_v2",
+             "scaled_linear": "scaled_linear"}
 
 SAMPLERS: dict[str, tuple[str, dict]] = {
-    "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),   # fixed_large is the papers' variance where it is not learned
+    # fixed_large is the papers' variance where it is not learned
+    "ddpm": ("DDPMScheduler", dict(clip_sample=False, variance_type="fixed_large")),
     "ddim": ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True)),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=2,
+                                                        timestep_spacing="linspace", final_sigmas_type="zero")),
     "unipc": ("UniPCMultistepScheduler", dict(solver_order=2, timestep_spacing="linspace", final_sigmas_type="zero")),
-    "heun": ("HeunDiscreteScheduler", dict(timestep_spacing="trailing")),   # the others end with a second look at t = 0, where the noise is hardest to tell
+    # the others end with a second look at t = 0, where the noise is hardest to tell
+    "heun": ("HeunDiscreteScheduler", dict(timestep_spacing="trailing")),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
 }
 
@@ -41,8 +45,12 @@ class ScheduleConfig:
         "Raise `BadInput` for an unknown name or a number of timesteps that the schedule does not have."
         plain_fields(self)
         if self.name not in SCHEDULES: raise unknown("schedule", self.name, SCHEDULES)
-        if self.num_train_timesteps < 1: raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: expected at least 1")
-        if self.name == "linear" and self.num_train_timesteps < 20: raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: the linear schedule needs more than 20 steps")   # its largest β, 0.02 · 1000/T, must stay below 1
+        if self.num_train_timesteps < 1:
+            raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: expected at least 1")
+        # its largest β, 0.02 · 1000/T, must stay below 1
+        if self.name == "linear" and self.num_train_timesteps < 20:
+            raise BadInput(f"schedule.num_train_timesteps is {self.num_train_timesteps}: the linear schedule needs "
+                           "more than 20 steps")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771001
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ SIZES = {"S": Size(12, 384, 6), "B": Size(12, 768, 12), "L": Size(24, 1024, 16),
 NAMES = [f"DiT-{size}/{patch}" for size in SIZES for patch in (2, 4, 8)]
 
 # beyond all that was ever trained: a file that asks for more would fill the memory first
-LIMITS = {"sample_size": 1 << 14, "patch_size": 1 << 10, "in_channels": 1 << 14, "out_channels": 1 << 15, "hidden_size": 1 << 16,
+LIMITS = {"sample_size": 1 << 14, "patch_size": 1 << 10, "in_channels": 1 << 14, "out_channels": 1 << 15,
+          "hidden_size": 1 << 16,
           "num_layers": 1000, "num_attention_heads": 1 << 12, "num_classes": 1 << 24}
 
 @dataclass
@@ -73,16 +82,20 @@ class ModelConfig:
         "Raise `BadInput` for an unknown name, sizes below 1, or sizes that are missing."
         plain_fields(self)
         if self.name is not None and self.name not in NAMES: raise unknown("model.name", self.name, NAMES)
-        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers", "num_attention_heads"):
+        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers",
+                    "num_attention_heads"):
             value = getattr(self, key)
             if value is not None and value < 1: raise BadInput(f"model.{key} is {value}: expected at least 1")
-            if value is not None and value > LIMITS[key]: raise BadInput(f"model.{key} is {value}: expected at most {LIMITS[key]:,}")
-            if value is None and self.name is None and key != "num_classes": raise BadInput(f"model.{key} is missing: expected a number, or a model.name such as DiT-S/2")
+            if value is not None and value > LIMITS[key]:
+                raise BadInput(f"model.{key} is {value}: expected at most {LIMITS[key]:,}")
+            if value is None and self.name is None and key != "num_classes":
+                raise BadInput(f"model.{key} is missing: expected a number, or a model.name such as DiT-S/2")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771004
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction")   # diffusers' names
 
-Weighting = Callable[[Any, Any, str], Any]   # SNR [B], timesteps [B], prediction_type → weights [B] on the squared error of the target
+# SNR [B], timesteps [B], prediction_type → weights [B] on the squared error of the target
+Weighting = Callable[[Any, Any, str], Any]
 WEIGHTINGS: dict[str, Any] = dict.fromkeys(("constant", "min-snr", "p2"))
 
 @dataclass
@@ -95,7 +108,8 @@ class ObjectiveConfig:
         "Raise `BadInput` for an unknown weighting or prediction type."
         plain_fields(self)
         if self.weighting not in WEIGHTINGS: raise unknown("objective.weighting", self.weighting, WEIGHTINGS)
-        if self.prediction_type not in PREDICTION_TYPES: raise unknown("objective.prediction_type", self.prediction_type, PREDICTION_TYPES)
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise unknown("objective.prediction_type", self.prediction_type, PREDICTION_TYPES)
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771005
 def aggregators() -> list[str]:
@@ -103,13 +117,15 @@ def aggregators() -> list[str]:
     spec = importlib.util.find_spec("torchjd")   # does not import it
     if spec is None or spec.origin is None: return []
     tree = ast.parse((Path(spec.origin).parent / "aggregation" / "__init__.py").read_text(encoding="utf-8"))
-    names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    names = {alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom)
+             for alias in node.names}
     return sorted(n for n in names if n[0].isupper() and not n.endswith(("Aggregator", "Weighting")))
 
 @dataclass
 class MultitaskConfig:
     "How the losses of timestep intervals are brought together."
-    method: str = "none"         # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
+    # "none" (one mean loss), "uw" (uncertainty weighting), or the name of an aggregator of torchjd
+    method: str = "none"
     clusters: str = "log-snr"    # "uniform", "log-snr", or a file written by `save_affinity`
     k: int = 8                   # intervals
     uw_lr: float = 0.025         # learning rate of the weights that uw learns
@@ -117,7 +133,8 @@ class MultitaskConfig:
     def check(self):
         "Raise `BadInput` for unknown names and numbers that make no sense."
         plain_fields(self)
-        if self.method not in ("none", "uw") and self.method not in aggregators(): raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
+        if self.method not in ("none", "uw") and self.method not in aggregators():
+            raise unknown("multitask.method", self.method, ["none", "uw", *aggregators()])
         if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
         if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
 
@@ -125,16 +142,23 @@ class MultitaskConfig:
 @dataclass
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
-    name: str = "digits"              # a name in `DATASETS`, a folder of images, a folder that `datasets` wrote, a latent cache, or owner/name of a data set on the hub
-    split: str = "train"              # of a data set, or a folder, that has splits; all: every image, whatever its split
-    size: int | None = None           # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
+    # a name in `DATASETS`, a folder of images, a folder that `datasets`
+    # wrote, a latent cache, or owner/name of a data set on the hub
+    name: str = "digits"
+    # of a data set, or a folder, that has splits; all: every image, whatever its split
+    split: str = "train"
+    # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
+    size: int | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
-    conditional: bool = True          # use labels if there are any: a folder's first subfolders, a data set's label column
+    # use labels if there are any: a folder's first subfolders, a data set's label column
+    conditional: bool = True
     flip: bool = False                # mirror half of the images, anew each epoch
     image_column: str = "image"       # of a `datasets` data set
     label_column: str = "label"
-    caption_column: str | None = None # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
-    vae: str | None = None            # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
+    caption_column: str | None = None
+    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
@@ -143,10 +167,12 @@ class DataConfig:
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
         plain_fields(self)
-        if self.size is not None and self.size < 1: raise BadInput(f"data.size is {self.size}: expected the side in pixels")
+        if self.size is not None and self.size < 1:
+            raise BadInput(f"data.size is {self.size}: expected the side in pixels")
         if self.channels not in (1, 3): raise BadInput(f"data.channels is {self.channels}: expected 1 or 3")
         if self.max_bad_images < 0: raise BadInput(f"data.max_bad_images is {self.max_bad_images}: expected 0 or more")
-        if self.num_workers is not None and self.num_workers < 0: raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         return self
 

@@ -36,7 +36,8 @@ def quoted(text: str) -> Written:
     return text
 
 class _Tree:
-    "Builds plain lists and dictionaries of `Written` from the events of a YAML parser, step by step: no depth of nesting fills the stack."
+    """Builds plain lists and dictionaries of `Written` from the events of a YAML parser, step by step:
+    no depth of nesting fills the stack."""
     def __init__(self):
         self.stack: list[dict[str, Any]] = []
         self.anchors: dict[str, tuple[Any, int]] = {}
@@ -47,7 +48,8 @@ class _Tree:
         if not self.stack: self.root = value; return
         parent = self.stack[-1]
         parent["size"] += size
-        if parent["size"] > LIMITS["values"]: raise BadInput(f"it holds more than {LIMITS['values']:,} values, aliases counted as what they stand for")
+        if parent["size"] > LIMITS["values"]:
+            raise BadInput(f"it holds more than {LIMITS['values']:,} values, aliases counted as what they stand for")
         if isinstance(parent["value"], list): parent["value"].append(value)
         elif parent["key"] is None:
             if not isinstance(value, Written): raise BadInput("a key is a list or a mapping: expected text")
@@ -74,8 +76,10 @@ class _Tree:
             self.add(value, size, None)
         elif isinstance(event, (yaml.SequenceStartEvent, yaml.MappingStartEvent)):
             if event.tag: raise BadInput(f"it has the tag {event.tag}: expected plain values")
-            if len(self.stack) >= LIMITS["levels"]: raise BadInput(f"it is nested more than {LIMITS['levels']} levels deep")
-            self.stack.append({"value": [] if isinstance(event, yaml.SequenceStartEvent) else {}, "key": None, "merged": [], "size": 1, "anchor": event.anchor})
+            if len(self.stack) >= LIMITS["levels"]:
+                raise BadInput(f"it is nested more than {LIMITS['levels']} levels deep")
+            self.stack.append({"value": [] if isinstance(event, yaml.SequenceStartEvent) else {}, "key": None,
+                               "merged": [], "size": 1, "anchor": event.anchor})
         elif isinstance(event, (yaml.SequenceEndEvent, yaml.MappingEndEvent)): self.end()
         elif isinstance(event, yaml.DocumentStartEvent):
             self.documents += 1
@@ -92,24 +96,29 @@ def parse_yaml(
     text: str,
     what: str,   # where it stands, for messages
 ):   # dictionaries with text for keys, lists, and `Written`; None where there is nothing
-    "YAML as it was written. Raises `BadInput`, one line, for what is not plain YAML, and before it costs time or memory for what is too large, too deep or multiplies itself by aliases."
+    """YAML as it was written. Raises `BadInput`, one line, for what is not plain YAML, and before
+    it costs time or memory for what is too large, too deep or multiplies itself by aliases."""
     import yaml
     tree = _Tree()
     try:
         for event in yaml.parse(str(text), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)): tree.take(event)
     except BadInput as e: raise BadInput(f"{what} is not valid YAML: {e}") from None
-    except (yaml.YAMLError, UnicodeError) as e: raise BadInput(f"{what} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
+    except (yaml.YAMLError, UnicodeError) as e:
+        raise BadInput(f"{what} is not valid YAML: {' '.join(str(e).split())[:300]}") from None
     return tree.root
 
 def read_yaml(
     file: str | Path,
     what: str,   # what it is expected to be, with its article: "an experiment"
 ):   # as `parse_yaml`
-    "A YAML file. Raises `MissingFile` for one that is not there or no file, `BadInput` for one that is too large or no YAML."
+    """A YAML file. Raises `MissingFile` for one that is not there
+    or no file, `BadInput` for one that is too large or no YAML."""
     path = Path(file)
-    if not path.is_file(): raise MissingFile(f"no file {path}: expected {what} in YAML")   # nor a pipe, which would be waited for
+    # nor a pipe, which would be waited for
+    if not path.is_file(): raise MissingFile(f"no file {path}: expected {what} in YAML")
     with open(path, "rb") as f: content = f.read(LIMITS["bytes"] + 1)
-    if len(content) > LIMITS["bytes"]: raise BadInput(f"{path} is larger than {LIMITS['bytes'] // 2**20} MiB: expected {what} in YAML")
+    if len(content) > LIMITS["bytes"]:
+        raise BadInput(f"{path} is larger than {LIMITS['bytes'] // 2**20} MiB: expected {what} in YAML")
     try: text = content.decode("utf-8-sig")
     except UnicodeDecodeError: raise BadInput(f"{path} is not text in UTF-8: expected {what} in YAML") from None
     tree = parse_yaml(text, str(path))
@@ -121,22 +130,26 @@ NULLS = ("", "~", "null", "Null", "NULL")   # as YAML has them
 _WHOLE = re.compile(r"[-+]?[0-9][0-9_]*|[-+]?0x[0-9a-fA-F]+")
 _NUMBER = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?")
 _UNTYPED_NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
-_TRUTH = {"true": True, "yes": True, "on": True, "y": True, "1": True, "false": False, "no": False, "off": False, "n": False, "0": False}
+_TRUTH = {"true": True, "yes": True, "on": True, "y": True, "1": True, "false": False, "no": False, "off": False,
+          "n": False, "0": False}
 
 def plain(value):
-    "A value without its type: `Written` as truth value, null or decimal number where it is one beyond doubt, NumPy's and PyTorch's numbers as Python's, in lists and mappings as well."
+    """A value without its type: `Written` as truth value, null or decimal number where it is one
+    beyond doubt, NumPy's and PyTorch's numbers as Python's, in lists and mappings as well."""
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
     if not isinstance(value, Written): return plain_number(value)
     if not value.bare: return str(value)
     if value in NULLS: return None
     if value.lower() in ("true", "false"): return value.lower() == "true"
-    if not _UNTYPED_NUMBER.fullmatch(value) or len(value) > 400 or not math.isfinite(number := float(value)): return str(value)
+    if not _UNTYPED_NUMBER.fullmatch(value) or len(value) > 400 or not math.isfinite(number := float(value)):
+        return str(value)
     return int(value) if value.lstrip("+-").isdecimal() else number
 
 def plain_number(value):
     "A NumPy number, or an array or tensor of no dimensions, as Python's; arrays as lists; anything else as it is."
-    if isinstance(value, (str, bytes)) or type(value) in (bool, int, float, type(None)): return value   # np.float64 is a float
+    # np.float64 is a float
+    if isinstance(value, (str, bytes)) or type(value) in (bool, int, float, type(None)): return value
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): return value.item()
     return value.tolist() if hasattr(value, "tolist") and hasattr(value, "ndim") else value
 
@@ -149,20 +162,24 @@ def given_as(
     value,        # `Written` from a command line or a file; anything else is as it is
     kind=None,    # the type of the key it is for, if that is known
 ):
-    """A parameter as its key will have it. Text stays text for a key that takes text; numbers stay as short as they are written (1e-4 is 0.0001).
+    """A parameter as its key will have it. Text stays text for a key that takes text;
+    numbers stay as short as they are written (1e-4 is 0.0001).
 
     `none` and `null` are null, for a key that may be null and where no type is known.
     """
-    if not isinstance(value, Written): return python_numbers(value) if not isinstance(value, (list, dict)) else _plain_inside(value)
+    if not isinstance(value, Written):
+        return python_numbers(value) if not isinstance(value, (list, dict)) else _plain_inside(value)
     if not value.bare: return str(value)
     if (kind is None or takes_null(kind)) and value.lower() in ("none", "null"): return None
-    if kind is not None and (kind is str or str in typing.get_args(kind)): return None if takes_null(kind) and value in NULLS else str(value)
+    if kind is not None and (kind is str or str in typing.get_args(kind)):
+        return None if takes_null(kind) and value in NULLS else str(value)
     found = plain(value)
     if isinstance(found, str) and kind is not None:
         with contextlib.suppress(ValueError): return python_numbers(convert(value, kind))
     return found
 
-def _plain_inside(value): return {k: given_as(v) for k, v in value.items()} if isinstance(value, dict) else [given_as(v) for v in value]
+def _plain_inside(value):
+    return {k: given_as(v) for k, v in value.items()} if isinstance(value, dict) else [given_as(v) for v in value]
 
 def plain_fields(config):
     "Give a dataclass Python's numbers in the place of NumPy's and PyTorch's; returns it."
@@ -198,7 +215,8 @@ def convert(
     value = plain_number(value)
     if kind is typing.Any: return plain(value)
     if typing.get_origin(kind) in (typing.Union, types.UnionType): return _convert_union(value, typing.get_args(kind))
-    if (origin := typing.get_origin(kind) or kind) in (list, tuple): return _convert_list(value, origin, typing.get_args(kind))
+    if (origin := typing.get_origin(kind) or kind) in (list, tuple):
+        return _convert_list(value, origin, typing.get_args(kind))
     if origin is dict:
         if isinstance(value, str): value = parse_yaml(value, "it")
         if not isinstance(value, dict): raise ValueError
@@ -211,7 +229,8 @@ def convert(
     raise ValueError
 
 def _convert_union(value, kinds: tuple):
-    if type(None) in kinds and (value is None or isinstance(value, Written) and value.bare and value.strip() in NULLS): return None
+    if type(None) in kinds and (value is None or isinstance(value, Written) and value.bare and value.strip() in NULLS):
+        return None
     for kind in sorted((k for k in kinds if k is not type(None)), key=lambda k: k is str):   # text fits everything
         with contextlib.suppress(ValueError): return convert(value, kind)
     raise ValueError
@@ -230,14 +249,16 @@ def refer(
     look: Callable,   # name → the value of that key, of the same kinds; raises `BadInput` where there is none
     inside: tuple[str, ...] = (),
 ):
-    "The value with each `${name}` replaced by what it names. Raises `BadInput` for any other `${…}`, for circles, and for text that multiplies itself."
+    """The value with each `${name}` replaced by what it names.
+    Raises `BadInput` for any other `${…}`, for circles, and for text that multiplies itself."""
     if isinstance(value, dict): return {k: refer(v, look, inside) for k, v in value.items()}
     if isinstance(value, list): return [refer(v, look, inside) for v in value]
     if not isinstance(value, str) or "${" not in value: return value
 
     def found(name: str, closed: str):
         if not closed or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[A-Za-z_][\w-]*)*", name):
-            raise BadInput(f"{value!r} has ${{{name}{closed}: expected the name of another key, as ${{seed}}, or \\${{ for these characters")
+            raise BadInput(f"{value!r} has ${{{name}{closed}: expected the name of another key, as ${{seed}}, or \\${{ "
+                           "for these characters")
         if name in inside: raise BadInput(f"${{{name}}} leads back to itself: expected no circle")
         return refer(look(name), look, (*inside, name))
     if (m := _REFERENCE.fullmatch(value)) and not m[1]: return found(m[2], m[3])
@@ -258,11 +279,14 @@ def literal(text: str) -> str:
 def split_words(
     text: str,   # "optim.lr=2e-4 data.name='my photos'"
 ) -> list[str]:
-    "Words separated by blanks, as a shell reads them: quotes hold a word together, and a backslash takes the next character as it is."
+    """Words separated by blanks, as a shell reads them:
+    quotes hold a word together, and a backslash takes the next character as it is."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=False)
     lexer.whitespace_split, lexer.commenters = True, ""
     try: return list(lexer)
-    except ValueError as e: raise BadInput(f"{text!r} cannot be split into words: {str(e).lower()}: expected a quote at both ends") from None
+    except ValueError as e:
+        raise BadInput(f"{text!r} cannot be split into words: {str(e).lower()}: expected a quote at both "
+                       "ends") from None
 
 def unquoted(text: str) -> Written:
     "The value of a `key=value` word: as it is written, less quotes around the whole of it, as YAML has them."

@@ -2,7 +2,8 @@
 
     python nbs/experiments/search_digits.py [steps]
 
-Training seed 101 and sampling seed 102 are used here and nowhere else. The best of each method are the first digits table of nbs/results.ipynb,
+Training seed 101 and sampling seed 102 are used here and nowhere else.
+The best of each method are the first digits table of nbs/results.ipynb,
 which says that they are the search itself; the other figures that the notebooks report were not searched on.
 Writes nbs/experiments/digits-search.csv; settings that stand there already are not run again.
 """
@@ -20,7 +21,8 @@ OUT = Path(__file__).with_name("digits-search.csv")
 SETTINGS = (
     [("finetune", lr, None) for lr in (3e-5, 1e-4, 3e-4)]
     + [("prompt-tuning", lr, None) for lr in (3e-4, 1e-3)]
-    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 1.0), ("dmp", 3e-3, 0.1), ("dmp", 3e-3, 0.01), ("dmp", 3e-3, 0.001), ("dmp", 1e-2, 1.0), ("dmp", 1e-2, 0.01)]
+    + [("dmp", 1e-3, 1.0), ("dmp", 1e-3, 0.0), ("dmp", 3e-3, 1.0), ("dmp", 3e-3, 0.1), ("dmp", 3e-3, 0.01),
+       ("dmp", 3e-3, 0.001), ("dmp", 1e-2, 1.0), ("dmp", 1e-2, 0.01)]
 )
 
 
@@ -28,9 +30,11 @@ def evaluate(model) -> dict:
     labels = balanced_labels(2000, 10)
     figures = {}
     for scale in (1.5, 1.0):
-        images = wb.sample(model, class_labels=labels, guidance_scale=scale, sampler="dpmsolver++", num_inference_steps=25, seed=102, quiet=True)
+        images = wb.sample(model, class_labels=labels, guidance_scale=scale, sampler="dpmsolver++",
+                           num_inference_steps=25, seed=102, quiet=True)
         e = evaluate_digits(images, labels)
-        figures |= {f"frechet_guidance_{scale}": round(e["frechet"], 4), f"accuracy_guidance_{scale}": round(e["accuracy"], 4)}
+        figures |= {f"frechet_guidance_{scale}": round(e["frechet"], 4),
+                    f"accuracy_guidance_{scale}": round(e["accuracy"], 4)}
     return figures
 
 
@@ -53,7 +57,8 @@ def main():
     for method, lr, weight in SETTINGS:
         row = {"method": method, "lr": lr, "importance_weight": "" if weight is None else weight, "steps": STEPS}
         if known(row): continue
-        overrides = [f"optim.lr={lr}", f"train.steps={STEPS}", "seed=101"] + ([] if weight is None else [f"patch.importance_weight={weight}"])
+        overrides = [f"optim.lr={lr}", f"train.steps={STEPS}", "seed=101"] + (
+            [] if weight is None else [f"patch.importance_weight={weight}"])
         with tempfile.TemporaryDirectory() as folder:
             run = wb.train(f"digits-{method}", overrides, folder=f"{folder}/run")
             model = wb.load_model(run.folder)

@@ -26,15 +26,19 @@ SMALL = "model.hidden_size=16 model.num_layers=2 model.num_attention_heads=2 tra
 
 
 def papermill(notebook, output, *parameters):
-    flat = [word for name, value in zip(parameters[::2], parameters[1::2], strict=True) for word in ("-p", name, str(value))]
-    return subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(output), *flat], capture_output=True, text=True, cwd=project_root())
+    flat = [word for name, value in zip(parameters[::2], parameters[1::2], strict=True)
+            for word in ("-p", name, str(value))]
+    return subprocess.run([sys.executable, "-m", "papermill", str(notebook), str(output), *flat], capture_output=True,
+                          text=True, cwd=project_root())
 
 
 def test_ctrl_c_under_plain_papermill_leaves_a_checkpoint_and_no_page_of_errors(runs_folder):
     output = runs_folder / "a" / "pretrain.ipynb"
     given = ["-p", "overrides", f"{SMALL} train.steps=100000 train.checkpoint_every=100000 train.log_with=null"]
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(RUNS / "pretrain.ipynb"), str(output), *given]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project_root(), start_new_session=True) as process:
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(RUNS / "pretrain.ipynb"), str(output),
+               *given]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=project_root(),
+                          start_new_session=True) as process:
         while not (output.parent / "metrics.jsonl").exists():
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.1)
@@ -48,49 +52,72 @@ def test_ctrl_c_under_plain_papermill_leaves_a_checkpoint_and_no_page_of_errors(
 
 def assert_page(page):
     html = page.read_text(encoding="utf-8")
-    assert not re.findall(r"""<(?:script|link|iframe|object|embed|video|audio)\b|\b(?:src|srcset|poster|action)\s*=\s*["']?(?!data:|["'])|url\((?!["']?data:)|@import""", html)   # fetches nothing
+    # fetches nothing
+    assert not re.findall(
+        r"<(?:script|link|iframe|object|embed|video|audio)\b"
+        r"""|\b(?:src|srcset|poster|action)\s*=\s*["']?(?!data:|["'])|url\((?!["']?data:)|@import""",
+        html)
     assert "Content-Security-Policy" in html and 'name="viewport"' in html and "prefers-color-scheme: dark" in html
     return html
 
 
 def test_the_chain_of_run_folders(runs_folder):
-    done = papermill(RUNS / "pretrain.ipynb", runs_folder / "a" / "pretrain.ipynb", "overrides", f"{SMALL} train.steps=40", "num_samples", 20, "num_inference_steps", 4)
+    done = papermill(RUNS / "pretrain.ipynb", runs_folder / "a" / "pretrain.ipynb", "overrides",
+                     f"{SMALL} train.steps=40", "num_samples", 20, "num_inference_steps", 4)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert re.search(r"digits-quick  40/40 100%  [\d.]+ step/s  took \d\d:\d\d  loss \d", done.stderr)      # a cell's progress reached the terminal
-    assert {p.name for p in (runs_folder / "a").iterdir()} >= {"pretrain.ipynb", "pretrain.html", "config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model", "figures"}
-    figures = [o for c in nbformat.read(runs_folder / "a" / "pretrain.ipynb", 4).cells for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
+    # a cell's progress reached the terminal
+    assert re.search(r"digits-quick  40/40 100%  [\d.]+ step/s  took \d\d:\d\d  loss \d", done.stderr)
+    assert {p.name for p in (runs_folder / "a").iterdir()} >= {"pretrain.ipynb", "pretrain.html", "config.yaml",
+                                                               "metrics.jsonl", "summary.json", "checkpoints", "model",
+                                                               "figures"}
+    figures = [o for c in nbformat.read(runs_folder / "a" / "pretrain.ipynb", 4).cells
+               for o in c.get("outputs", []) if "image/png" in o.get("data", {})]
     html = assert_page(runs_folder / "a" / "pretrain.html")
     assert len(figures) == 2 and all(f.data["image/png"][:200] in html for f in figures)
 
-    done = papermill(RUNS / "patch.ipynb", runs_folder / "b" / "patch.ipynb", "base", runs_folder / "a", "overrides", "train.steps=10 train.batch_size=16", "num_inference_steps", 4)
+    done = papermill(RUNS / "patch.ipynb", runs_folder / "b" / "patch.ipynb", "base", runs_folder / "a", "overrides",
+                     "train.steps=10 train.batch_size=16", "num_inference_steps", 4)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (runs_folder / "b" / "patch" / "adapter_model.safetensors").exists()
 
-    found = run_cells("sample", models=f"base:{runs_folder / 'a'} dmp:{runs_folder / 'b'}", run="c", num_images=80, num_inference_steps=4)
+    found = run_cells("sample", models=f"base:{runs_folder / 'a'} dmp:{runs_folder / 'b'}", run="c", num_images=80,
+                      num_inference_steps=4)
     assert found["columns"] == 20
     figures = json.loads((runs_folder / "c" / "evaluation.json").read_text())["figures"]
-    assert set(figures) == {"base", "dmp"} and figures["dmp"]["difference"] == pytest.approx(figures["dmp"]["frechet"] - figures["base"]["frechet"])
+    assert set(figures) == {"base", "dmp"} and figures["dmp"]["difference"] == pytest.approx(
+        figures["dmp"]["frechet"] - figures["base"]["frechet"])
     samples = np.load(runs_folder / "c" / "samples" / "dmp.npz")
-    assert samples["arr_0"].shape == (80, 8, 8, 1) and samples["arr_0"].dtype == np.uint8 and samples["labels"][:12].tolist() == [*range(10), 0, 1]
+    assert (samples["arr_0"].shape == (80, 8, 8, 1) and samples["arr_0"].dtype == np.uint8
+            and samples["labels"][:12].tolist() == [*range(10), 0, 1])
 
-    done = papermill(RUNS / "gates.ipynb", runs_folder / "d" / "gates.ipynb", "model", runs_folder / "b", "timesteps", "0 500 999")
+    done = papermill(RUNS / "gates.ipynb", runs_folder / "d" / "gates.ipynb", "model", runs_folder / "b", "timesteps",
+                     "0 500 999")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {p.name for p in (runs_folder / "d" / "figures").iterdir()} == {"gates.png", "gate-maps.png", "entropy.png", "similarity.png"}
+    assert {p.name for p in (runs_folder / "d" / "figures").iterdir()} == {"gates.png", "gate-maps.png", "entropy.png",
+                                                                           "similarity.png"}
     assert_page(runs_folder / "d" / "gates.html")
 
-    found = run_cells("evaluate", models=f"{runs_folder / 'a'} real:{runs_folder / 'c' / 'samples' / 'base.npz'}", run="e", num_images=80, scales="1 2", num_inference_steps=4, rounds=10, reference="digits")
-    assert set(found["rows"]) == {"a", "real"} and [r["guidance_scale"] for r in found["rows"]["a"]] == [1, 2] and found["rows"]["real"][0]["intervals"]
-    assert len(json.loads((runs_folder / "a" / "summary.json").read_text())["evaluations"]) == 2 and (runs_folder / "e" / "figures" / "guidance.png").exists()
+    found = run_cells("evaluate", models=f"{runs_folder / 'a'} real:{runs_folder / 'c' / 'samples' / 'base.npz'}",
+                      run="e", num_images=80, scales="1 2", num_inference_steps=4, rounds=10, reference="digits")
+    assert (set(found["rows"]) == {"a", "real"} and [r["guidance_scale"] for r in found["rows"]["a"]] == [1, 2]
+            and found["rows"]["real"][0]["intervals"])
+    assert (len(json.loads((runs_folder / "a" / "summary.json").read_text())["evaluations"]) == 2
+            and (runs_folder / "e" / "figures" / "guidance.png").exists())
     found = run_cells("affinity", model=runs_folder / "b", run="f", groups=4, num_images=16, k=2)
-    assert found["affinity"].shape == (4, 4) and set(found["panels"]) == {"affinity of gradients", "similarity of gates"} and found["weights"] == sum(p.numel() for p in get_patch(found["backbone"]).parameters())
-    assert load_experiment("digits-pretrain", ["multitask.method=uw", f"multitask.clusters={runs_folder / 'f' / 'affinity.safetensors'}", "multitask.k=2"])
+    assert (found["affinity"].shape == (4, 4)
+            and set(found["panels"]) == {"affinity of gradients", "similarity of gates"}
+            and found["weights"] == sum(p.numel() for p in get_patch(found["backbone"]).parameters()))
+    assert load_experiment("digits-pretrain",
+                           ["multitask.method=uw", f"multitask.clusters={runs_folder / 'f' / 'affinity.safetensors'}",
+                            "multitask.k=2"])
 
 
 def test_a_routed_run(runs_folder):
     run_cells("route", overrides=f"{SMALL} train.steps=10", run="r", num_samples=10, num_inference_steps=3)
     assert {p.name for p in (runs_folder / "r" / "figures").iterdir()} == {"masks.png", "curve.png", "samples.png"}
     found = run_cells("routing", model=runs_folder / "r", run="s")
-    assert list(found["masks"]) == ["β = 0.8, α = 4", "β = 0.8, α = 1", "β = 0.5, α = 4"] and found["masks"]["β = 0.5, α = 4"].shape == (250, 16)
+    assert list(found["masks"]) == ["β = 0.8, α = 4", "β = 0.8, α = 1",
+                                    "β = 0.5, α = 4"] and found["masks"]["β = 0.5, α = 4"].shape == (250, 16)
     assert found["rows"]["channels in use"]["β = 0.5, α = 4"] == "8 of 16"
     with pytest.raises(BadInput, match="is not routed"): run_cells("routing", model="digits-base", run="t")
     with pytest.raises(BadInput, match="expected β:α"): run_cells("routing", others="0.8", run="t")
@@ -99,7 +126,8 @@ def test_a_routed_run(runs_folder):
 
 def test_samples_that_cannot_be_measured_are_shown(runs_folder):
     found = run_cells("sample", models="digits-base", run="c", num_images=12, num_inference_steps=2)
-    assert "figures" not in found["evaluation"] and (runs_folder / "c" / "figures" / "samples.png").exists() and figures_table(found["evaluation"]) == "not measured"
+    assert ("figures" not in found["evaluation"] and (runs_folder / "c" / "figures" / "samples.png").exists()
+            and figures_table(found["evaluation"]) == "not measured")
 
 
 @pytest.mark.parametrize("notebook,parameters,message", [
@@ -115,8 +143,9 @@ def test_a_failing_notebook_keeps_its_page_and_fails(notebook, parameters, messa
 
 
 def test_other_peoples_notebooks_are_left_alone(tmp_path):
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("import os; print(os.environ.get('DMP_WB_RUN'))")],
-                                  metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+    nb = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell("import os; print(os.environ.get('DMP_WB_RUN'))")],
+        metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(nb, tmp_path / "theirs.ipynb")
     done = papermill(tmp_path / "theirs.ipynb", tmp_path / "out.ipynb")
     assert done.returncode == 0, done.stderr
@@ -126,26 +155,32 @@ def test_other_peoples_notebooks_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("first", ["import dmp_wb.runs", "import papermill"])
 def test_engine_is_there_whichever_is_imported_first(first):
-    code = f"{first}; from papermill.engines import papermill_engines as e; print(e.get_engine(None).__name__, e.get_engine('dmp-wb').__name__)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["RunEngine", "RunEngine"]
+    code = (f"{first}; from papermill.engines import papermill_engines as e; print(e.get_engine(None).__name__, "
+            "e.get_engine('dmp-wb').__name__)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.split() == ["RunEngine", "RunEngine"]
 
 
 @pytest.mark.parametrize("file", sorted(RUNS.glob("*.ipynb")), ids=lambda f: f.stem)
 def test_run_notebooks_say_what_they_do(file):
     nb = nbformat.read(file, 4)
     opening = nb.cells[0].source
-    assert nb.cells[0].cell_type == "markdown" and opening.startswith("# ") and "| parameter | meaning | default |" in opening
+    assert (nb.cells[0].cell_type == "markdown" and opening.startswith("# ")
+            and "| parameter | meaning | default |" in opening)
     cells = [c for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     assert len(cells) == 1
     said = {name: default for name, default in re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", opening, re.M)}
     given = dict(re.findall(r"^(\w+) = (.*)$", cells[0].source, re.M))
-    assert {name: ast.literal_eval(value) for name, value in given.items()} == {name: "" if text == "empty" else text[1:-1] if text.startswith("`") else ast.literal_eval(text) for name, text in said.items()}
+    assert {name: ast.literal_eval(value) for name, value in given.items()} == {
+        name: "" if text == "empty" else text[1:-1] if text.startswith("`") else ast.literal_eval(text)
+        for name, text in said.items()}
     assert nb.cells[-1].source.startswith("**Look at**") and nb.metadata.dmp_wb.page
 
 
 def test_parameters_and_folders(tmp_path, monkeypatch, runs_folder):
     assert listed("a=1 b=2") == ["a=1", "b=2"] and listed(["a", 1]) == ["a", "1"] and listed("") == listed(None) == []
-    assert here("", "name") == runs_folder / "name" and here("x/y", "name") == runs_folder / "x/y" and here(str(tmp_path / "z"), "") == tmp_path / "z"
+    assert (here("", "name") == runs_folder / "name" and here("x/y", "name") == runs_folder / "x/y"
+            and here(str(tmp_path / "z"), "") == tmp_path / "z")
     monkeypatch.setenv("DMP_WB_RUN", str(tmp_path / "papermill"))
     assert here("", "name") == tmp_path / "papermill"
 
@@ -156,11 +191,14 @@ def test_the_page_of_a_failed_run_opens_with_what_failed_and_how_to_try_again(tm
     from dmp_wb.batch.page import COMMAND_VARIABLE, write_page
     monkeypatch.delenv(COMMAND_VARIABLE, raising=False)
     error = new_output("error", ename="ValueError", evalue="\x1b[31mno <b>such</b>\nthing", traceback=["here"])
-    cells = [new_markdown_cell("# A run"), new_code_cell("x", execution_count=1), new_markdown_cell("## Works"), new_code_cell("y", execution_count=2, outputs=[error]),
+    cells = [new_markdown_cell("# A run"), new_code_cell("x", execution_count=1), new_markdown_cell("## Works"),
+             new_code_cell("y", execution_count=2, outputs=[error]),
              new_markdown_cell("## Never ran"), new_code_cell("z")]
-    nb = new_notebook(cells=cells, metadata={"papermill": {"input_path": "a b.ipynb", "output_path": "out.ipynb", "parameters": {"overrides": ["name=it's 01"]}}})
+    nb = new_notebook(cells=cells, metadata={"papermill": {"input_path": "a b.ipynb", "output_path": "out.ipynb",
+                                                           "parameters": {"overrides": ["name=it's 01"]}}})
     page = lambda: write_page(nb, tmp_path / "run.html").read_text().split("<main>")[1]
-    assert re.match(r'\s*<div class="failed" role="alert"><h2>Failed in cell 2</h2><p><code>ValueError: no &lt;b&gt;such&lt;/b&gt; thing</code>', page())
+    assert re.match(r'\s*<div class="failed" role="alert"><h2>Failed in cell 2</h2><p><code>ValueError: no '
+                    r'&lt;b&gt;such&lt;/b&gt; thing</code>', page())
     assert "Never ran" not in page() and "Works" in page() and len(nb.cells) == 6   # the notebook itself keeps all
     assert "papermill &#x27;a b.ipynb&#x27; out.ipynb -y" in page() and "name=it" in page()
     (tmp_path / "run.json").write_text("{}")

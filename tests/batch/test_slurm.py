@@ -1,6 +1,7 @@
 """Sweeps on a real Slurm of one node, which tools/slurm.sh starts: states, pre-emption, time limits, requeue, scancel.
 
-Skipped where there is no Slurm to start; with $DMP_WB_REQUIRE_SLURM=1 (as in .ci/run) that is a failure. What was seen is kept in slurm-test.log in $DMP_WB_SCREENSHOTS, or else in pytest's folder.
+Skipped where there is no Slurm to start; with $DMP_WB_REQUIRE_SLURM=1 (as in .ci/run) that is a failure.
+What was seen is kept in slurm-test.log in $DMP_WB_SCREENSHOTS, or else in pytest's folder.
 """
 import contextlib
 import json
@@ -28,9 +29,11 @@ from dmp_wb.batch.view import line_of
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "slurm.sh"
 REQUIRED = os.environ.get("DMP_WB_REQUIRE_SLURM") == "1"
-SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.log_every=1", "train.checkpoint_every=100000"]
+SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16",
+         "train.log_every=1", "train.checkpoint_every=100000"]
 
-# trains four steps a second until there is a file `go`, and then as fast as it can: what is done to its job meanwhile does not depend on the machine
+# trains four steps a second until there is a file `go`, and then as fast as it can:
+# what is done to its job meanwhile does not depend on the machine
 NOTEBOOK = '''
 import time
 import dmp_wb as wb, dmp_wb.training as training
@@ -57,8 +60,11 @@ def log(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slurm(log):
     "SLURM_CONF of a Slurm that runs."
-    have = all(shutil.which(c, path=f"{os.environ['PATH']}:/usr/sbin") for c in ("sbatch", "slurmctld", "slurmd", "munged"))
-    if not REQUIRED and not (have and os.getuid() == 0): pytest.skip("no Slurm here that could be started: expected slurm-wlm, munge and root (tools/slurm.sh install, or DMP_WB_REQUIRE_SLURM=1)")
+    have = all(shutil.which(c, path=f"{os.environ['PATH']}:/usr/sbin")
+               for c in ("sbatch", "slurmctld", "slurmd", "munged"))
+    if not REQUIRED and not (have and os.getuid() == 0):
+        pytest.skip("no Slurm here that could be started: expected slurm-wlm, munge and root (tools/slurm.sh install, "
+                    "or DMP_WB_REQUIRE_SLURM=1)")
     was_there = Path(os.environ.get("DMP_WB_SLURM_DIR", "/tmp/dmp-wb-slurm")).exists()
     if REQUIRED: subprocess.run([str(SCRIPT), "install"], check=True)
     done = subprocess.run([str(SCRIPT), "start"], capture_output=True, text=True)
@@ -86,8 +92,11 @@ def until(what, limit=240):
 
 
 def notebook(folder):
-    cells = [nbformat.v4.new_code_cell('experiment = "digits-quick"\noverrides = ""\nnum_processes = 1\nfast = False', metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(NOTEBOOK)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "dmp_wb": {"page": True}}), folder / "job.ipynb")
+    cells = [nbformat.v4.new_code_cell('experiment = "digits-quick"\noverrides = ""\nnum_processes = 1\nfast = False',
+                                       metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(NOTEBOOK)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={
+        "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}, "dmp_wb": {"page": True}}),
+                   folder / "job.ipynb")
     return str(folder / "job.ipynb")
 
 
@@ -117,15 +126,19 @@ class Sweep:
     "`dmp-wb run` as a user starts it; its lines go to the log."
     def __init__(self, log, runs_folder, *arguments):
         self.log, self.file = log, runs_folder.parent / f"sweep-{time.monotonic_ns()}.txt"
-        log("$ dmp-wb run " + " ".join(a if a else "''" for a in map(str, arguments)).replace(str(runs_folder.parent), "…"))
-        with open(self.file, "w") as f: self.process = subprocess.Popen([sys.executable, "-m", "dmp_wb", "run", *map(str, arguments)], stdout=f, stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        log("$ dmp-wb run "
+            + " ".join(a if a else "''" for a in map(str, arguments)).replace(str(runs_folder.parent), "…"))
+        with open(self.file, "w") as f:
+            self.process = subprocess.Popen([sys.executable, "-m", "dmp_wb", "run", *map(str, arguments)], stdout=f,
+                                            stderr=f, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     def end(self, status, limit=300):
         try: self.process.wait(limit)
         finally:
             if self.process.poll() is None: self.process.kill()
             text = self.file.read_text()
-            self.log("\n".join(f"    {line}" for line in text.splitlines()) + f"\n    exit status {self.process.returncode}")
+            self.log(
+                "\n".join(f"    {line}" for line in text.splitlines()) + f"\n    exit status {self.process.returncode}")
         assert self.process.returncode == status, text
         return text
 
@@ -146,14 +159,20 @@ def back_in_the_queue(job):
 
 
 def test_a_sweep_gives_what_it_gives_on_this_machine(slurm, log, runs_folder, tmp_path):
-    common = [notebook(tmp_path), "-p", "overrides", overrides(6), "-p", "fast", "true", "-p", "optim.lr", "1e-3", "2e-3", "1e30"]
-    text = Sweep(log, runs_folder, *common, "--name", "far", "--jobs", 2, "--cluster", "slurm", "--partition", "main", "--timeout-min", 30, "--cpus-per-task", 1, "--mem-gb", 1).end(1)
-    assert "error: lr=1e+30 failed in cell 3: FloatingPointError: the loss or gradient is not finite" in text and "2 finished, 1 failed" in text
+    common = [notebook(tmp_path), "-p", "overrides", overrides(6), "-p", "fast", "true", "-p", "optim.lr", "1e-3",
+              "2e-3", "1e30"]
+    text = Sweep(log, runs_folder, *common, "--name", "far", "--jobs", 2, "--cluster", "slurm", "--partition", "main",
+                 "--timeout-min", 30, "--cpus-per-task", 1, "--mem-gb", 1).end(1)
+    assert ("error: lr=1e+30 failed in cell 3: FloatingPointError: the loss or gradient is not finite" in text
+            and "2 finished, 1 failed" in text)
     far = runs_folder / "far"
-    assert {n: state(far / n)["status"] for n in ("lr=0.001", "lr=0.002", "lr=1e+30")} == {"lr=0.001": "finished", "lr=0.002": "finished", "lr=1e+30": "failed"}
+    assert {n: state(far / n)["status"] for n in ("lr=0.001", "lr=0.002", "lr=1e+30")} == {
+        "lr=0.001": "finished", "lr=0.002": "finished", "lr=1e+30": "failed"}
     assert (far / "lr=1e+30" / "run.html").exists() and (far / "lr=0.001" / "run.ipynb").exists()
     script = next((far / ".sweep" / "jobs").glob("*_submission.sh")).read_text()
-    for line in ("--partition=main", "--time=30", "--cpus-per-task=1", "--mem=1GB", "--array=0-2%2", "--signal=USR2@120", "--job-name=far"): assert f"#SBATCH {line}\n" in script, line
+    for line in ("--partition=main", "--time=30", "--cpus-per-task=1", "--mem=1GB", "--array=0-2%2",
+                 "--signal=USR2@120", "--job-name=far"):
+        assert f"#SBATCH {line}\n" in script, line
     log(command("squeue", "--states=all", "--format=%.8i %.10j %.10P %.10T %.6C %.8m %.10l"))
 
     with one_thread():
@@ -163,13 +182,17 @@ def test_a_sweep_gives_what_it_gives_on_this_machine(slurm, log, runs_folder, tm
 
 
 def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_path):
-    "Ctrl-C and watching again, its time limit, a pre-emption, requeue, scancel: and its figures are those of a run that nobody touched."
-    arguments = [notebook(tmp_path), "-p", "overrides", overrides(1000), "--name", "hard", "--cluster", "slurm", "--partition", "low", "--timeout-min", 60]
+    """Ctrl-C and watching again, its time limit, a pre-emption, requeue, scancel:
+    and its figures are those of a run that nobody touched."""
+    arguments = [notebook(tmp_path), "-p", "overrides", overrides(1000), "--name", "hard", "--cluster", "slurm",
+                 "--partition", "low", "--timeout-min", 60]
     folder = runs_folder / "hard"
     sweep = Sweep(log, runs_folder, *arguments)
     until(lambda: len(steps(folder)) >= 2)
     job, seen = job_of(folder)["."], []
-    line = until(lambda: re.match(r"cell 3/3  digits-quick  \d+/1000 +\d+%  [\d.]+ step/s  ETA [\d:]+  loss [\d.]+$", line_of(folder, read_state(folder))))   # progress comes over files
+    # progress comes over files
+    line = until(lambda: re.match(r"cell 3/3  digits-quick  \d+/1000 +\d+%  [\d.]+ step/s  ETA [\d:]+  loss [\d.]+$",
+                                  line_of(folder, read_state(folder))))
     log(f"job {job}: {line[0]}")
 
     def interrupted(how):
@@ -186,22 +209,27 @@ def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_pa
 
     sweep.process.send_signal(signal.SIGINT)                                     # the jobs go on
     text = sweep.end(130)
-    assert f"the jobs go on; run the same again to watch them, or end them: scancel {job}" in text and job_states([job])[job] == "RUNNING"
+    assert (f"the jobs go on; run the same again to watch them, or end them: scancel {job}" in text
+            and job_states([job])[job] == "RUNNING")
     sweep = Sweep(log, runs_folder, *arguments)                                  # takes the job that is there
     with pytest.raises(AssertionError): until(lambda: len(command("squeue", "-h", "--name=hard").splitlines()) > 1, 10)
 
     hours, minutes = (int(n) for n in command("scontrol", "show", "job", job).split("RunTime=")[1][:5].split(":"))
-    command("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")   # now it is near: the signal comes two minutes before
+    # now it is near: the signal comes two minutes before
+    command("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * hours + minutes + 2}")
     interrupted("two minutes before the time limit")
-    high = command("sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1").strip()
+    high = command("sbatch", "--parsable", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap",
+                   "sleep 1").strip()
     interrupted(f"pre-empted by job {high}")
     command("scontrol", "requeue", job)
     interrupted("scontrol requeue")
-    assert job_of(folder)["."] == job and sweep.process.poll() is None           # the same job all the while, and the sweep watches it
+    # the same job all the while, and the sweep watches it
+    assert job_of(folder)["."] == job and sweep.process.poll() is None
 
     command("scancel", job)
     text = sweep.end(1)
-    assert f"stopped: hard: its job {job} was cancelled; run again to go on" in text and state(folder)["status"] == "stopped"
+    assert (f"stopped: hard: its job {job} was cancelled; run again to go on" in text
+            and state(folder)["status"] == "stopped")
     at = steps(folder)[-1]
     assert newest_checkpoint(folder).name == f"step-{at:07d}"
     (folder / "go").touch()
@@ -214,19 +242,23 @@ def test_one_run_through_all_that_a_cluster_does(slurm, log, runs_folder, tmp_pa
     for key in ("loss", "mse", "grad_norm", "lr"): assert run.metrics()[key] == unbroken.metrics()[key], key
     a, b = (load_file(r.folder / "model" / "diffusion_pytorch_model.safetensors") for r in (run, unbroken))
     assert all(torch.equal(a[k], b[k]) for k in b)
-    log(f"finished after interruptions at steps {seen} and a cancelled job at step {at}: {len(b)} tensors and 1000 lines of metrics as those of an unbroken run, to the bit; loss {run.summary['loss']:.6f}")
+    log(f"finished after interruptions at steps {seen} and a cancelled job at step {at}: {len(b)} tensors and 1000 "
+        f"lines of metrics as those of an unbroken run, to the bit; loss {run.summary['loss']:.6f}")
 
 
 def test_two_processes_in_a_job(slurm, log, runs_folder, tmp_path):
     "wb.launch in a job: Slurm's SIGTERM goes to every process of it at once."
     folder = runs_folder / "two"
     cpus = ["--cpus-per-task", 2] if len(os.sched_getaffinity(0)) > 1 else []
-    sweep = Sweep(log, runs_folder, notebook(tmp_path), "-p", "overrides", overrides(1000000), "-p", "num_processes", 2, "--name", "two", "--cluster", "slurm", "--partition", "main", *cpus)
+    sweep = Sweep(log, runs_folder, notebook(tmp_path), "-p", "overrides", overrides(1000000), "-p", "num_processes", 2,
+                  "--name", "two", "--cluster", "slurm", "--partition", "main", *cpus)
     until(lambda: len(steps(folder)) >= 3)
     job = job_of(folder)["."]
-    ours = [p for p in psutil.process_iter(["cmdline"]) if "--folder" in (p.info["cmdline"] or []) and str(folder) in p.info["cmdline"]]
+    ours = [p for p in psutil.process_iter(["cmdline"])
+            if "--folder" in (p.info["cmdline"] or []) and str(folder) in p.info["cmdline"]]
     assert len(ours) >= 3                                                         # accelerate, torchrun, two that train
-    log("\n".join(["processes of the job:", *(f"    {' '.join(p.info['cmdline'])[:140]}" for p in ours)]).replace(str(runs_folder.parent), "…"))
+    log("\n".join(["processes of the job:", *(f"    {' '.join(p.info['cmdline'])[:140]}" for p in ours)]).replace(
+        str(runs_folder.parent), "…"))
     command("scontrol", "requeue", job)
     until(lambda: state(folder)["status"] == "stopped")
     assert newest_checkpoint(folder).name == f"step-{steps(folder)[-1]:07d}"
@@ -242,7 +274,9 @@ def test_two_processes_in_a_job(slurm, log, runs_folder, tmp_path):
 
 def test_what_slurm_refuses_is_one_line(slurm, log, runs_folder, tmp_path):
     arguments = [notebook(tmp_path), "-p", "overrides", overrides(5), "--name", "no", "--cluster", "slurm"]
-    for more, message in ((["--partition", "gpuu"], "invalid partition"), (["--partition", "main", "--slurm", "tine=5"], "unknown option of slurm 'tine': did you mean 'time'"), (["--mem-gb", "1e6"], "Memory")):
+    for more, message in ((["--partition", "gpuu"], "invalid partition"),
+                          (["--partition", "main", "--slurm", "tine=5"],
+                           "unknown option of slurm 'tine': did you mean 'time'"), (["--mem-gb", "1e6"], "Memory")):
         text = Sweep(log, runs_folder, *arguments, *more).end(2)
         last = text.strip().splitlines()[-1]
         assert last.startswith("error: ") and message.lower() in last.lower(), text

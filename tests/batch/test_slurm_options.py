@@ -26,11 +26,14 @@ def script(tmp_path, **options):
 
 
 def test_options_reach_sbatch(a_cluster, tmp_path):
-    text = script(tmp_path, partition="gpu", account="lab", qos="high", constraint="a100", timeout_min=240, gpus_per_node=2, cpus_per_task=16, mem_gb=1.5, setup="module load cuda", exclude=None)
-    for line in ("--partition=gpu", "--account=lab", "--qos=high", "--constraint=a100", "--time=240", "--gpus-per-node=2", "--cpus-per-task=16", "--mem=1536MB", "--signal=USR2@120", "--job-name=sweep"):
+    text = script(tmp_path, partition="gpu", account="lab", qos="high", constraint="a100", timeout_min=240,
+                  gpus_per_node=2, cpus_per_task=16, mem_gb=1.5, setup="module load cuda", exclude=None)
+    for line in ("--partition=gpu", "--account=lab", "--qos=high", "--constraint=a100", "--time=240",
+                 "--gpus-per-node=2", "--cpus-per-task=16", "--mem=1536MB", "--signal=USR2@120", "--job-name=sweep"):
         assert f"#SBATCH {line}\n" in text, line
     assert "module load cuda\n" in text and "--exclude" not in text
-    assert "--cpus-per-task=16 " in text.split("# command")[1]                                      # srun does not take it over
+    # srun does not take it over
+    assert "--cpus-per-task=16 " in text.split("# command")[1]
     assert "#SBATCH --time=60\n" in script(tmp_path) and "#SBATCH --signal=USR2@45\n" in script(tmp_path, time=3)
     assert notice({"timeout_min": 3}) == 45 and notice({}) == 120 and notice({"signal_delay_s": 7}) == 7
     assert notice({"timeout_min": None, "time": None}) == 120 and notice({"timeout_min": None, "time": 2}) == 30
@@ -62,7 +65,8 @@ def test_states_of_jobs(monkeypatch):
         return subprocess.CompletedProcess(command, *answer)
     monkeypatch.setattr(batch_slurm.subprocess, "run", squeue)
     answer = (0, "7_0|RUNNING\n7_1|COMPLETING\n", "")
-    assert job_states(["7_1", "7_0", "7_2", "7_0"]) == {"7_0": "RUNNING", "7_1": "COMPLETING", "7_2": "GONE"} and asked == ["--jobs=7_0,7_1,7_2"]
+    assert (job_states(["7_1", "7_0", "7_2", "7_0"]) == {"7_0": "RUNNING", "7_1": "COMPLETING", "7_2": "GONE"}
+            and asked == ["--jobs=7_0,7_1,7_2"])
     answer = (1, "", "slurm_load_jobs error: Invalid job id specified")
     assert job_states(["7"]) == {"7": "GONE"}
     answer = (1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")   # it may come back
@@ -72,19 +76,23 @@ def test_states_of_jobs(monkeypatch):
     assert watch(["7", "8"]) == {"7": "RUNNING", "8": "RUNNING"}
     answer = (0, "7|COMPLETED\n8|RUNNING\n", "")
     before = len(asked)
-    assert watch(["8"]) == {"8": "RUNNING"} and len(asked) == before                                  # it does not ask all the time
+    # it does not ask all the time
+    assert watch(["8"]) == {"8": "RUNNING"} and len(asked) == before
     assert JobWatch(every=0)(["7"]) == {"7": "COMPLETED"}
 
 
 @pytest.mark.parametrize("seconds", [5, 10, 120])
 def test_a_notebook_gets_time_to_stop(tmp_path, monkeypatch, seconds):
-    nbformat.write(new_notebook(cells=[new_code_cell("x = 1", metadata={"tags": ["parameters"]})]), tmp_path / "tiny.ipynb")
+    nbformat.write(new_notebook(cells=[new_code_cell("x = 1", metadata={"tags": ["parameters"]})]),
+                   tmp_path / "tiny.ipynb")
 
     class Submitted(Exception): pass
     def submit(executor, workers, threads): raise Submitted(workers[0].grace)
     monkeypatch.setattr(sweep, "make_executor", lambda *_: None)
     monkeypatch.setattr(sweep, "submit", submit)
-    with pytest.raises(Submitted) as e: sweep.sweep(tmp_path / "tiny.ipynb", folder=tmp_path / "t", cluster="slurm", signal_delay_s=seconds, timeout_min=None)
+    with pytest.raises(Submitted) as e:
+        sweep.sweep(tmp_path / "tiny.ipynb", folder=tmp_path / "t", cluster="slurm", signal_delay_s=seconds,
+                    timeout_min=None)
     assert 0 < e.value.args[0] < seconds
 
 
@@ -108,7 +116,9 @@ def test_the_end_of_a_job_says_nothing_of_another(tmp_path):
 def test_why_a_job_ended(tmp_path):
     log = tmp_path / "log.err"
     assert ending("7_0", "CANCELLED", log) == (True, "its job 7_0 was cancelled") and ending("7", "NODE_FAIL", log)[0]
-    assert ending("7", "OUT_OF_MEMORY", log) == (False, "its job 7 needed more memory than it had asked for; give it more with --mem-gb")
+    assert ending("7", "OUT_OF_MEMORY", log) == (
+        False, "its job 7 needed more memory than it had asked for; give it more with --mem-gb")
     log.write_text("Traceback\nModuleNotFoundError: No module named 'dmp_wb'\n\n")
     resumable, why = ending("7", "FAILED", log)
-    assert not resumable and why.startswith("its job 7 ended without a word (failed): ModuleNotFoundError: No module named 'dmp_wb'; look at ") and why.endswith("log.err")
+    assert not resumable and why.startswith("its job 7 ended without a word (failed): ModuleNotFoundError: No module "
+                                            "named 'dmp_wb'; look at ") and why.endswith("log.err")

@@ -30,16 +30,20 @@ from dmp_wb.batch.view import Sweep, View
 
 
 def test_import_is_light_and_public_names_exist():
-    code = "import sys, dmp_wb, dmp_wb.runs; print('torch' in sys.modules, 'diffusers' in sys.modules, 'nbdev' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == ["False"] * 3
+    code = ("import sys, dmp_wb, dmp_wb.runs; print('torch' in sys.modules, 'diffusers' in sys.modules, 'nbdev' in "
+            "sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.split() == ["False"] * 3
     for name in wb.__all__: assert getattr(wb, name) is not None
     assert {"DiT", "patch", "train"} <= set(dir(wb))
     with pytest.raises(AttributeError, match="no attribute 'pacth'"): wb.pacth  # noqa: B018
 
 
 def test_run_time_needs_no_nbdev():
-    code = "import sys, dmp_wb as wb; [getattr(wb, n) for n in dir(wb)]; print(sorted(m for m in sys.modules if m.split('.')[0] in ('nbdev', 'fastcore', 'execnb')))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, dmp_wb as wb; [getattr(wb, n) for n in dir(wb)]; print(sorted(m for m in sys.modules if "
+            "m.split('.')[0] in ('nbdev', 'fastcore', 'execnb')))")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          check=True).stdout.strip() == "[]"
 
 
 def test_unknown_suggests_whole_and_last_part():
@@ -112,7 +116,8 @@ def test_progress_in_a_log_is_whole_lines(capsys):
     assert isinstance(bar, LogBar)
     for _ in bar: bar.set_postfix_str("loss 0.5", refresh=False)
     out = capsys.readouterr().err
-    assert out.startswith("work  50/50 100%") and "step/s" in out and "loss 0.5" in out and out.count("\n") == 1 and "\r" not in out
+    assert (out.startswith("work  50/50 100%") and "step/s" in out and "loss 0.5" in out and out.count("\n") == 1
+            and "\r" not in out)
 
 
 def test_progress_of_a_process_that_is_watched(tmp_path, monkeypatch, capsys):
@@ -130,7 +135,8 @@ def test_progress_of_a_process_that_is_watched(tmp_path, monkeypatch, capsys):
 
 
 def test_progress_line_has_rate_and_eta():
-    line = progress_line({"desc": "train", "n": 25, "total": 100, "elapsed": 5.0, "rate": 5.0, "unit": "step", "postfix": ""})
+    line = progress_line({"desc": "train", "n": 25, "total": 100, "elapsed": 5.0, "rate": 5.0, "unit": "step",
+                          "postfix": ""})
     assert line == "train  25/100  25%  5.0 step/s  ETA 00:15"
     assert progress_line({"desc": "", "n": 0, "total": None, "elapsed": 0.0, "rate": 0.0, "unit": "it", "postfix": ""})
 
@@ -141,11 +147,13 @@ HOSTILE = "\x1b]0;owned\x07\x1b[2J\rname\nerror: forged\u202egnp.exe\udc80"
 def test_what_comes_from_files_reaches_a_terminal_with_its_control_characters_escaped(capsys):
     shown = printable(HOSTILE)
     assert shown.isprintable() and "\\x1b]0;owned\\x07" in shown and "\\nerror: forged\\u202egnp.exe\\udc80" in shown
-    assert printable("Größe 3×3 → „ok“ 图 e\u0301") == "Größe 3×3 → „ok“ 图 e\u0301" and printable("a\tb\n", keep="\n") == "a\\tb\n"
+    assert (printable("Größe 3×3 → „ok“ 图 e\u0301") == "Größe 3×3 → „ok“ 图 e\u0301"
+            and printable("a\tb\n", keep="\n") == "a\\tb\n")
     assert str(BadInput(f"no file {HOSTILE}")) == f"no file {shown}" and str(MissingFile(HOSTILE)) == shown
     with pytest.raises(SystemExit), one_line_errors(): raise BadInput(HOSTILE)
     assert capsys.readouterr().err == f"error: {shown}\n"
-    numbers = {"desc": HOSTILE, "n": 1, "total": 2, "initial": 0, "elapsed": 1.0, "rate": 1.0, "unit": HOSTILE, "postfix": HOSTILE}
+    numbers = {"desc": HOSTILE, "n": 1, "total": 2, "initial": 0, "elapsed": 1.0, "rate": 1.0, "unit": HOSTILE,
+               "postfix": HOSTILE}
     assert progress_line(numbers).isprintable()
     bar = mirror(mirror(None, numbers), numbers)
     bar.close()
@@ -153,28 +161,36 @@ def test_what_comes_from_files_reaches_a_terminal_with_its_control_characters_es
 
 
 def test_tables_of_runs_and_sweeps_show_hostile_names_and_errors_escaped(tmp_path):
-    fact = RunFacts(HOSTILE, tmp_path, "dmp", "failed", error=HOSTILE, config={"k": HOSTILE}, metrics={HOSTILE.replace(" ", ""): 1.0})
+    fact = RunFacts(HOSTILE, tmp_path, "dmp", "failed", error=HOSTILE, config={"k": HOSTILE},
+                    metrics={HOSTILE.replace(" ", ""): 1.0})
     table = runs_table([fact], ["k"])
     assert printable(table, keep="\n") == table and table.count("\n") == 2
     states = {HOSTILE: RunState("n.ipynb", status="failed", error=HOSTILE)}
-    assert all(text.isprintable() for _, text in View(Sweep(tmp_path / HOSTILE.replace("\udc80", ""), [HOSTILE])).lines(states))
+    assert all(text.isprintable()
+               for _, text in View(Sweep(tmp_path / HOSTILE.replace("\udc80", ""), [HOSTILE])).lines(states))
     figures = {"a": {"frechet": 1.0, "interval": [0, 1]}, HOSTILE: {"frechet": 1.0, "interval": [0, 1]}}
-    shown = figures_table({"figures": figures, "num_images": 8, "guidance_scale": 1.5, "sampler": HOSTILE, "num_inference_steps": 2})
+    shown = figures_table({"figures": figures, "num_images": 8, "guidance_scale": 1.5, "sampler": HOSTILE,
+                           "num_inference_steps": 2})
     assert printable(shown, keep="\n") == shown and shown.count("\n") == 3
 
 
-@pytest.mark.parametrize("number,expected", [("ENOSPC", "room on the disk"), ("EDQUOT", "room in the quota"), ("EROFS", "a disk that can be written"), ("EACCES", "one that you may"), ("ENAMETOOLONG", "a shorter name"),
-                                             ("ENOTDIR", "a folder, not a file"), ("EISDIR", "a file, not a folder"), ("ENOENT", "one that exists")])
+@pytest.mark.parametrize("number,expected", [
+    ("ENOSPC", "room on the disk"), ("EDQUOT", "room in the quota"), ("EROFS", "a disk that can be written"),
+    ("EACCES", "one that you may"), ("ENAMETOOLONG", "a shorter name"),
+    ("ENOTDIR", "a folder, not a file"), ("EISDIR", "a file, not a folder"), ("ENOENT", "one that exists")])
 def test_an_error_of_the_system_is_one_line_that_names_the_file(number, expected, capsys):
     number = getattr(errno, number)
-    with pytest.raises(SystemExit) as e, one_line_errors(): raise OSError(number, os.strerror(number), "/here/is\x1b[2J")
+    with pytest.raises(SystemExit) as e, one_line_errors():
+        raise OSError(number, os.strerror(number), "/here/is\x1b[2J")
     said = capsys.readouterr().err
-    assert e.value.code == 2 and said.startswith("error: /here/is\\x1b[2J cannot be used: ") and f": expected {expected}" in said and said.count("\n") == 1
+    assert (e.value.code == 2 and said.startswith("error: /here/is\\x1b[2J cannot be used: ")
+            and f": expected {expected}" in said and said.count("\n") == 1)
 
 
 def test_errors_of_the_system_without_a_number_or_a_file_are_one_line_and_ours_stay():
     assert str(system_error(ConnectionError("no\n  route"))) == "ConnectionError: no route"
-    assert str(system_error(OSError(errno.ENOSPC, "No space left on device"))) == "a file cannot be used: no space left on device: expected room on the disk"
+    assert (str(system_error(OSError(errno.ENOSPC, "No space left on device")))
+            == "a file cannot be used: no space left on device: expected room on the disk")
     with pytest.raises(MissingFile, match="^no file x$"), system_errors(): raise MissingFile("no file x")
     with pytest.raises(BadInput, match="shorter name"), system_errors(): Path("x" * 5000).read_text()
 
@@ -184,13 +200,15 @@ def test_a_working_folder_that_is_gone_and_a_runs_folder_that_is_a_file_are_said
     (tmp_path / "runs").write_text("")
     with pytest.raises(BadInput, match="DMP_WB_RUNS is .*runs, which is a file: expected a folder"): runs_root()
     monkeypatch.setenv("DMP_WB_RUNS", "~/some/runs")
-    assert runs_root() == Path.home() / "some" / "runs" and expanded("~/x") == Path.home() / "x" and expanded("a~b") == Path("a~b")
+    assert (runs_root() == Path.home() / "some" / "runs" and expanded("~/x") == Path.home() / "x"
+            and expanded("a~b") == Path("a~b"))
     monkeypatch.delenv("DMP_WB_RUNS")
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     for look in (project_root, runs_root, lambda: short("x")):
-        with pytest.raises(BadInput, match="the working folder is gone: expected one that exists"), system_errors(): look()
+        with pytest.raises(BadInput, match="the working folder is gone: expected one that exists"), system_errors():
+            look()
 
 
 @pytest.mark.parametrize("kind", [BadInput, MissingFile])
@@ -199,20 +217,26 @@ def test_a_mistake_in_a_notebook_is_one_line_without_a_traceback(kind):
     shown = []
     shell._showtraceback = lambda etype, value, lines: shown.append("\n".join(lines))
     shell.user_ns["kind"] = kind
-    shell.run_cell("def deep():\n    try: 1 / 0\n    except ZeroDivisionError as e: raise kind('x is 1: expected 2\\x1b[2J') from e\ndeep()")
+    shell.run_cell("def deep():\n    try: 1 / 0\n    except ZeroDivisionError as e: raise kind('x is 1: expected "
+                   "2\\x1b[2J') from e\ndeep()")
     assert shown == [f"\x1b[31m{kind.__name__}\x1b[0m: x is 1: expected 2\\x1b[2J"]
 
 
 def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     identity = process_identity(child.pid)
-    assert process_alive(identity) and process_alive(process_identity()) and json.loads(json.dumps(identity)) == identity and "\n" not in identity
-    with mock.patch("psutil.Process.create_time", lambda self: 0.0), mock.patch("psutil.boot_time", lambda: 0.0), mock.patch("time.time", lambda: 0.0):
+    assert (process_alive(identity) and process_alive(process_identity())
+            and json.loads(json.dumps(identity)) == identity and "\n" not in identity)
+    with (mock.patch("psutil.Process.create_time", lambda self: 0.0), mock.patch("psutil.boot_time", lambda: 0.0),
+          mock.patch("time.time", lambda: 0.0)):
         assert process_alive(identity) and process_identity(child.pid) == identity       # whatever the clock says
-    for other in ("", "process", "process x ticks 1 boot 2", f"process {child.pid} ticks 1 boot 2", identity + "0", identity.replace("boot ", "boot 0"), None, 7, {"pid": child.pid}): assert not process_alive(other)
+    for other in ("", "process", "process x ticks 1 boot 2", f"process {child.pid} ticks 1 boot 2", identity + "0",
+                  identity.replace("boot ", "boot 0"), None, 7, {"pid": child.pid}):
+        assert not process_alive(other)
     child.stdin.close()
     while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE: time.sleep(0.01)
-    assert not process_alive(identity)                                                   # dead, though its parent has not looked
+    # dead, though its parent has not looked
+    assert not process_alive(identity)
     child.wait()
     assert not process_alive(identity)
     with pytest.raises(ProcessLookupError, match=f"no process {child.pid}"): process_identity(child.pid)
@@ -220,7 +244,8 @@ def test_a_process_is_known_by_what_no_clock_changes(tmp_path):
 
 def test_an_error_that_quotes_a_whole_book_is_cut_in_the_middle():
     said = str(BadInput(f"name is {'x' * 10**6!r}: expected a folder name"))
-    assert len(said) <= 2000 and said.startswith("name is 'xxx") and said.endswith("xx': expected a folder name") and " … " in said
+    assert (len(said) <= 2000 and said.startswith("name is 'xxx") and said.endswith("xx': expected a folder name")
+            and " … " in said)
 
 
 def test_a_command_in_a_folder_that_is_gone_is_one_line_before_it_begins(tmp_path, monkeypatch, capsys):

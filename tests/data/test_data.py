@@ -73,10 +73,12 @@ def folder_config(folder, **changes): return DataConfig(**{**dict(name=str(folde
 def quiet(line): pass
 
 
-def content(folder): return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
+def content(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if not p.name.startswith(".")}
 
 
-def equal(a, b): return a.keys() == b.keys() and all(a[k] == b[k] if isinstance(a[k], list) else torch.equal(a[k], b[k]) for k in a)
+def equal(a, b):
+    return a.keys() == b.keys() and all(a[k] == b[k] if isinstance(a[k], list) else torch.equal(a[k], b[k]) for k in a)
 
 
 def one_line(error): return "\n" not in str(error.value) and "Traceback" not in str(error.value)
@@ -112,7 +114,8 @@ def models(tmp_path_factory):
     with torch.no_grad(): next(vae.parameters()).view(-1)[0] += 0.1
     vae.save_pretrained(root / "other" / "vae")
     tokenizer = clip_tokenizer(root / "letters")
-    for name, cls, seed in (("clip", CLIPTextModel, 0), ("clip-2", CLIPTextModel, 1), ("clip-projection", CLIPTextModelWithProjection, 0)):
+    for name, cls, seed in (("clip", CLIPTextModel, 0), ("clip-2", CLIPTextModel, 1),
+                            ("clip-projection", CLIPTextModelWithProjection, 0)):
         tokenizer.save_pretrained(root / name / "tokenizer")
         clip(cls, tokenizer, seed).save_pretrained(root / name / "text_encoder")
     encoder, tokenizer = t5()
@@ -124,7 +127,8 @@ def models(tmp_path_factory):
 # --- one file: what becomes of it
 
 y, x = np.mgrid[:24, :20]
-PICTURE = np.stack([x * 10 + 30, y * 8 + 40, 120 + 0 * x], -1).astype(np.uint8)   # red grows to the right, green downwards
+# red grows to the right, green downwards
+PICTURE = np.stack([x * 10 + 30, y * 8 + 40, 120 + 0 * x], -1).astype(np.uint8)
 RGB = Image.fromarray(PICTURE)
 GREY = RGB.convert("L")
 
@@ -132,7 +136,8 @@ GREY = RGB.convert("L")
 def like(expected, tolerance=0):
     expected = np.asarray(expected.convert("RGB") if isinstance(expected, Image.Image) else expected).astype(int)
     def check(image):
-        assert image.mode == "RGB" and (np.asarray(image).shape == expected.shape) and np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance
+        assert (image.mode == "RGB" and (np.asarray(image).shape == expected.shape)
+                and np.abs(np.asarray(image).astype(int) - expected).max() <= tolerance)
     return check
 
 
@@ -174,26 +179,33 @@ DAMAGED = "is damaged or cut off: "
 FILES = {   # name: (what it holds, what it becomes, or the message, or the message's beginning with an … at its end)
     "rgb.png": (encoded(RGB, "PNG"), like(RGB)),
     "grey.png": (encoded(GREY, "PNG"), like(GREY)),
-    "grey-alpha.png": (encoded(Image.fromarray(np.dstack([np.full((4, 4), 10, np.uint8), np.full((4, 4), 0, np.uint8)])), "PNG"), like(np.full((4, 4, 3), 255))),
+    "grey-alpha.png": (
+        encoded(Image.fromarray(np.dstack([np.full((4, 4), 10, np.uint8), np.full((4, 4), 0, np.uint8)])), "PNG"),
+        like(np.full((4, 4, 3), 255))),
     "cmyk.jpg": (encoded(RGB.convert("CMYK"), "JPEG", quality=100), like(RGB, 8)),
     "palette.png": (encoded(RGB.quantize(16), "PNG"), like(RGB.quantize(16))),
-    "palette-transparent.png": (palette_with_hole(), like(np.array([[[200, 10, 10]] * 4] * 2 + [[[200, 10, 10], [255] * 3, [200, 10, 10], [200, 10, 10]]]))),
+    "palette-transparent.png": (palette_with_hole(), like(
+        np.array([[[200, 10, 10]] * 4] * 2 + [[[200, 10, 10], [255] * 3, [200, 10, 10], [200, 10, 10]]]))),
     "rgba.png": (encoded(rgba(), "PNG"), like(on_white(rgba()), 1)),
-    "rgb-one-colour-transparent.png": (encoded(Image.new("RGB", (3, 3), (1, 2, 3)), "PNG", transparency=(1, 2, 3)), like(np.full((3, 3, 3), 255))),
+    "rgb-one-colour-transparent.png": (encoded(Image.new("RGB", (3, 3), (1, 2, 3)), "PNG", transparency=(1, 2, 3)),
+                                       like(np.full((3, 3, 3), 255))),
     "16-bit.png": (encoded(Image.fromarray(SIXTEEN), "PNG"), like(grey((SIXTEEN / 257).round()))),
     "16-bit.tif": (encoded(Image.fromarray(SIXTEEN), "TIFF"), like(grey((SIXTEEN / 257).round()))),
     "16-bit.pgm": (b"P5 20 24 65535\n" + SIXTEEN.byteswap().tobytes(), like(grey((SIXTEEN / 257).round()))),
     "1-bit.png": (encoded(Image.fromarray(x > 9), "PNG"), like(grey(255 * (x > 9)))),
     "animated.gif": (encoded(GREY, "GIF", save_all=True, append_images=[ImageOps.invert(GREY)]), like(GREY)),
-    "animated.webp": (encoded(RGB, "WEBP", save_all=True, append_images=[ImageOps.invert(RGB)], lossless=True), like(RGB)),
+    "animated.webp": (encoded(RGB, "WEBP", save_all=True, append_images=[ImageOps.invert(RGB)], lossless=True),
+                      like(RGB)),
     "two-pages.tif": (encoded(RGB, "TIFF", save_all=True, append_images=[ImageOps.invert(RGB)]), like(RGB)),
     "on-its-side.jpg": (on_its_side(), like(RGB, 6)),
     "really-a-jpeg.png": (encoded(RGB, "JPEG", quality=100, subsampling=0), like(RGB, 6)),
     "lab.tif": (encoded(Image.new("LAB", (5, 4), (255, 128, 128)), "TIFF"), like(np.full((4, 5, 3), 255), 1)),
     "one-pixel.bmp": (encoded(Image.new("RGB", (1, 1), (9, 8, 7)), "BMP"), like(np.array([[[9, 8, 7]]]))),
     "bad-exif.jpg": (encoded(RGB, "JPEG", quality=100, subsampling=0, exif=b"Exif\0\0no tiff"), like(RGB, 6)),
-    "bad-exif.png": (encoded(RGB, "PNG", exif=b"no tiff"), like(RGB)),       # whole pixels, and an orientation that nobody can know
-    "float.tif": (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "has float pixels, whose range is not known: expected 8 or 16 bits a channel"),
+    # whole pixels, and an orientation that nobody can know
+    "bad-exif.png": (encoded(RGB, "PNG", exif=b"no tiff"), like(RGB)),
+    "float.tif": (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"),
+                  "has float pixels, whose range is not known: expected 8 or 16 bits a channel"),
     "empty.png": (b"", "is empty (0 bytes)"),
     "text.png": (b"This is a text.\n", "is no image that Pillow can read"),
     "cut.png": (encoded(noise_image(0), "PNG")[:900], DAMAGED + "…"),
@@ -202,11 +214,14 @@ FILES = {   # name: (what it holds, what it becomes, or the message, or the mess
     "cut.gif": (encoded(noise_image(0), "GIF")[:850], DAMAGED + "…"),
     "first-bytes-flipped.jpg": (jpeg_with_bytes_flipped(0, 1), "is no image that Pillow can read"),
     "tables-flipped.jpg": (jpeg_with_bytes_flipped(20, 21, 22, 23), "is no image that Pillow can read"),
-    "sampling-flipped.jpg": (jpeg_with_bytes_flipped(encoded(RGB, "JPEG").index(b"\xff\xc0") + 11), DAMAGED + "broken data stream when reading image file"),
+    "sampling-flipped.jpg": (jpeg_with_bytes_flipped(encoded(RGB, "JPEG").index(b"\xff\xc0") + 11),
+                             DAMAGED + "broken data stream when reading image file"),
 }
 
 
-def outcome(message, expected): return message.startswith(expected[:-1]) and len(message) > len(expected) if expected.endswith("…") else message == expected
+def outcome(message, expected):
+    return (message.startswith(expected[:-1]) and len(message) > len(expected) if expected.endswith("…")
+            else message == expected)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -221,12 +236,14 @@ def test_what_becomes_of_a_file(name, tmp_path):
     batch = skipped.take(files.batch(torch.tensor([1])))
     if callable(expected):
         for source in (file, str(file), data): expected(read_image(source))
-        assert read_image(file, 1).mode == "L" and not said and torch.equal(batch["images"][0], to_tensor(centre_crop(read_image(data), 8)))
+        assert read_image(file, 1).mode == "L" and not said and torch.equal(batch["images"][0],
+                                                                            to_tensor(centre_crop(read_image(data), 8)))
     else:
         for source in (file, data):
             with pytest.raises(BadImage) as error: read_image(source)
             assert outcome(str(error.value), expected) and one_line(error), str(error.value)
-        assert said == [f"skipped image 1: cat/01-{name} {skipped.found[f'cat/01-{name}']}"] and outcome(skipped.found[f"cat/01-{name}"], expected)
+        assert said == [f"skipped image 1: cat/01-{name} {skipped.found[f'cat/01-{name}']}"] and outcome(
+            skipped.found[f"cat/01-{name}"], expected)
         assert torch.equal(batch["images"][0], files.image(2))   # the next in the list
         skipped.take(files.batch(torch.tensor([1, 2])))
         assert len(said) == 1                                    # named once
@@ -237,7 +254,8 @@ def test_what_becomes_of_a_file_in_grey(name):
     data, expected = FILES[name]
     if callable(expected):
         image = read_image(data, 1)
-        assert image.mode == "L" and np.abs(np.asarray(image).astype(int) - np.asarray(read_image(data).convert("L"))).max() <= 1
+        assert (image.mode == "L"
+                and np.abs(np.asarray(image).astype(int) - np.asarray(read_image(data).convert("L"))).max() <= 1)
     else:
         with pytest.raises(BadImage): read_image(data, 1)
 
@@ -249,7 +267,8 @@ def test_transparent_16_bit_grey_lies_on_white():
     assert image[0, 0].tolist() == [127] * 3 and image[3, 3].tolist() == [255] * 3
 
 
-@pytest.mark.parametrize("format,mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P"), ("TIFF", "RGB"), ("TIFF", "I;16"), ("WEBP", "RGB"), ("BMP", "P")])
+@pytest.mark.parametrize("format,mode", [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("GIF", "P"), ("TIFF", "RGB"),
+                                         ("TIFF", "I;16"), ("WEBP", "RGB"), ("BMP", "P")])
 def test_a_flipped_byte_is_read_or_a_bad_image(format, mode, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**6)
     data = encoded(Image.fromarray(SIXTEEN) if mode == "I;16" else RGB.convert(mode), format)
@@ -267,7 +286,8 @@ def test_a_flipped_byte_is_read_or_a_bad_image(format, mode, monkeypatch):
 def test_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     for side in (15, 40):   # Pillow warns, and refuses from twice as many
-        with pytest.raises(BadImage, match="^has too many pixels: expected at most 200$"): read_image(encoded(Image.new("RGB", (side, side)), "PNG"))
+        with pytest.raises(BadImage, match="^has too many pixels: expected at most 200$"):
+            read_image(encoded(Image.new("RGB", (side, side)), "PNG"))
     assert read_image(encoded(Image.new("RGB", (10, 20)), "PNG")).size == (10, 20)
 
 
@@ -279,14 +299,16 @@ def test_files_that_are_not_there(tmp_path):
     take = SkippedImages(2, said.append).take
     batch = take(files.batch(torch.tensor([1, 3])))
     assert said == ["skipped image 1: cat/01-link.png does not exist", "skipped image 2: dog/02.png does not exist"]
-    assert torch.equal(batch["images"], torch.stack([files.image(2), files.image(4)])) and batch["class_labels"].tolist() == [0, 1]
+    assert (torch.equal(batch["images"], torch.stack([files.image(2), files.image(4)]))
+            and batch["class_labels"].tolist() == [0, 1])
     with pytest.raises(BadImage, match="^does not exist$"): files.image(1)
 
 
 def test_a_folder_with_an_image_name_is_a_folder(tmp_path):
     root = photos(tmp_path / "photos", 2, ("cat", "x.png"))
     files = image_folder(folder_config(root))
-    assert [files.names(i) for i in range(2)] == ["cat/00.png", "x.png/01.png"] and files.class_names == ["cat", "x.png"]
+    assert ([files.names(i) for i in range(2)] == ["cat/00.png", "x.png/01.png"]
+            and files.class_names == ["cat", "x.png"])
     with pytest.raises(BadImage): read_image(root / "x.png")
 
 
@@ -295,16 +317,21 @@ def test_the_limit_of_bad_images(tmp_path):
     files, said = image_folder(folder_config(root)), []
     skipped = SkippedImages(2, said.append)
     skipped.take(files.batch(torch.tensor([0, 1, 2, 3])))
-    with pytest.raises(BadInput, match="^3 images cannot be read, more than data.max_bad_images, 2; the first, cat/00.png, is no image that Pillow can read$"): skipped.take(files.batch(torch.tensor([4])))
+    with pytest.raises(BadInput, match="^3 images cannot be read, more than data.max_bad_images, 2; the first, "
+                       "cat/00.png, is no image that Pillow can read$"):
+        skipped.take(files.batch(torch.tensor([4])))
     assert len(said) == 3 and len(skipped.found) == 3
-    with pytest.raises(BadInput, match="^1 images cannot be read"): SkippedImages(0, quiet).take(image_folder(folder_config(root)).batch(torch.tensor([0])))
+    with pytest.raises(BadInput, match="^1 images cannot be read"):
+        SkippedImages(0, quiet).take(image_folder(folder_config(root)).batch(torch.tensor([0])))
     assert "bad_images" not in SkippedImages(3, quiet).take(image_folder(folder_config(root)).batch(torch.arange(6)))
 
 
 def test_no_image_can_be_read(tmp_path):
     files = image_folder(folder_config(photos(tmp_path / "photos", 3, ("cat",), bad=range(3))))
     for _ in range(2):
-        with pytest.raises(BadInput, match="^none of the 3 images can be read; the first, cat/00.png, is no image that Pillow can read$"): files.batch(torch.tensor([1, 0]))
+        with pytest.raises(BadInput, match="^none of the 3 images can be read; the first, cat/00.png, is no image that "
+                           "Pillow can read$"):
+            files.batch(torch.tensor([1, 0]))
 
 
 def test_the_last_image_is_replaced_by_the_first(tmp_path):
@@ -315,12 +342,14 @@ def test_the_last_image_is_replaced_by_the_first(tmp_path):
 # --- the crop
 
 def resample(values, length, kernel, support):
-    "Pillow's resampling along the first axis, in float64: the kernel is as wide as an output pixel, and cut at the borders."
+    """Pillow's resampling along the first axis, in float64:
+    the kernel is as wide as an output pixel, and cut at the borders."""
     ratio = len(values) / length
     width, out = max(ratio, 1.0), []
     for i in range(length):
         centre = (i + 0.5) * ratio
-        places = np.arange(max(0, int(centre - support * width + 0.5)), min(len(values), int(centre + support * width + 0.5)))
+        places = np.arange(max(0, int(centre - support * width + 0.5)),
+                           min(len(values), int(centre + support * width + 0.5)))
         weights = np.array([kernel((p + 0.5 - centre) / width) for p in places])
         out.append(np.tensordot(weights / weights.sum(), values[places], 1))
     return np.floor(np.stack(out) + 0.5).clip(0, 255)
@@ -336,40 +365,50 @@ def box(t): return float(-0.5 < t <= 0.5)
 
 def resized(array, height, width, kernel, support, upright):
     if upright: return resized(array.transpose(1, 0, 2), width, height, kernel, support, False).transpose(1, 0, 2)
-    return resample(resample(array.transpose(1, 0, 2), width, kernel, support).transpose(1, 0, 2), height, kernel, support)
+    return resample(resample(array.transpose(1, 0, 2), width, kernel, support).transpose(1, 0, 2), height, kernel,
+                    support)
 
 
 def reference_crop(array, size, orders=(False, False)):
-    "ADM's crop in NumPy: halve by boxes while both sides keep `size`, then bicubic, then the middle. Pillow rounds after the first axis, and chooses which one that is."
-    while min(array.shape[:2]) // 2 >= size: array = resized(array, array.shape[0] // 2, array.shape[1] // 2, box, 0.5, orders[0])
+    """ADM's crop in NumPy: halve by boxes while both sides keep `size`, then bicubic, then the middle.
+    Pillow rounds after the first axis, and chooses which one that is."""
+    while min(array.shape[:2]) // 2 >= size:
+        array = resized(array, array.shape[0] // 2, array.shape[1] // 2, box, 0.5, orders[0])
     h, w = array.shape[:2]
-    array = resized(array, *((size, round(w * size / h)) if h <= w else (round(h * size / w), size)), cubic, 2.0, orders[1])
+    array = resized(array, *((size, round(w * size / h)) if h <= w else (round(h * size / w), size)), cubic, 2.0,
+                    orders[1])
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     return array[top:top + size, left:left + size]
 
 
-CROPS = [(1, 1, 1), (1, 1, 8), (2, 1, 8), (1, 3, 8), (3, 5, 8), (7, 7, 8), (8, 8, 8), (9, 8, 8), (8, 9, 8), (15, 15, 8), (16, 16, 8), (17, 16, 8), (15, 40, 8), (31, 33, 8), (33, 31, 8), (64, 64, 8),
-         (65, 63, 8), (67, 129, 8), (100, 37, 7), (37, 100, 7), (53, 41, 13), (90, 50, 32), (49, 99, 5), (1, 300, 8), (300, 1, 8), (2, 255, 4), (300, 9, 4), (12, 17, 1), (33, 47, 3)]
+CROPS = [(1, 1, 1), (1, 1, 8), (2, 1, 8), (1, 3, 8), (3, 5, 8), (7, 7, 8), (8, 8, 8), (9, 8, 8), (8, 9, 8), (15, 15, 8),
+         (16, 16, 8), (17, 16, 8), (15, 40, 8), (31, 33, 8), (33, 31, 8), (64, 64, 8),
+         (65, 63, 8), (67, 129, 8), (100, 37, 7), (37, 100, 7), (53, 41, 13), (90, 50, 32), (49, 99, 5), (1, 300, 8),
+         (300, 1, 8), (2, 255, 4), (300, 9, 4), (12, 17, 1), (33, 47, 3)]
 
 
 @pytest.mark.parametrize("width,height,size", CROPS)
 def test_the_crop_is_adms(width, height, size):
     image = noise_image(width * 1000 + height, width, height)
     found = centre_crop(image, size)
-    differences = [np.abs(np.asarray(found).astype(float) - reference_crop(np.asarray(image).astype(float), size, orders)).max() for orders in itertools.product([False, True], repeat=2)]
+    differences = [
+        np.abs(np.asarray(found).astype(float) - reference_crop(np.asarray(image).astype(float), size, orders)).max()
+        for orders in itertools.product([False, True], repeat=2)]
     assert found.size == (size, size) and min(differences) <= 1   # Pillow's weights have 22 bits
     assert centre_crop(image.convert("L"), size).mode == "L"
 
 
 def test_every_crop_is_square():
-    wrong = [(w, h, s) for w in (1, 2, 3, 7, 16, 33, 100) for h in (1, 5, 8, 31, 64, 150) for s in (1, 2, 3, 7, 8, 31) if centre_crop(Image.new("L", (w, h)), s).size != (s, s)]
+    wrong = [(w, h, s) for w in (1, 2, 3, 7, 16, 33, 100) for h in (1, 5, 8, 31, 64, 150)
+             for s in (1, 2, 3, 7, 8, 31) if centre_crop(Image.new("L", (w, h)), s).size != (s, s)]
     assert not wrong
 
 
 def test_a_thin_line_does_not_fill_the_memory(monkeypatch):
     original = Image.Image.resize
     def resize(image, size, *args, **kwargs):
-        assert size[0] * size[1] <= Image.MAX_IMAGE_PIXELS, f"{image.size} becomes {size}"   # a file of 100 bytes must not ask for 1.5 GB
+        # a file of 100 bytes must not ask for 1.5 GB
+        assert size[0] * size[1] <= Image.MAX_IMAGE_PIXELS, f"{image.size} becomes {size}"
         return original(image, size, *args, **kwargs)
     monkeypatch.setattr(Image.Image, "resize", resize)
     files = ImageFiles([encoded(Image.new("L", (1, 30000)), "PNG"), encoded(RGB, "PNG")].__getitem__, str, 2, 128)
@@ -378,22 +417,28 @@ def test_a_thin_line_does_not_fill_the_memory(monkeypatch):
 
 def test_pixels_become_numbers():
     found = to_tensor(Image.fromarray(np.array([[[0, 51, 255], [255, 102, 0]]], np.uint8)))
-    assert found.shape == (3, 1, 2) and found.dtype == torch.float32 and torch.allclose(found[:, 0], torch.tensor([[-1, 1], [-0.6, -0.2], [1, -1]]))
+    assert found.shape == (3, 1, 2) and found.dtype == torch.float32 and torch.allclose(
+        found[:, 0], torch.tensor([[-1, 1], [-0.6, -0.2], [1, -1]]))
     assert to_tensor(Image.new("L", (3, 2))).tolist() == [[[-1.0] * 3] * 2]
 
 
 # --- folders
 
 def test_labels_are_first_subfolders(tmp_path):
-    for name in ("b/1.png", "b/deep/er/0.JPG", "a/0.jpeg", "a/z.webp", "Ä c/1.png"): (tmp_path / name).parent.mkdir(parents=True, exist_ok=True); noise_image(1).save(tmp_path / name)
+    for name in ("b/1.png", "b/deep/er/0.JPG", "a/0.jpeg", "a/z.webp", "Ä c/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(1).save(tmp_path / name)
     (tmp_path / "a" / "readme.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     files = image_folder(folder_config(tmp_path))
-    assert [files.names(i) for i in range(len(files))] == ["a/0.jpeg", "a/z.webp", "b/1.png", "b/deep/er/0.JPG", "Ä c/1.png"]
-    assert files.class_names == ["a", "b", "Ä c"] and files.num_classes == 3 and files.labels.tolist() == [0, 0, 1, 1, 2] and files.shape == (3, 8, 8)
+    assert [files.names(i) for i in range(len(files))] == ["a/0.jpeg", "a/z.webp", "b/1.png", "b/deep/er/0.JPG",
+                                                           "Ä c/1.png"]
+    assert (files.class_names == ["a", "b", "Ä c"] and files.num_classes == 3
+            and files.labels.tolist() == [0, 0, 1, 1, 2] and files.shape == (3, 8, 8))
     assert files.batch(torch.tensor([4, 2]))["class_labels"].tolist() == [2, 1]
     plain = image_folder(folder_config(tmp_path, conditional=False))
-    assert plain.labels is None and plain.class_names == [] and plain.num_classes is None and len(plain) == 5 and set(plain.batch(torch.arange(2))) == {"images"}
+    assert (plain.labels is None and plain.class_names == [] and plain.num_classes is None and len(plain) == 5
+            and set(plain.batch(torch.arange(2))) == {"images"})
 
 
 def test_folders_without_classes_and_loose_images(tmp_path):
@@ -401,15 +446,20 @@ def test_folders_without_classes_and_loose_images(tmp_path):
     assert files.labels is None and files.num_classes is None and len(files) == 3
     root = photos(tmp_path / "both", 4)
     noise_image(9).save(root / "loose.png")
-    with pytest.raises(BadInput, match=r"holds images beside its class folders, first loose.png beside cat/: expected every image in a class folder, or data.conditional=false"): image_folder(folder_config(root))
+    with pytest.raises(BadInput, match=r"holds images beside its class folders, first loose.png beside cat/: expected "
+                       r"every image in a class folder, or data.conditional=false"):
+        image_folder(folder_config(root))
     assert len(image_folder(folder_config(root, conditional=False))) == 5
 
 
 def test_folders_without_images(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("")
-    with pytest.raises(BadInput, match=r"holds no images: expected files ending in .png, .jpg"): image_folder(folder_config(tmp_path))
-    with pytest.raises(BadInput, match=r"data.size is null: expected the side in pixels that the images of .* are cropped to"): image_folder(folder_config(photos(tmp_path / "b"), size=None))
+    with pytest.raises(BadInput, match=r"holds no images: expected files ending in .png, .jpg"):
+        image_folder(folder_config(tmp_path))
+    with pytest.raises(BadInput,
+                       match=r"data.size is null: expected the side in pixels that the images of .* are cropped to"):
+        image_folder(folder_config(photos(tmp_path / "b"), size=None))
 
 
 def test_hidden_files_and_folders_are_not_seen(tmp_path):
@@ -424,7 +474,8 @@ def test_hidden_files_and_folders_are_not_seen(tmp_path):
 
 def test_the_order_is_not_the_file_systems(tmp_path, monkeypatch):
     root, original = photos(tmp_path / "photos", 6, ("a", "b", "c")), os.walk
-    listed = lambda: (lambda f: ([f.names(i) for i in range(6)], f.labels.tolist(), f.class_names))(image_folder(folder_config(root)))
+    listed = lambda: (lambda f: ([f.names(i) for i in range(6)], f.labels.tolist(), f.class_names))(
+        image_folder(folder_config(root)))
     before = listed()
     def backwards(top, **kwargs):
         for folder, folders, files in original(top, **kwargs):
@@ -443,11 +494,14 @@ def test_a_class_folder_may_be_a_link(tmp_path):
 def test_grey_images(tmp_path):
     files = image_folder(folder_config(photos(tmp_path, 2), channels=1))
     assert files.shape == (1, 8, 8)
-    assert torch.equal(files.batch(torch.tensor([0]))["images"][0], to_tensor(centre_crop(noise_image(0).convert("L"), 8)))
+    assert torch.equal(files.batch(torch.tensor([0]))["images"][0],
+                       to_tensor(centre_crop(noise_image(0).convert("L"), 8)))
 
 
-@pytest.mark.parametrize("change,match", [(dict(size=0), "data.size is 0: expected the side in pixels"), (dict(channels=2), "data.channels is 2: expected 1 or 3"), (dict(max_bad_images=-1), "data.max_bad_images is -1"),
-                                          (dict(num_workers=-1), "data.num_workers is -1"), (dict(text_length=0), "data.text_length is 0: expected at least 1")])
+@pytest.mark.parametrize("change,match", [(dict(size=0), "data.size is 0: expected the side in pixels"), (
+    dict(channels=2), "data.channels is 2: expected 1 or 3"), (dict(max_bad_images=-1), "data.max_bad_images is -1"),
+                                          (dict(num_workers=-1), "data.num_workers is -1"),
+                                          (dict(text_length=0), "data.text_length is 0: expected at least 1")])
 def test_bad_settings(change, match):
     with pytest.raises(BadInput, match=match): load_data(DataConfig(**change))
 
@@ -461,29 +515,37 @@ def test_a_batch_is_a_function_of_its_indices(tmp_path):
     for order in (range(7), reversed(range(7))):
         files = image_folder(folder_config(root))
         assert all(equal(SkippedImages(9, quiet).take(files.batch(requests[n])), once[n]) for n in order)
-    assert equal({k: v[[3, 4]] for k, v in once[-1].items()}, {k: v[[5, 5]] for k, v in once[-1].items()}) and once[-1]["class_labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 0]
+    assert (equal({k: v[[3, 4]] for k, v in once[-1].items()}, {k: v[[5, 5]] for k, v in once[-1].items()})
+            and once[-1]["class_labels"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 0])
 
 
 @pytest.mark.parametrize("kind", ["files", "digits"])
 def test_flips_mirror(kind, tmp_path):
-    data, indices, flip = image_folder(folder_config(photos(tmp_path, 4))) if kind == "files" else digits(), torch.tensor([2, 0, 3]), torch.tensor([True, False, True])
+    data, indices, flip = (image_folder(folder_config(photos(tmp_path, 4))) if kind == "files" else digits(),
+                           torch.tensor([2, 0, 3]), torch.tensor([True, False, True]))
     plain, mirrored = data.batch(indices), data.batch(indices, flip)
-    assert torch.equal(mirrored["images"][1], plain["images"][1]) and torch.equal(mirrored["class_labels"], plain["class_labels"])
-    for i in (0, 2): assert torch.equal(mirrored["images"][i], plain["images"][i].flip(-1)) and not torch.equal(mirrored["images"][i], plain["images"][i])
+    assert torch.equal(mirrored["images"][1], plain["images"][1]) and torch.equal(mirrored["class_labels"],
+                                                                                  plain["class_labels"])
+    for i in (0, 2):
+        assert torch.equal(mirrored["images"][i], plain["images"][i].flip(-1)) and not torch.equal(
+            mirrored["images"][i], plain["images"][i])
     assert equal(data.batch(indices, torch.zeros(3, dtype=torch.bool)), plain)
 
 
 def test_workers_read_the_same(tmp_path):
-    files, indices = image_folder(folder_config(photos(tmp_path, 6, bad=(2,)))), [torch.tensor([0, 2]), torch.tensor([5, 1])]
+    files, indices = image_folder(folder_config(photos(tmp_path, 6, bad=(2,)))), [torch.tensor([0, 2]),
+                                                                                  torch.tensor([5, 1])]
     loader = torch.utils.data.DataLoader(indices, batch_size=None, collate_fn=files.batch, num_workers=2)
     found = list(loader)
     assert found[0].pop("bad_images") == {"cat/02.png": "is no image that Pillow can read"}
-    assert all(equal(a, {k: v for k, v in files.batch(i).items() if k != "bad_images"}) for a, i in zip(found, indices, strict=True))
+    assert all(equal(a, {k: v for k, v in files.batch(i).items() if k != "bad_images"})
+               for a, i in zip(found, indices, strict=True))
 
 
 def test_files_and_folders_go_to_other_processes(tmp_path):
     files = image_folder(folder_config(photos(tmp_path, 3)))
-    assert equal(pickle.loads(pickle.dumps(files)).batch(torch.arange(3)), files.batch(torch.arange(3)))   # macOS spawns the workers of a DataLoader
+    # macOS spawns the workers of a DataLoader
+    assert equal(pickle.loads(pickle.dumps(files)).batch(torch.arange(3)), files.batch(torch.arange(3)))
 
 
 # --- data sets
@@ -492,13 +554,16 @@ IMAGES = [noise_image(i) for i in range(4)]
 
 
 def test_class_labels_and_plain_integers(tmp_path):
-    named = saved(tmp_path, {"image": IMAGES, "label": [2, 0, 1, 2]}, {"label": datasets.ClassLabel(names=["x", "y", "z"])}, "named")
+    named = saved(tmp_path, {"image": IMAGES, "label": [2, 0, 1, 2]},
+                  {"label": datasets.ClassLabel(names=["x", "y", "z"])}, "named")
     plain = saved(tmp_path, {"image": IMAGES, "label": [2, 0, 0, 2]}, {"label": datasets.Value("uint8")}, "plain")
     for name, classes, labels in ((named, ["x", "y", "z"], [2, 0, 1, 2]), (plain, ["0", "1", "2"], [2, 0, 0, 2])):
         data = load_images(folder_config(name))
         batch = data.batch(torch.tensor([3, 1]))
-        assert isinstance(data, ImageFiles) and data.class_names == classes and data.labels.dtype == torch.int64 and data.labels.tolist() == labels and batch["class_labels"].tolist() == [labels[3], labels[1]]
-        assert torch.equal(batch["images"], torch.stack([to_tensor(centre_crop(IMAGES[i], 8)) for i in (3, 1)])) and "captions" not in batch
+        assert (isinstance(data, ImageFiles) and data.class_names == classes and data.labels.dtype == torch.int64
+                and data.labels.tolist() == labels and batch["class_labels"].tolist() == [labels[3], labels[1]])
+        assert (torch.equal(batch["images"], torch.stack([to_tensor(centre_crop(IMAGES[i], 8)) for i in (3, 1)]))
+                and "captions" not in batch)
         assert load_images(folder_config(name, conditional=False)).labels is None
 
 
@@ -506,9 +571,13 @@ CLASSES = datasets.ClassLabel(names=["x", "y"])
 
 
 @pytest.mark.parametrize("labels,feature,match", [
-    (["a", "b", "a", "b"], None, r"data.label_column 'label' holds Value\('string'\): expected class numbers below a million or a ClassLabel; data.conditional=false trains without labels"),
-    ([0.5, 1, 2, 3], None, "expected class numbers below a million or a ClassLabel"), ([0, 1, -1, 1], None, "label -1 of row 2 is out of range: expected 0 to 1"), ([0, 1, 1, -1], CLASSES, "label -1 of row 3 is out of range: expected 0 to 1"),
-    ([[0, 1], [1, 0], [1, 1], [0, 0]], None, "expected class numbers below a million or a ClassLabel"), ([[0, 1], [1], [], [0]], None, "expected class numbers below a million or a ClassLabel"),
+    (["a", "b", "a", "b"], None, r"data.label_column 'label' holds Value\('string'\): expected class numbers below a "
+     r"million or a ClassLabel; data.conditional=false trains without labels"),
+    ([0.5, 1, 2, 3], None, "expected class numbers below a million or a ClassLabel"),
+    ([0, 1, -1, 1], None, "label -1 of row 2 is out of range: expected 0 to 1"),
+    ([0, 1, 1, -1], CLASSES, "label -1 of row 3 is out of range: expected 0 to 1"),
+    ([[0, 1], [1, 0], [1, 1], [0, 0]], None, "expected class numbers below a million or a ClassLabel"),
+    ([[0, 1], [1], [], [0]], None, "expected class numbers below a million or a ClassLabel"),
     ([0, 1, None, 1], CLASSES, "row 2"), ([0, 1, None, 1], None, "row 2"),
 ], ids=["strings", "floats", "negative", "negative-class", "lists", "ragged", "missing-class", "missing"])
 def test_labels_that_are_none(labels, feature, match, tmp_path):
@@ -521,16 +590,22 @@ def test_labels_that_are_none(labels, feature, match, tmp_path):
 def test_a_class_label_out_of_range(tmp_path):
     name = saved(tmp_path, {"image": IMAGES, "label": [0, 1, 5, 1]})
     info = json.loads((Path(name) / "dataset_info.json").read_text())
-    info["features"]["label"] = {"names": ["x", "y"], "_type": "ClassLabel"}       # as a data set that was written by other means
+    # as a data set that was written by other means
+    info["features"]["label"] = {"names": ["x", "y"], "_type": "ClassLabel"}
     (Path(name) / "dataset_info.json").write_text(json.dumps(info))
-    with pytest.raises(BadInput, match="label 5 of row 2 is out of range: expected 0 to 1"): hub_data(folder_config(name))
+    with pytest.raises(BadInput, match="label 5 of row 2 is out of range: expected 0 to 1"):
+        hub_data(folder_config(name))
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(image_column="imgae"), "unknown data.image_column 'imgae': did you mean 'image'"), (dict(caption_column="txt"), "unknown data.caption_column 'txt': did you mean 'text'"),
-    (dict(image_column="text"), r"data.image_column 'text' holds Value\('string'\): expected images"), (dict(size=None), "data.size is null"),
-    (dict(label_column="lable"), "unknown data.label_column 'lable': did you mean 'label'"),     # a name that the user wrote
-    (dict(caption_column="label"), "data.caption_column 'label' holds"), (dict(caption_column="texts"), "data.caption_column 'texts' holds"),
+    (dict(image_column="imgae"), "unknown data.image_column 'imgae': did you mean 'image'"),
+    (dict(caption_column="txt"), "unknown data.caption_column 'txt': did you mean 'text'"),
+    (dict(image_column="text"), r"data.image_column 'text' holds Value\('string'\): expected images"),
+    (dict(size=None), "data.size is null"),
+    # a name that the user wrote
+    (dict(label_column="lable"), "unknown data.label_column 'lable': did you mean 'label'"),
+    (dict(caption_column="label"), "data.caption_column 'label' holds"),
+    (dict(caption_column="texts"), "data.caption_column 'texts' holds"),
 ], ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "")
 def test_wrong_columns(change, match, tmp_path):
     name = saved(tmp_path, {"image": IMAGES, "label": [0, 1, 0, 1], "text": list("abcd"), "texts": [["a", "b"]] * 4})
@@ -547,10 +622,14 @@ def test_splits(tmp_path, monkeypatch):
     datasets.DatasetDict(train=full, test=full.select([3])).save_to_disk(tmp_path / "splits")
     sizes = {split: len(hub_data(folder_config(tmp_path / "splits", split=split))) for split in ("train", "test")}
     assert sizes == {"train": 4, "test": 1}
-    assert torch.equal(hub_data(folder_config(tmp_path / "splits", split="test")).image(0), to_tensor(centre_crop(IMAGES[3], 8)))
-    with pytest.raises(BadInput, match="unknown data.split 'tset': did you mean 'test'"): hub_data(folder_config(tmp_path / "splits", split="tset"))
-    monkeypatch.setattr(datasets, "load_from_disk", lambda path: datasets.DatasetDict(none=full.select([])))     # datasets 5 cannot load an empty one that it saved
-    with pytest.raises(BadInput, match="split 'none' of .* is empty: expected images"): hub_data(folder_config(tmp_path / "splits", split="none"))
+    assert torch.equal(hub_data(folder_config(tmp_path / "splits", split="test")).image(0),
+                       to_tensor(centre_crop(IMAGES[3], 8)))
+    with pytest.raises(BadInput, match="unknown data.split 'tset': did you mean 'test'"):
+        hub_data(folder_config(tmp_path / "splits", split="tset"))
+    # datasets 5 cannot load an empty one that it saved
+    monkeypatch.setattr(datasets, "load_from_disk", lambda path: datasets.DatasetDict(none=full.select([])))
+    with pytest.raises(BadInput, match="split 'none' of .* is empty: expected images"):
+        hub_data(folder_config(tmp_path / "splits", split="none"))
 
 
 @pytest.mark.parametrize("place", ["photos/train.parquet", "photos/data/train-00000-of-00001.parquet"])
@@ -558,48 +637,62 @@ def test_splits(tmp_path, monkeypatch):
 def test_a_folder_of_parquet(place, relative, tmp_path, monkeypatch):
     file = tmp_path / place
     file.parent.mkdir(parents=True)
-    datasets.Dataset.from_dict({"image": IMAGES, "label": [0, 1, 0, 1], "text": list("abcd")}).cast_column("image", datasets.Image()).to_parquet(str(file))
+    datasets.Dataset.from_dict({"image": IMAGES, "label": [0, 1, 0, 1],
+                                "text": list("abcd")}).cast_column("image", datasets.Image()).to_parquet(str(file))
     monkeypatch.chdir(tmp_path)
     data = load_images(folder_config("photos" if relative else tmp_path / "photos", caption_column="text"))
     batch = data.batch(torch.tensor([2, 1]))
-    assert torch.equal(batch["images"][0], to_tensor(centre_crop(IMAGES[2], 8))) and batch["captions"] == ["c", "b"] and batch["class_labels"].tolist() == [0, 1]
+    assert (torch.equal(batch["images"][0], to_tensor(centre_crop(IMAGES[2], 8))) and batch["captions"] == ["c", "b"]
+            and batch["class_labels"].tolist() == [0, 1])
 
 
 def test_captions_of_a_folder(tmp_path):
     root = photos(tmp_path / "photos", 3, None)
     (root / "metadata.csv").write_text("file_name,text\n00.png,a cat\n01.png,\n02.png,\"a dog, two cats\"\n")
-    assert isinstance(load_images(folder_config(root)), ImageFiles) and load_images(folder_config(root)).captions is None
+    assert (isinstance(load_images(folder_config(root)), ImageFiles)
+            and load_images(folder_config(root)).captions is None)
     data = load_images(folder_config(root, caption_column="text"))
-    assert [data.captions(i) for i in range(3)] == ["a cat", "", "a dog, two cats"] and data.names(1) == "row 1 (01.png)"
+    assert ([data.captions(i) for i in range(3)] == ["a cat", "", "a dog, two cats"]
+            and data.names(1) == "row 1 (01.png)")
     batch = data.batch(torch.tensor([2, 0]))
-    assert batch["captions"] == ["a dog, two cats", "a cat"] and torch.equal(batch["images"][0], to_tensor(centre_crop(noise_image(2), 8)))
-    with pytest.raises(BadInput, match="unknown data.caption_column 'txt': did you mean 'text'"): load_images(folder_config(root, caption_column="txt"))
+    assert batch["captions"] == ["a dog, two cats", "a cat"] and torch.equal(batch["images"][0],
+                                                                             to_tensor(centre_crop(noise_image(2), 8)))
+    with pytest.raises(BadInput, match="unknown data.caption_column 'txt': did you mean 'text'"):
+        load_images(folder_config(root, caption_column="txt"))
     (root / "00.png").write_bytes(b"")   # the caption goes with the image
     data, said = load_images(folder_config(root, caption_column="text")), []
-    assert SkippedImages(1, said.append).take(data.batch(torch.tensor([0])))["captions"] == [""] and said == ["skipped image 1: row 0 (00.png) is empty (0 bytes)"]
-    with pytest.raises(BadInput, match="unknown data.caption_column 'text'"): load_images(folder_config(photos(tmp_path / "without", 3, None), caption_column="text"))
+    assert (SkippedImages(1, said.append).take(data.batch(torch.tensor([0])))["captions"] == [""]
+            and said == ["skipped image 1: row 0 (00.png) is empty (0 bytes)"])
+    with pytest.raises(BadInput, match="unknown data.caption_column 'text'"):
+        load_images(folder_config(photos(tmp_path / "without", 3, None), caption_column="text"))
 
 
-@pytest.mark.parametrize("row,reason", [(dict(bytes=b"no image", path=None), "is no image that Pillow can read"), (dict(bytes=b"", path="x.png"), r"is empty \(0 bytes\)"), (None, ".+")], ids=["damaged", "empty", "missing"])
+@pytest.mark.parametrize("row,reason", [(dict(bytes=b"no image", path=None), "is no image that Pillow can read"),
+                                        (dict(bytes=b"", path="x.png"), r"is empty \(0 bytes\)"), (None, ".+")],
+                         ids=["damaged", "empty", "missing"])
 def test_a_row_that_is_no_image(row, reason, tmp_path):
     rows = [dict(bytes=encoded(i, "PNG"), path=None) for i in IMAGES]
     rows[1] = row
     data, said = hub_data(folder_config(saved(tmp_path, {"image": rows, "label": [0, 0, 1, 1]}))), []
     batch = SkippedImages(1, said.append).take(data.batch(torch.tensor([1])))
-    assert torch.equal(batch["images"][0], to_tensor(centre_crop(IMAGES[2], 8))) and batch["class_labels"].tolist() == [1] and len(said) == 1
+    assert (torch.equal(batch["images"][0], to_tensor(centre_crop(IMAGES[2], 8)))
+            and batch["class_labels"].tolist() == [1] and len(said) == 1)
     assert re.fullmatch(rf"skipped image 1: row 1( \(x.png\))? {reason}", said[0])
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch", "arrow", "pandas"])
 def test_a_format_that_was_saved_does_not_matter(kind, tmp_path):
-    ds = datasets.Dataset.from_dict({"image": IMAGES, "label": [0, 1, 0, 1], "text": list("abcd")}).cast_column("image", datasets.Image())
+    ds = datasets.Dataset.from_dict({"image": IMAGES, "label": [0, 1, 0, 1], "text": list("abcd")}).cast_column(
+        "image", datasets.Image())
     ds.with_format(kind).save_to_disk(tmp_path / "saved")
     batch = hub_data(folder_config(tmp_path / "saved", caption_column="text")).batch(torch.arange(4))
-    assert torch.equal(batch["images"][3], to_tensor(centre_crop(IMAGES[3], 8))) and batch["class_labels"].tolist() == [0, 1, 0, 1] and batch["captions"] == list("abcd")
+    assert (torch.equal(batch["images"][3], to_tensor(centre_crop(IMAGES[3], 8)))
+            and batch["class_labels"].tolist() == [0, 1, 0, 1] and batch["captions"] == list("abcd"))
 
 
 def test_data_sets_that_cannot_be_loaded(tmp_path):
-    with pytest.raises(BadInput, match="data.name is 'nobody/nothing', which datasets cannot load: ") as error: load_data(folder_config("nobody/nothing"))
+    with pytest.raises(BadInput, match="data.name is 'nobody/nothing', which datasets cannot load: ") as error:
+        load_data(folder_config("nobody/nothing"))
     assert one_line(error)
     name = saved(tmp_path, {"image": IMAGES})
     for file in Path(name).glob("*.arrow"): file.write_bytes(file.read_bytes()[:100])
@@ -612,18 +705,27 @@ def test_data_sets_that_cannot_be_loaded(tmp_path):
 def test_what_a_name_leads_to(tmp_path, models):
     root = photos(tmp_path / "photos", 3)
     assert isinstance(load_data(folder_config(root, vae=str(models / "vae"))), EncodedImages)
-    assert isinstance(load_data("digits"), ImageData) and isinstance(load_data(), ImageData) and isinstance(load_data(folder_config(root)), ImageFiles)
-    assert load_data(DataConfig(conditional=False)).labels is None and load_data(DataConfig(conditional=False)).num_classes is None and load_data(DataConfig(size=8)).shape == (1, 8, 8)
+    assert isinstance(load_data("digits"), ImageData) and isinstance(load_data(), ImageData) and isinstance(
+        load_data(folder_config(root)), ImageFiles)
+    assert (load_data(DataConfig(conditional=False)).labels is None
+            and load_data(DataConfig(conditional=False)).num_classes is None
+            and load_data(DataConfig(size=8)).shape == (1, 8, 8))
     assert isinstance(load_data(folder_config(saved(tmp_path, {"image": IMAGES}))), ImageFiles)
     write_cache(folder_config(root, vae=str(models / "vae")), tmp_path / "latents")
     cache = load_data(str(tmp_path / "latents"))
-    assert isinstance(cache, LatentCache) and cache.num_classes == 2 and load_data(DataConfig(name=str(tmp_path / "latents"), conditional=False)).num_classes is None
-    assert "class_labels" not in load_data(DataConfig(name=str(tmp_path / "latents"), conditional=False)).batch(torch.arange(2))
+    assert (isinstance(cache, LatentCache) and cache.num_classes == 2
+            and load_data(DataConfig(name=str(tmp_path / "latents"), conditional=False)).num_classes is None)
+    assert ("class_labels" not
+            in load_data(DataConfig(name=str(tmp_path / "latents"), conditional=False)).batch(torch.arange(2)))
 
 
 @pytest.mark.parametrize("name,error,match", [
-    ("digts", BadInput, "unknown data set 'digts': did you mean 'digits'"), ("./fotos", MissingFile, "data.name is './fotos': there is no such folder; expected a folder of images, a latent cache, or owner/name"),
-    ("/no/where/at/all", MissingFile, "there is no such folder"), ("{tmp}/nothing", MissingFile, "there is no such folder"), ("{tmp}/file.png", BadInput, "file.png', a file: expected a folder of images"),
+    ("digts", BadInput, "unknown data set 'digts': did you mean 'digits'"),
+    ("./fotos", MissingFile,
+     "data.name is './fotos': there is no such folder; expected a folder of images, a latent cache, or owner/name"),
+    ("/no/where/at/all", MissingFile, "there is no such folder"),
+    ("{tmp}/nothing", MissingFile, "there is no such folder"),
+    ("{tmp}/file.png", BadInput, "file.png', a file: expected a folder of images"),
     ("{tmp}/empty", BadInput, "holds no images"), ("nobody/nothing", BadInput, "which datasets cannot load"),
 ])
 def test_names_that_lead_nowhere(name, error, match, tmp_path):
@@ -633,7 +735,8 @@ def test_names_that_lead_nowhere(name, error, match, tmp_path):
 
 
 def test_built_in_data_have_their_size():
-    with pytest.raises(BadInput, match="data.size is 16: expected null or 8, the size of the built-in digits"): load_data(DataConfig(size=16))
+    with pytest.raises(BadInput, match="data.size is 16: expected null or 8, the size of the built-in digits"):
+        load_data(DataConfig(size=16))
 
 
 # --- the order of images
@@ -643,18 +746,24 @@ def test_every_epoch_holds_every_image(number, size):
     order = EpochOrder(number, size, 3)
     stream = torch.cat([order(s) for s in range(4 * number)])
     epochs = stream[:4 * size * (number // 1)][:len(stream) // number * number].view(-1, number)
-    assert all(e.sort().values.tolist() == list(range(number)) for e in epochs) and len({tuple(e.tolist()) for e in epochs}) > 1
-    for step in (4 * number - 1, 0, 2 * number): assert torch.equal(EpochOrder(number, size, 3)(step), stream[step * size:(step + 1) * size]) and torch.equal(order(step), stream[step * size:(step + 1) * size])
-    assert number == 5 or not torch.equal(torch.cat([EpochOrder(number, size, 4)(s) for s in range(4 * number)]), stream)
+    assert (all(e.sort().values.tolist() == list(range(number)) for e in epochs)
+            and len({tuple(e.tolist()) for e in epochs}) > 1)
+    for step in (4 * number - 1, 0, 2 * number):
+        assert torch.equal(EpochOrder(number, size, 3)(step), stream[step * size:(step + 1) * size]) and torch.equal(
+            order(step), stream[step * size:(step + 1) * size])
+    assert number == 5 or not torch.equal(torch.cat([EpochOrder(number, size, 4)(s) for s in range(4 * number)]),
+                                          stream)
 
 
 def test_a_batch_is_not_larger_than_the_data():
-    with pytest.raises(BadInput, match="train.batch_size is 11, but the data set has only 10 images"): EpochOrder(10, 11, 0)
+    with pytest.raises(BadInput, match="train.batch_size is 11, but the data set has only 10 images"):
+        EpochOrder(10, 11, 0)
 
 
 # --- latents
 
-@pytest.mark.parametrize("config", [dict(scaling_factor=0.5), dict(scaling_factor=SCALE, shift_factor=SHIFT), dict(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)])
+@pytest.mark.parametrize("config", [dict(scaling_factor=0.5), dict(scaling_factor=SCALE, shift_factor=SHIFT), dict(
+    scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)])
 def test_latents_are_drawn_as_diffusers_draws_them(config):
     vae, images = autoencoder(4, **config), torch.rand(3, 3, 16, 16) * 2 - 1
     coder = LatentCoder(vae)
@@ -663,9 +772,13 @@ def test_latents_are_drawn_as_diffusers_draws_them(config):
         expected = (expected - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
         moments = coder.moments(images)
         noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-        assert moments.shape == (3, 8, 8, 8) and torch.allclose(coder.draw(moments, noise), expected, atol=1e-6) and torch.allclose(draw_latents(moments, noise, coder.scale, coder.shift), expected, atol=1e-6)
+        assert (moments.shape == (3, 8, 8, 8) and torch.allclose(coder.draw(moments, noise), expected, atol=1e-6)
+                and torch.allclose(draw_latents(moments, noise, coder.scale, coder.shift), expected, atol=1e-6))
         assert not torch.allclose(coder.draw(moments, 0 * noise), expected, atol=1e-2)
-        assert torch.allclose(coder.draw(moments, 0 * noise), (vae.encode(images).latent_dist.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor, atol=1e-6)
+        assert torch.allclose(
+            coder.draw(moments, 0 * noise),
+            (vae.encode(images).latent_dist.mode() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor,
+            atol=1e-6)
         decoded = vae.decode(expected / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).sample
         assert torch.allclose(coder.decode(expected), decoded.clamp(-1, 1), atol=1e-5)
     assert coder.latent_shape((3, 16, 24)) == (4, 8, 12) and not any(p.requires_grad for p in coder.parameters())
@@ -673,21 +786,28 @@ def test_latents_are_drawn_as_diffusers_draws_them(config):
 
 def test_latents_of_half_precision_are_drawn_in_float32():
     moments = torch.randn(2, 8, 4, 4).half()
-    assert draw_latents(moments, torch.zeros(2, 4, 4, 4), 2.0, 1.0).dtype == torch.float32 and torch.equal(draw_latents(moments, torch.zeros(2, 4, 4, 4), 2.0, 1.0), 2 * (moments[:, :4].float() - 1))
+    assert draw_latents(moments, torch.zeros(2, 4, 4, 4), 2.0, 1.0).dtype == torch.float32 and torch.equal(
+        draw_latents(moments, torch.zeros(2, 4, 4, 4), 2.0, 1.0), 2 * (moments[:, :4].float() - 1))
 
 
 def test_images_that_a_vae_cannot_take(models, tmp_path):
     coder, root = load_vae(str(models / "vae")), photos(tmp_path / "photos", 2)
-    with pytest.raises(BadInput, match="images have 1 channels, but VAE .* takes 3: set data.channels"): coder.latent_shape((1, 8, 8))
-    with pytest.raises(BadInput, match="data.size is 9: expected a multiple of 2 for VAE"): coder.latent_shape((3, 9, 9))
+    with pytest.raises(BadInput, match="images have 1 channels, but VAE .* takes 3: set data.channels"):
+        coder.latent_shape((1, 8, 8))
+    with pytest.raises(BadInput, match="data.size is 9: expected a multiple of 2 for VAE"):
+        coder.latent_shape((3, 9, 9))
     for change, match in ((dict(channels=1), "set data.channels"), (dict(size=9), "expected a multiple of 2")):
-        with pytest.raises(BadInput, match=match): write_cache(folder_config(root, vae=str(models / "vae"), **change), tmp_path / "latents")
+        with pytest.raises(BadInput, match=match):
+            write_cache(folder_config(root, vae=str(models / "vae"), **change), tmp_path / "latents")
     assert not (tmp_path / "latents").exists()
 
 
 def test_where_a_vae_comes_from(models, tmp_path):
-    assert fingerprint(load_vae(str(models / "vae")).vae) == fingerprint(load_vae(str(models / "pipeline")).vae) == fingerprint(load_vae(str(models / "pipeline" / "vae")).vae) != fingerprint(load_vae(str(models / "other")).vae)
-    for name, inner in (("nobody/pipeline", "vae"), ("nobody/vae", ".")):   # as the hub's cache keeps them: a pipeline, and a VAE alone such as stabilityai/sd-vae-ft-ema
+    assert (fingerprint(load_vae(str(models / "vae")).vae) == fingerprint(load_vae(str(models / "pipeline")).vae)
+            == fingerprint(load_vae(str(models / "pipeline" / "vae")).vae)
+            != fingerprint(load_vae(str(models / "other")).vae))
+    # as the hub's cache keeps them: a pipeline, and a VAE alone such as stabilityai/sd-vae-ft-ema
+    for name, inner in (("nobody/pipeline", "vae"), ("nobody/vae", ".")):
         repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(models / "vae", repo / "snapshots" / ("0" * 40) / inner)
         (repo / "refs").mkdir()
@@ -698,7 +818,9 @@ def test_where_a_vae_comes_from(models, tmp_path):
 def broken_vae(folder, kind, models):
     if kind == "a hub id": return "nobody/nothing"
     if kind == "a DiT": tiny_diffusers_dit().save_pretrained(folder)
-    elif kind == "another VAE": AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1)).save_pretrained(folder)
+    elif kind == "another VAE":
+        AutoencoderTiny(encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+                        num_decoder_blocks=(1, 1)).save_pretrained(folder)
     elif kind != "nothing":
         shutil.copytree(models / "vae", folder)
         weights = folder / "diffusion_pytorch_model.safetensors"
@@ -709,116 +831,153 @@ def broken_vae(folder, kind, models):
     return str(folder)
 
 
-@pytest.mark.parametrize("kind", ["a hub id", "nothing", "a DiT", "another VAE", "no weights", "cut weights", "half the weights", "broken config"])
+@pytest.mark.parametrize("kind", ["a hub id", "nothing", "a DiT", "another VAE", "no weights", "cut weights",
+                                  "half the weights", "broken config"])
 def test_what_is_no_vae(kind, models, tmp_path):
     name = broken_vae(tmp_path / "vae", kind, models)
-    with pytest.raises(BadInput, match="data.vae is .*: expected a diffusers AutoencoderKL or a pipeline with one") as error: load_vae(name)   # and no weights that are made up
+    # and no weights that are made up
+    with pytest.raises(BadInput,
+                       match="data.vae is .*: expected a diffusers AutoencoderKL or a pipeline with one") as error:
+        load_vae(name)
     assert one_line(error)
 
 
 # --- captions
 
 def test_clip_is_what_stable_diffusion_takes(models):
-    coder, captions = load_text_encoder(str(models / "clip")), ["a cat", "", "a dog and a cat and a dog and a cat and a dog"]
-    pipe = StableDiffusionPipeline(vae=None, unet=None, scheduler=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False, tokenizer=coder.tokenizer, text_encoder=coder.encoder)
+    coder, captions = load_text_encoder(str(models / "clip")), ["a cat", "",
+                                                                "a dog and a cat and a dog and a cat and a dog"]
+    pipe = StableDiffusionPipeline(vae=None, unet=None, scheduler=None, safety_checker=None, feature_extractor=None,
+                                   requires_safety_checker=False, tokenizer=coder.tokenizer, text_encoder=coder.encoder)
     expected, _ = pipe.encode_prompt(captions, "cpu", 1, False)
     tokens = coder.tokens(captions)
     found = coder.embed(**tokens)
-    assert set(found) == {"encoder_hidden_states", "pooled_projections"} and found["encoder_hidden_states"].shape == (3, PROMPT_LENGTH, 32) and torch.allclose(found["encoder_hidden_states"], expected, atol=1e-6)
-    assert torch.equal(found["pooled_projections"], coder.encoder(tokens["input_ids"]).pooler_output) and coder.length == PROMPT_LENGTH and load_text_encoder(str(models / "clip"), 5).length == PROMPT_LENGTH
+    assert (set(found) == {"encoder_hidden_states", "pooled_projections"} and found["encoder_hidden_states"].shape
+            == (3, PROMPT_LENGTH, 32) and torch.allclose(found["encoder_hidden_states"], expected, atol=1e-6))
+    assert (torch.equal(found["pooled_projections"], coder.encoder(tokens["input_ids"]).pooler_output)
+            and coder.length == PROMPT_LENGTH and load_text_encoder(str(models / "clip"), 5).length == PROMPT_LENGTH)
     assert not any(p.requires_grad for p in coder.parameters())
     projected = load_text_encoder(str(models / "clip-projection"))
     out = projected.encoder(tokens["input_ids"])
-    assert torch.equal(projected.embed(**tokens)["pooled_projections"], out.text_embeds) and torch.equal(projected.embed(**tokens)["encoder_hidden_states"], out.last_hidden_state)
+    assert torch.equal(projected.embed(**tokens)["pooled_projections"], out.text_embeds) and torch.equal(
+        projected.embed(**tokens)["encoder_hidden_states"], out.last_hidden_state)
 
 
 def test_t5_is_what_pixart_takes(models):
     coder, captions = load_text_encoder(str(models / "t5"), 7), ["a cat", "", "a dog and a cat"]
-    pipe = PixArtSigmaPipeline(tokenizer=coder.tokenizer, text_encoder=coder.encoder, vae=autoencoder(4), transformer=None, scheduler=DDIMScheduler())
+    pipe = PixArtSigmaPipeline(tokenizer=coder.tokenizer, text_encoder=coder.encoder, vae=autoencoder(4),
+                               transformer=None, scheduler=DDIMScheduler())
     expected, mask, *_ = pipe.encode_prompt(captions, do_classifier_free_guidance=False, max_sequence_length=7)
     found = coder.embed(**coder.tokens(captions))
-    assert set(found) == {"encoder_hidden_states", "encoder_attention_mask"} and torch.allclose(found["encoder_hidden_states"], expected, atol=1e-5) and torch.equal(found["encoder_attention_mask"], mask)
+    assert (set(found) == {"encoder_hidden_states", "encoder_attention_mask"}
+            and torch.allclose(found["encoder_hidden_states"], expected, atol=1e-5)
+            and torch.equal(found["encoder_attention_mask"], mask))
     assert found["encoder_attention_mask"].sum(1).tolist() == [7, 1, 7]              # ▁a▁cat</s>, </s>, cut
-    assert load_text_encoder(str(models / "t5")).length == PROMPT_LENGTH and load_text_encoder(str(models / "t5"), 3).tokens(["a cat"])["input_ids"].shape == (1, 3)
+    assert (load_text_encoder(str(models / "t5")).length == PROMPT_LENGTH
+            and load_text_encoder(str(models / "t5"), 3).tokens(["a cat"])["input_ids"].shape == (1, 3))
 
 
 def test_a_text_encoder_is_loaded_in_float32(models, tmp_path):
     shutil.copytree(models / "clip", tmp_path / "half")
     load_text_encoder(str(models / "clip")).encoder.half().save_pretrained(tmp_path / "half" / "text_encoder")
-    assert next(load_text_encoder(str(tmp_path / "half")).parameters()).dtype == torch.float32   # transformers 5 keeps what was saved
+    # transformers 5 keeps what was saved
+    assert next(load_text_encoder(str(tmp_path / "half")).parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["nobody/nothing", "nowhere", "no tokenizer", "no encoder", "no weights", "cut weights", "half the weights", "broken config", "unknown type"])
+@pytest.mark.parametrize("kind", ["nobody/nothing", "nowhere", "no tokenizer", "no encoder", "no weights",
+                                  "cut weights", "half the weights", "broken config", "unknown type"])
 def test_what_is_no_text_encoder(kind, models, tmp_path):
     folder = tmp_path / kind
     if kind not in ("nowhere", "nobody/nothing"):
         shutil.copytree(models / "clip", folder)
         weights = folder / "text_encoder" / "model.safetensors"
-        if kind.startswith("no "): shutil.rmtree(folder / "tokenizer") if kind == "no tokenizer" else shutil.rmtree(folder / "text_encoder") if kind == "no encoder" else weights.unlink()
+        if kind.startswith("no "):
+            (shutil.rmtree(folder / "tokenizer") if kind == "no tokenizer"
+             else shutil.rmtree(folder / "text_encoder") if kind == "no encoder" else weights.unlink())
         if kind == "cut weights": weights.write_bytes(weights.read_bytes()[:300])
         if kind == "half the weights": save_file(dict(list(load_file(weights).items())[::2]), weights, {"format": "pt"})
         if kind == "broken config": (folder / "text_encoder" / "config.json").write_text("{")
         if kind == "unknown type": (folder / "text_encoder" / "config.json").write_text('{"model_type": "nothing"}')
-    with pytest.raises(BadInput, match=r"data.text_encoder is .*: expected a pipeline with tokenizer/ and text_encoder/") as error: load_text_encoder(kind if "/" in kind else str(folder))
+    with pytest.raises(BadInput, match=r"data.text_encoder is .*: expected a pipeline with tokenizer/ and "
+                       r"text_encoder/") as error:
+        load_text_encoder(kind if "/" in kind else str(folder))
     assert one_line(error)
 
 
 # --- encoded in the loop
 
 def test_images_are_encoded_in_the_loop(models, tmp_path):
-    name = saved(tmp_path, {"image": IMAGES, "label": [1, 0, 1, 1], "text": ["a cat", "a dog", None, "cat"]}, {"label": CLASSES})
-    config = folder_config(name, vae=str(models / "vae"), caption_column="text", text_encoder=str(models / "t5"), text_length=6)
+    name = saved(tmp_path, {"image": IMAGES, "label": [1, 0, 1, 1], "text": ["a cat", "a dog", None, "cat"]},
+                 {"label": CLASSES})
+    config = folder_config(name, vae=str(models / "vae"), caption_column="text", text_encoder=str(models / "t5"),
+                           text_length=6)
     data, coder, text = load_data(config), load_vae(str(models / "vae")), load_text_encoder(str(models / "t5"), 6)
-    assert isinstance(data, EncodedImages) and data.shape == (4, 4, 4) and len(data) == 4 and data.num_classes == 2 and data.random_latents and data.to("cpu") is data
-    indices, flip, drop = torch.tensor([3, 0, 1]), torch.tensor([True, False, False]), torch.tensor([False, False, True])
+    assert (isinstance(data, EncodedImages) and data.shape == (4, 4, 4) and len(data) == 4 and data.num_classes == 2
+            and data.random_latents and data.to("cpu") is data)
+    indices, flip, drop = (torch.tensor([3, 0, 1]), torch.tensor([True, False, False]),
+                           torch.tensor([False, False, True]))
     noise = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     batch = data.batch(indices, flip, noise, drop)
-    assert batch["images"].shape == (3, 3, 8, 8)                                    # pixels: the loader's workers do not encode
+    # pixels: the loader's workers do not encode
+    assert batch["images"].shape == (3, 3, 8, 8)
     found, again = data.encode(batch), data.encode(batch)
-    assert equal(found, again) and set(found) == {"images", "class_labels", "encoder_hidden_states", "encoder_attention_mask"} and found["class_labels"].tolist() == [1, 1, 0]
+    assert (equal(found, again)
+            and set(found) == {"images", "class_labels", "encoder_hidden_states", "encoder_attention_mask"}
+            and found["class_labels"].tolist() == [1, 1, 0])
     images = torch.stack([to_tensor(centre_crop(IMAGES[i], 8)) for i in (3, 0, 1)])
     images[0] = images[0].flip(-1)
-    assert torch.allclose(found["images"], coder.draw(coder.moments(images), noise), atol=1e-6) and torch.allclose(data.encode(data.batch(indices, flip))["images"], coder.draw(coder.moments(images), 0 * noise), atol=1e-6)
+    assert torch.allclose(found["images"], coder.draw(coder.moments(images), noise), atol=1e-6) and torch.allclose(
+        data.encode(data.batch(indices, flip))["images"], coder.draw(coder.moments(images), 0 * noise), atol=1e-6)
     direct = text.embed(**text.tokens(["cat", "a cat", ""]))
-    assert all(torch.allclose(found[k], v, atol=1e-6) for k, v in direct.items()) and all(torch.allclose(data.null[k], v[2], atol=1e-6) for k, v in direct.items())
+    assert all(torch.allclose(found[k], v, atol=1e-6) for k, v in direct.items()) and all(
+        torch.allclose(data.null[k], v[2], atol=1e-6) for k, v in direct.items())
     assert torch.equal(data.decode(found["images"]), coder.decode(found["images"]))
     cache = write_cache(config, tmp_path / "latents", say=quiet)                    # and a cache gives the same
     cached, once = cache.batch(indices, flip, noise, drop), data.encode(batch)
-    assert cached.keys() == once.keys() and all(torch.allclose(cached[k].float(), once[k].float(), atol=1e-4) for k in once) and torch.allclose(cache.decode(cached["images"]), data.decode(cached["images"]))
+    assert (cached.keys() == once.keys()
+            and all(torch.allclose(cached[k].float(), once[k].float(), atol=1e-4) for k in once)
+            and torch.allclose(cache.decode(cached["images"]), data.decode(cached["images"])))
 
 
 def test_a_bad_image_in_the_loop_is_named(models, tmp_path):
     data = load_data(folder_config(photos(tmp_path / "photos", 4, bad=(1,)), vae=str(models / "vae")))
     said = []
     batch = SkippedImages(1, said.append).take(data.batch(torch.tensor([1, 3])))
-    assert said == ["skipped image 1: cat/01.png is no image that Pillow can read"] and data.encode(batch)["class_labels"].tolist() == [1, 1] and data.null == {}
+    assert (said == ["skipped image 1: cat/01.png is no image that Pillow can read"]
+            and data.encode(batch)["class_labels"].tolist() == [1, 1] and data.null == {})
 
 
 def test_captions_without_latents(models, tmp_path):
     data = load_data(folder_config(captioned(tmp_path), caption_column="text", text_encoder=str(models / "clip")))
     found = data.encode(data.batch(torch.tensor([0, 4]), drop=torch.tensor([True, False])))
-    assert isinstance(data, EncodedImages) and not data.random_latents and data.shape == (3, 8, 8) and set(found) == {"images", "encoder_hidden_states", "pooled_projections"}
-    assert torch.allclose(found["pooled_projections"][0], data.null["pooled_projections"], atol=1e-6) and not torch.allclose(found["pooled_projections"][1], data.null["pooled_projections"], atol=1e-3)
+    assert (isinstance(data, EncodedImages) and not data.random_latents and data.shape == (3, 8, 8)
+            and set(found) == {"images", "encoder_hidden_states", "pooled_projections"})
+    assert (torch.allclose(found["pooled_projections"][0], data.null["pooled_projections"], atol=1e-6)
+            and not torch.allclose(found["pooled_projections"][1], data.null["pooled_projections"], atol=1e-3))
     assert torch.equal(data.decode(found["images"]), found["images"])
-    with pytest.raises(BadInput, match="data.text_encoder is null: expected a pipeline"): load_data(folder_config(captioned(tmp_path), caption_column="text"))
+    with pytest.raises(BadInput, match="data.text_encoder is null: expected a pipeline"):
+        load_data(folder_config(captioned(tmp_path), caption_column="text"))
 
 
 def test_a_cache_decodes_with_its_own_vae_only(models, tmp_path):
     shutil.copytree(models / "vae", tmp_path / "vae")
     cached(photos(tmp_path / "photos", 3), models, tmp_path / "latents", vae=str(tmp_path / "vae"))
     latents = LatentCache(tmp_path / "latents").batch(torch.arange(3))["images"]
-    assert torch.allclose(LatentCache(tmp_path / "latents").decode(latents), load_vae(str(models / "vae")).decode(latents))
+    assert torch.allclose(LatentCache(tmp_path / "latents").decode(latents),
+                          load_vae(str(models / "vae")).decode(latents))
     shutil.rmtree(tmp_path / "vae")
     with pytest.raises(BadInput, match="data.vae|VAE"): LatentCache(tmp_path / "latents").decode(latents)
     shutil.copytree(models / "other" / "vae", tmp_path / "vae")
-    with pytest.raises(BadInput, match="is not the one that latent cache .* was made with: expected fingerprint"): LatentCache(tmp_path / "latents").decode(latents)
+    with pytest.raises(BadInput, match="is not the one that latent cache .* was made with: expected fingerprint"):
+        LatentCache(tmp_path / "latents").decode(latents)
 
 
 # --- the latent cache
 
 def cached(folder, models, where, **kwargs):
     changes = {k: kwargs.pop(k) for k in list(kwargs) if k in DataConfig.__dataclass_fields__}
-    return write_cache(folder_config(folder, **{"vae": str(models / "vae"), **changes}), where, **{**dict(batch_size=2, images_per_shard=3, say=quiet), **kwargs})
+    return write_cache(folder_config(folder, **{"vae": str(models / "vae"), **changes}), where,
+                       **{**dict(batch_size=2, images_per_shard=3, say=quiet), **kwargs})
 
 
 def captioned(tmp_path, texts=("a cat", "", "a dog", "dog dog dog dog", "cat"), bad=(), name="captioned"):
@@ -829,19 +988,27 @@ def captioned(tmp_path, texts=("a cat", "", "a dog", "dog dog dog dog", "cat"), 
 def test_a_cache_is_direct_encoding(models, tmp_path):
     root = photos(tmp_path / "photos", 8, bad=(3,))
     said = []
-    cache, files, coder = cached(root, models, tmp_path / "latents", say=said.append), image_folder(folder_config(root)), load_vae(str(models / "vae"))
+    cache, files, coder = (cached(root, models, tmp_path / "latents", say=said.append),
+                           image_folder(folder_config(root)), load_vae(str(models / "vae")))
     kept = [0, 1, 2, 4, 5, 6, 7]
-    assert len(cache) == 7 and cache.shape == (4, 4, 4) and cache.class_names == ["cat", "dog"] and cache.num_classes == 2 and cache.labels.tolist() == [0, 0, 0, 1, 1, 1, 1] and cache.null == {}
-    assert said == ["skipped image 1: cat/03.png is no image that Pillow can read"] and cache.facts["shards"][1]["skipped"] == {"cat/03.png": "is no image that Pillow can read"}
-    assert [e["images"] for e in cache.facts["shards"]] == [3, 2, 2] and (cache.facts["scale"], cache.facts["shift"], cache.facts["images"]) == (SCALE, SHIFT, 7)
+    assert (len(cache) == 7 and cache.shape == (4, 4, 4) and cache.class_names == ["cat", "dog"]
+            and cache.num_classes == 2 and cache.labels.tolist() == [0, 0, 0, 1, 1, 1, 1] and cache.null == {})
+    assert (said == ["skipped image 1: cat/03.png is no image that Pillow can read"]
+            and cache.facts["shards"][1]["skipped"] == {"cat/03.png": "is no image that Pillow can read"})
+    assert ([e["images"] for e in cache.facts["shards"]] == [3, 2, 2]
+            and (cache.facts["scale"], cache.facts["shift"], cache.facts["images"]) == (SCALE, SHIFT, 7))
     indices, g = torch.tensor([6, 0, 3, 4, 2, 3]), torch.Generator().manual_seed(0)
     noise, flip = torch.randn(6, 4, 4, 4, generator=g), torch.tensor([True, False, True, False, True, False])
     images = torch.stack([files.image(kept[i]) for i in indices.tolist()])
-    direct = lambda images, noise: (coder.vae.encode(images).latent_dist.mean + coder.vae.encode(images).latent_dist.std * noise - SHIFT) * SCALE
+    direct = lambda images, noise: (coder.vae.encode(images).latent_dist.mean
+                                    + coder.vae.encode(images).latent_dist.std * noise - SHIFT) * SCALE
     batch = cache.batch(indices, flip, noise)
-    assert set(batch) == {"images", "class_labels"} and batch["class_labels"].tolist() == [1, 0, 1, 1, 0, 1] and batch["images"].dtype == torch.float32
-    assert torch.allclose(batch["images"], direct(torch.where(flip[:, None, None, None], images.flip(-1), images), noise), atol=1e-5)
-    assert torch.allclose(cache.batch(indices)["images"], direct(images, 0 * noise), atol=1e-5) and not torch.allclose(cache.batch(indices)["images"], batch["images"], atol=1e-3)
+    assert (set(batch) == {"images", "class_labels"} and batch["class_labels"].tolist() == [1, 0, 1, 1, 0, 1]
+            and batch["images"].dtype == torch.float32)
+    assert torch.allclose(batch["images"],
+                          direct(torch.where(flip[:, None, None, None], images.flip(-1), images), noise), atol=1e-5)
+    assert torch.allclose(cache.batch(indices)["images"], direct(images, 0 * noise), atol=1e-5) and not torch.allclose(
+        cache.batch(indices)["images"], batch["images"], atol=1e-3)
     assert (batch["images"][2] - batch["images"][5]).abs().max() > 1e-3                  # the same image, mirrored
 
 
@@ -850,7 +1017,8 @@ def test_digits_can_be_cached_too(tmp_path, monkeypatch):
     monkeypatch.setitem(sources.DATASETS, "digits", lambda: few)
     autoencoder(2, in_channels=1, out_channels=1).save_pretrained(tmp_path / "vae")
     cache = write_cache(DataConfig(vae=str(tmp_path / "vae")), tmp_path / "latents", images_per_shard=2)
-    assert len(cache) == 5 and cache.num_classes == 10 and torch.equal(cache.batch(torch.arange(5))["class_labels"], few.labels)
+    assert len(cache) == 5 and cache.num_classes == 10 and torch.equal(cache.batch(torch.arange(5))["class_labels"],
+                                                                       few.labels)
 
 
 @pytest.mark.parametrize("encoder", ["clip", "clip-projection", "t5"])
@@ -858,28 +1026,40 @@ def test_digits_can_be_cached_too(tmp_path, monkeypatch):
 def test_captions_are_cached(encoder, dtype, models, tmp_path):
     texts = ["a cat", "", "a dog", "dog dog dog dog", "cat"]
     root = captioned(tmp_path, texts)
-    cache = cached(root, models, tmp_path / "latents", caption_column="text", text_encoder=str(models / encoder), text_length=9, dtype=dtype)
+    cache = cached(root, models, tmp_path / "latents", caption_column="text", text_encoder=str(models / encoder),
+                   text_length=9, dtype=dtype)
     text = load_text_encoder(str(models / encoder), 9)
     found, indices = cache.batch(torch.tensor([4, 1, 2])), [4, 1, 2]
     direct = text.embed(**text.tokens([texts[i] for i in indices]))
     close = dict(atol=1e-5) if dtype == "float32" else dict(atol=5e-3, rtol=1e-3)
-    assert set(found) == {"images", *direct} and set(direct) <= set(anatomy.TEXT_INPUTS) and set(cache.null) == set(direct)
+    assert (set(found) == {"images", *direct} and set(direct) <= set(anatomy.TEXT_INPUTS)
+            and set(cache.null) == set(direct))
     for k, v in direct.items():
-        assert found[k].dtype == (torch.int64 if k.endswith("mask") else torch.float32) and torch.allclose(found[k], v, **close), k
-        assert torch.equal(cache.null[k].to(found[k].dtype), found[k][1]) or torch.allclose(cache.null[k].float(), found[k][1].float(), **close), k   # the empty caption's
-        assert cache.null[k].shape == v.shape[1:] and cache.null[k].dtype == found[k].dtype, k          # a model takes either
-        assert torch.equal(cache.texts(None, torch.tensor([2, 4]))[k], found[k][[2, 0]]) and torch.allclose(cache.texts([texts[i] for i in indices])[k].float(), v.float(), **close), k   # without images; of new captions
+        assert found[k].dtype == (torch.int64 if k.endswith("mask")
+                                  else torch.float32) and torch.allclose(found[k], v, **close), k
+        # the empty caption's
+        assert torch.equal(cache.null[k].to(found[k].dtype),
+                           found[k][1]) or torch.allclose(cache.null[k].float(), found[k][1].float(), **close), k
+        # a model takes either
+        assert cache.null[k].shape == v.shape[1:] and cache.null[k].dtype == found[k].dtype, k
+        # without images; of new captions
+        assert torch.equal(cache.texts(None, torch.tensor([2, 4]))[k], found[k][[2, 0]]) and torch.allclose(
+            cache.texts([texts[i] for i in indices])[k].float(), v.float(), **close), k
     dropped = cache.batch(torch.tensor([4, 1, 2]), drop=torch.tensor([True, False, False]))
-    assert all(torch.equal(dropped[k][1:], found[k][1:]) and torch.equal(dropped[k][0], cache.null[k].to(found[k].dtype)) for k in direct) and torch.equal(dropped["images"], found["images"])
+    assert all(torch.equal(dropped[k][1:], found[k][1:])
+               and torch.equal(dropped[k][0], cache.null[k].to(found[k].dtype)) for k in direct) and torch.equal(
+                   dropped["images"], found["images"])
     assert not torch.allclose(found["encoder_hidden_states"][0], found["encoder_hidden_states"][2], atol=1e-2)
     assert load_file(tmp_path / "latents" / "shard-00000.safetensors")["moments"].dtype == getattr(torch, dtype)
 
 
 def test_labels_and_captions_together(models, tmp_path):
     columns = {"image": IMAGES, "label": [1, 0, 1, 1], "text": ["a cat", "a dog", None, "cat"]}
-    cache = cached(saved(tmp_path, columns, {"label": CLASSES}), models, tmp_path / "latents", caption_column="text", text_encoder=str(models / "clip"))
+    cache = cached(saved(tmp_path, columns, {"label": CLASSES}), models, tmp_path / "latents", caption_column="text",
+                   text_encoder=str(models / "clip"))
     batch = cache.batch(torch.arange(4))
-    assert set(batch) == {"images", "class_labels", "encoder_hidden_states", "pooled_projections"} and batch["class_labels"].tolist() == [1, 0, 1, 1] and cache.class_names == ["x", "y"]
+    assert (set(batch) == {"images", "class_labels", "encoder_hidden_states", "pooled_projections"}
+            and batch["class_labels"].tolist() == [1, 0, 1, 1] and cache.class_names == ["x", "y"])
     assert torch.allclose(batch["pooled_projections"][2], cache.null["pooled_projections"], atol=1e-5)
 
 
@@ -888,23 +1068,32 @@ def test_a_cache_of_half_precision(dtype, models, tmp_path):
     root = photos(tmp_path / "photos", 4)
     whole, half = cached(root, models, tmp_path / "whole"), cached(root, models, tmp_path / "half", dtype=dtype)
     a, b = whole.batch(torch.arange(4))["images"], half.batch(torch.arange(4))["images"]
-    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 2e-2 and torch.equal(half.batch(torch.arange(4))["class_labels"], whole.labels)
+    assert b.dtype == torch.float32 and 0 < (a - b).abs().max() < 2e-2 and torch.equal(
+        half.batch(torch.arange(4))["class_labels"], whole.labels)
     assert load_file(tmp_path / "half" / "shard-00000.safetensors")["moments"].dtype == getattr(torch, dtype)
 
 
-@pytest.mark.parametrize("change,match", [(dict(dtype="float61"), "unknown dtype 'float61': did you mean 'float16'"), (dict(vae=None), "data.vae is null: expected the VAE"), (dict(batch_size=0), "batch_size is 0: expected at least 1"),
-                                          (dict(images_per_shard=0), "images_per_shard is 0"), (dict(part=(0, 0)), "part"), (dict(part=(2, 2)), "part"), (dict(part=(-1, 2)), "part")])
+@pytest.mark.parametrize("change,match",
+                         [(dict(dtype="float61"), "unknown dtype 'float61': did you mean 'float16'"),
+                          (dict(vae=None), "data.vae is null: expected the VAE"),
+                          (dict(batch_size=0), "batch_size is 0: expected at least 1"),
+                          (dict(images_per_shard=0), "images_per_shard is 0"), (dict(part=(0, 0)), "part"),
+                          (dict(part=(2, 2)), "part"), (dict(part=(-1, 2)), "part")])
 def test_bad_arguments(change, match, models, tmp_path):
-    with pytest.raises(BadInput, match=match): cached(photos(tmp_path / "photos", 2), models, tmp_path / "latents", **change)
+    with pytest.raises(BadInput, match=match):
+        cached(photos(tmp_path / "photos", 2), models, tmp_path / "latents", **change)
     assert not (tmp_path / "latents").exists()
 
 
 def test_captions_need_a_text_encoder(models, tmp_path):
-    with pytest.raises(BadInput, match="data.text_encoder is null: expected a pipeline"): cached(captioned(tmp_path), models, tmp_path / "latents", caption_column="text")
+    with pytest.raises(BadInput, match="data.text_encoder is null: expected a pipeline"):
+        cached(captioned(tmp_path), models, tmp_path / "latents", caption_column="text")
 
 
-@pytest.mark.parametrize("function,last", [("write_json", "plan.json"), ("write_atomic", "null.safetensors"), ("write_atomic", "shard-00000.safetensors"), ("write_json", "shard-00001.json"),
-                                           ("write_atomic", "shard-00002.safetensors"), ("write_json", "latents.json")])
+@pytest.mark.parametrize("function,last",
+                         [("write_json", "plan.json"), ("write_atomic", "null.safetensors"),
+                          ("write_atomic", "shard-00000.safetensors"), ("write_json", "shard-00001.json"),
+                          ("write_atomic", "shard-00002.safetensors"), ("write_json", "latents.json")])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_and_continued_is_byte_identical(function, last, when, models, tmp_path, monkeypatch):
     root = captioned(tmp_path, ["a", "b", "c", "", "e", "f", "g"], bad=(3,))
@@ -919,10 +1108,13 @@ def test_interrupted_and_continued_is_byte_identical(function, last, when, model
     with pytest.raises(Killed): cached(root, models, tmp_path / "broken", **kwargs)
     monkeypatch.setattr(data_cache, function, original)
     there = content(tmp_path / "broken") if (tmp_path / "broken").exists() else {}
-    kept = {p: (tmp_path / "broken" / p.replace(".json", ".safetensors")).stat().st_mtime_ns for p in there if p.startswith("shard") and p.endswith("json")}
+    kept = {p: (tmp_path / "broken" / p.replace(".json", ".safetensors")).stat().st_mtime_ns
+            for p in there if p.startswith("shard") and p.endswith("json")}
     assert len(cached(root, models, tmp_path / "broken", **kwargs)) == 6
     assert content(tmp_path / "broken") == content(tmp_path / "whole") and len(there) < 9 or last == "latents.json"
-    assert all((tmp_path / "broken" / p.replace(".json", ".safetensors")).stat().st_mtime_ns == t for p, t in kept.items())   # what was done is not done again
+    # what was done is not done again
+    assert all((tmp_path / "broken" / p.replace(".json", ".safetensors")).stat().st_mtime_ns == t
+               for p, t in kept.items())
 
 
 def test_a_batch_that_cannot_be_encoded_leaves_no_half_shard(models, tmp_path, monkeypatch):
@@ -935,7 +1127,9 @@ def test_a_batch_that_cannot_be_encoded_leaves_no_half_shard(models, tmp_path, m
     with pytest.raises(Killed): cached(root, models, tmp_path / "broken")
     monkeypatch.setattr(LatentCoder, "moments", original)
     assert set(content(tmp_path / "broken")) == {"plan.json", "shard-00000.safetensors", "shard-00000.json"}
-    with pytest.raises(BadInput, match=r"is a latent cache that is not complete, 1 of 3 shards: expected one that dmp-wb latents has finished; run it again to go on"): load_data(str(tmp_path / "broken"))
+    with pytest.raises(BadInput, match=r"is a latent cache that is not complete, 1 of 3 shards: expected one that "
+                       r"dmp-wb latents has finished; run it again to go on"):
+        load_data(str(tmp_path / "broken"))
     cached(root, models, tmp_path / "broken"), cached(root, models, tmp_path / "whole")
     assert content(tmp_path / "broken") == content(tmp_path / "whole")
 
@@ -943,7 +1137,8 @@ def test_a_batch_that_cannot_be_encoded_leaves_no_half_shard(models, tmp_path, m
 def test_parts_make_the_same_cache(models, tmp_path):
     root = photos(tmp_path / "photos", 10, bad=(4, 9))
     whole = cached(root, models, tmp_path / "whole")
-    assert cached(root, models, tmp_path / "parts", part=(1, 2)) is None and not (tmp_path / "parts" / "latents.json").exists()
+    assert (cached(root, models, tmp_path / "parts", part=(1, 2)) is None
+            and not (tmp_path / "parts" / "latents.json").exists())
     assert len(list((tmp_path / "parts").glob("shard-*.safetensors"))) == 2
     with pytest.raises(BadInput, match="not complete, 2 of 4 shards"): LatentCache(tmp_path / "parts")
     assert len(cached(root, models, tmp_path / "parts", part=(0, 2))) == len(whole) == 8
@@ -964,11 +1159,14 @@ D.write_cache(D.DataConfig(**config), folder, batch_size=2, images_per_shard=2, 
 
 
 def process(config, folder, part=(0, 1), pause=0.0):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps([vars(config), str(folder), part, pause])], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, json.dumps([vars(config), str(folder), part, pause])],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_two_processes_at_once_and_one_is_killed(models, tmp_path):
-    config, folder = folder_config(photos(tmp_path / "photos", 23, bad=(5,)), vae=str(models / "vae")), tmp_path / "latents"
+    config, folder = (folder_config(photos(tmp_path / "photos", 23, bad=(5,)), vae=str(models / "vae")),
+                      tmp_path / "latents")
     killed, other = (process(config, folder, (i, 2), pause=0.1) for i in range(2))
     while not (folder / "shard-00002.json").exists():      # the second of six of its own
         time.sleep(0.01)
@@ -980,7 +1178,9 @@ def test_two_processes_at_once_and_one_is_killed(models, tmp_path):
     with pytest.raises(BadInput, match=r"not complete, (8|9|10|11) of 12 shards"): LatentCache(folder)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                               # as the processes
-    try: cache, whole = (write_cache(config, where, batch_size=2, images_per_shard=2, say=quiet) for where in (folder, tmp_path / "whole"))
+    try:
+        cache, whole = (write_cache(config, where, batch_size=2, images_per_shard=2, say=quiet)
+                        for where in (folder, tmp_path / "whole"))
     finally: torch.set_num_threads(threads)
     assert content(folder) == content(tmp_path / "whole") and len(cache) == len(whole) == 22
 
@@ -997,10 +1197,14 @@ def test_a_moved_data_folder_is_the_same(models, tmp_path):
 
 
 OTHER = {   # changes to the second call of `write_cache`, and what its error names
-    "vae": (dict(vae="other"), "vae_fingerprint is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"), "size": (dict(size=10), "size is 8 there and 10 here"),
-    "dtype": (dict(dtype="float16"), "dtype is 'float32' there and 'float16' here"), "images_per_shard": (dict(images_per_shard=4), "images_per_shard is 3 there and 4 here"),
-    "captions": (dict(caption_column="other"), "caption|list"), "text encoder": (dict(text_encoder="clip-2"), "text_fingerprint is '[0-9a-f]{16}' there"),
-    "text length": (dict(text_encoder="t5", text_length=4), "text_fingerprint|text_length"), "no text": (dict(caption_column=None, text_encoder=None), "text_fingerprint|caption|list"),
+    "vae": (dict(vae="other"), "vae_fingerprint is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"),
+    "size": (dict(size=10), "size is 8 there and 10 here"),
+    "dtype": (dict(dtype="float16"), "dtype is 'float32' there and 'float16' here"),
+    "images_per_shard": (dict(images_per_shard=4), "images_per_shard is 3 there and 4 here"),
+    "captions": (dict(caption_column="other"), "caption|list"),
+    "text encoder": (dict(text_encoder="clip-2"), "text_fingerprint is '[0-9a-f]{16}' there"),
+    "text length": (dict(text_encoder="t5", text_length=4), "text_fingerprint|text_length"),
+    "no text": (dict(caption_column=None, text_encoder=None), "text_fingerprint|caption|list"),
 }
 
 
@@ -1011,23 +1215,27 @@ def test_a_cache_of_something_else_is_refused(name, complete, models, tmp_path):
     same = dict(caption_column="text", text_encoder=str(models / "clip"))
     cached(root, models, tmp_path / "latents", **same)
     if not complete:
-        for file in ("shard-00001.safetensors", "shard-00001.json", "latents.json"): (tmp_path / "latents" / file).unlink()
+        for file in ("shard-00001.safetensors", "shard-00001.json", "latents.json"):
+            (tmp_path / "latents" / file).unlink()
     before = content(tmp_path / "latents")
     change = {k: str(models / v) if k in ("vae", "text_encoder") and v else v for k, v in change.items()}
-    with pytest.raises(BadInput, match=f"holds latents of something else: .*({match})") as error: cached(root, models, tmp_path / "latents", **{**same, **change})
+    with pytest.raises(BadInput, match=f"holds latents of something else: .*({match})") as error:
+        cached(root, models, tmp_path / "latents", **{**same, **change})
     assert "expected the same, or another folder" in str(error.value) and content(tmp_path / "latents") == before
 
 
 def test_another_list_of_images_is_refused(models, tmp_path):
     root = photos(tmp_path / "photos", 5)
     cached(root, models, tmp_path / "latents")
-    for change, match in (("another name", "list is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"), ("one more", "images is 5 there and 6 here"), ("another class", "class_names is")):
+    for change, match in (("another name", "list is '[0-9a-f]{16}' there and '[0-9a-f]{16}' here"),
+                          ("one more", "images is 5 there and 6 here"), ("another class", "class_names is")):
         if change == "another name": (root / "cat" / "00.png").rename(root / "cat" / "000.png")
         if change == "one more": noise_image(99).save(root / "dog" / "99.png")
         if change == "another class":
             (root / "dog" / "99.png").unlink()
             (root / "dog").rename(root / "dogs")
-        with pytest.raises(BadInput, match=match if change != "another class" else "something else"): cached(root, models, tmp_path / "latents")
+        with pytest.raises(BadInput, match=match if change != "another class" else "something else"):
+            cached(root, models, tmp_path / "latents")
     (root / "dogs").rename(root / "dog")
     (root / "cat" / "000.png").rename(root / "cat" / "00.png")
     assert len(cached(root, models, tmp_path / "latents")) == 5
@@ -1035,10 +1243,14 @@ def test_another_list_of_images_is_refused(models, tmp_path):
 
 def test_other_labels_and_another_split_are_refused(models, tmp_path):
     ds = datasets.Dataset.from_dict({"image": IMAGES, "label": [0, 1, 0, 1]}).cast_column("image", datasets.Image())
-    datasets.DatasetDict(train=ds, test=ds.select([3, 2, 1, 0]).remove_columns("label").add_column("label", [0, 1, 0, 1])).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(train=ds, test=ds.select([3, 2, 1, 0]).remove_columns("label").add_column(
+        "label", [0, 1, 0, 1])).save_to_disk(tmp_path / "splits")
     cached(tmp_path / "splits", models, tmp_path / "latents")
-    with pytest.raises(BadInput, match="something else"): cached(tmp_path / "splits", models, tmp_path / "latents", conditional=False)
-    with pytest.raises(BadInput, match="something else"): cached(tmp_path / "splits", models, tmp_path / "latents", split="test")     # as many rows, the same labels, other images
+    with pytest.raises(BadInput, match="something else"):
+        cached(tmp_path / "splits", models, tmp_path / "latents", conditional=False)
+    # as many rows, the same labels, other images
+    with pytest.raises(BadInput, match="something else"):
+        cached(tmp_path / "splits", models, tmp_path / "latents", split="test")
 
 
 def test_the_vae_is_known_by_its_weights_not_by_its_name(models, tmp_path):
@@ -1048,17 +1260,21 @@ def test_the_vae_is_known_by_its_weights_not_by_its_name(models, tmp_path):
     shutil.rmtree(where)
     shutil.copytree(models / "other" / "vae", where)
     with pytest.raises(BadInput, match="vae_fingerprint is"): cached(root, models, tmp_path / "latents", vae=str(where))
-    with pytest.raises(BadInput, match="was made with another VAE"): load_data(DataConfig(name=str(tmp_path / "latents"), vae=str(where)))
+    with pytest.raises(BadInput, match="was made with another VAE"):
+        load_data(DataConfig(name=str(tmp_path / "latents"), vae=str(where)))
 
 
 @pytest.mark.parametrize("change,match", [
-    (dict(size=16), "data.size is 16, but latent cache .* was made of 8 × 8 images: expected a cache of that size"), (dict(vae="other"), "was made with another VAE, .*, than data.vae .*: expected the same"),
-    (dict(text_encoder="clip-2"), "text encoder"), (dict(text_encoder="t5"), "text encoder"), (dict(vae="nowhere"), "data.vae is .*nowhere"),
+    (dict(size=16), "data.size is 16, but latent cache .* was made of 8 × 8 images: expected a cache of that size"),
+    (dict(vae="other"), "was made with another VAE, .*, than data.vae .*: expected the same"),
+    (dict(text_encoder="clip-2"), "text encoder"), (dict(text_encoder="t5"), "text encoder"),
+    (dict(vae="nowhere"), "data.vae is .*nowhere"),
     (dict(), None), (dict(size=8, vae="pipeline", text_encoder="clip"), None),
 ])
 def test_a_cache_is_checked_against_the_experiment(change, match, models, tmp_path):
     cached(captioned(tmp_path), models, tmp_path / "latents", caption_column="text", text_encoder=str(models / "clip"))
-    config = DataConfig(name=str(tmp_path / "latents"), **{k: str(models / v) if isinstance(v, str) else v for k, v in change.items()})
+    config = DataConfig(name=str(tmp_path / "latents"),
+                        **{k: str(models / v) if isinstance(v, str) else v for k, v in change.items()})
     if match is None: assert len(load_data(config)) == 5
     else:
         with pytest.raises(BadInput, match=match): load_data(config)
@@ -1084,7 +1300,10 @@ def test_a_damaged_shard(damage, models, tmp_path):
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
         (folder / ".verified.json").unlink()
     for _ in range(2):
-        with pytest.raises(MissingFile if damage == "missing" else BadInput, match="lacks shard-00001.safetensors: remove latents.json and shard-00001.json" if damage == "missing" else "shard-00001.safetensors does not match its checksum: remove it with shard-00001.json and latents.json"):
+        with pytest.raises(MissingFile if damage == "missing" else BadInput,
+                           match="lacks shard-00001.safetensors: remove latents.json and shard-00001.json"
+                           if damage == "missing" else "shard-00001.safetensors does not match its checksum: remove it "
+                           "with shard-00001.json and latents.json"):
             load_data(str(folder))
     for name in (file.name, "shard-00001.json", "latents.json"): (folder / name).unlink(missing_ok=True)   # as it says
     cached(root, models, folder)
@@ -1114,13 +1333,17 @@ def test_a_damaged_null_embedding(damage, models, tmp_path):
     with pytest.raises(BadInput, match="null.safetensors"): LatentCache(tmp_path / "latents")
 
 
-@pytest.mark.parametrize("name,text,match", [("latents.json", "{", "is not valid JSON"), ("latents.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb reads"), ("plan.json", "{", "is not valid JSON"),
-                                             ("plan.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb writes")])
+@pytest.mark.parametrize("name,text,match", [
+    ("latents.json", "{", "is not valid JSON"),
+    ("latents.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb reads"),
+    ("plan.json", "{", "is not valid JSON"),
+    ("plan.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb writes")])
 def test_another_format(name, text, match, models, tmp_path):
     root = photos(tmp_path / "photos", 4)
     cached(root, models, tmp_path / "latents")
     (tmp_path / "latents" / name).write_text(text)
-    with pytest.raises(BadInput, match=match): cached(root, models, tmp_path / "latents") if name == "plan.json" else load_data(str(tmp_path / "latents"))
+    with pytest.raises(BadInput, match=match):
+        cached(root, models, tmp_path / "latents") if name == "plan.json" else load_data(str(tmp_path / "latents"))
 
 
 def test_a_plan_alone_is_an_incomplete_cache(models, tmp_path):
@@ -1137,7 +1360,9 @@ def test_a_cache_in_a_folder_that_cannot_be_written(models, tmp_path, monkeypatc
     (tmp_path / "latents").chmod(stat.S_IRUSR | stat.S_IXUSR)
     def refuse(path, obj): raise OSError(30, "Read-only file system")    # root can write everywhere
     monkeypatch.setattr(data_cache, "write_json", refuse)
-    try: assert equal(LatentCache(tmp_path / "latents").batch(torch.arange(7)), expected) and not (tmp_path / "latents" / ".verified.json").exists()
+    try:
+        assert (equal(LatentCache(tmp_path / "latents").batch(torch.arange(7)), expected)
+                and not (tmp_path / "latents" / ".verified.json").exists())
     finally: (tmp_path / "latents").chmod(0o755)
 
 
@@ -1147,7 +1372,8 @@ def test_a_cache_goes_to_other_processes(start, models, tmp_path):
     indices = [torch.tensor([0, 6, 3]), torch.tensor([2, 5])]
     expected = [cache.batch(i) for i in indices]          # its files are open
     assert equal(pickle.loads(pickle.dumps(cache)).batch(indices[0]), expected[0])
-    found = list(torch.utils.data.DataLoader(indices, batch_size=None, collate_fn=cache.batch, num_workers=1, multiprocessing_context=start))
+    found = list(torch.utils.data.DataLoader(indices, batch_size=None, collate_fn=cache.batch, num_workers=1,
+                                             multiprocessing_context=start))
     assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -1155,21 +1381,27 @@ def test_a_cache_goes_to_other_processes(start, models, tmp_path):
 def test_a_shard_without_images(bad, models, tmp_path):
     root, kept = photos(tmp_path / "photos", 7, bad=bad), [i for i in range(7) if i not in bad]
     cache, whole = cached(root, models, tmp_path / "latents"), image_folder(folder_config(root))
-    assert 0 in [e["images"] for e in cache.facts["shards"]] and len(cache) == len(kept) and torch.equal(cache.labels, whole.labels[kept])
+    assert 0 in [e["images"] for e in cache.facts["shards"]] and len(cache) == len(kept) and torch.equal(
+        cache.labels, whole.labels[kept])
     coder = load_vae(str(models / "vae"))
-    assert torch.allclose(cache.batch(torch.arange(len(kept)))["images"], SCALE * (coder.moments(torch.stack([whole.image(i) for i in kept]))[:, :4] - SHIFT), atol=1e-5)
+    assert torch.allclose(cache.batch(torch.arange(len(kept)))["images"],
+                          SCALE * (coder.moments(torch.stack([whole.image(i) for i in kept]))[:, :4] - SHIFT),
+                          atol=1e-5)
 
 
 @pytest.mark.parametrize("conditional", [True, False])
 def test_a_cache_of_no_images(conditional, models, tmp_path):
     root = photos(tmp_path / "photos", 4, bad=range(4))
-    with pytest.raises(BadInput, match="none of the 4 images|can be read|no images"): cached(root, models, tmp_path / "latents", conditional=conditional)
+    with pytest.raises(BadInput, match="none of the 4 images|can be read|no images"):
+        cached(root, models, tmp_path / "latents", conditional=conditional)
 
 
 def test_the_limit_holds_for_the_whole_cache(models, tmp_path):
     root = photos(tmp_path / "photos", 9, bad=(0, 4, 8))
     for _ in range(2):    # running it again does not help
-        with pytest.raises(BadInput, match="3 images cannot be read, more than data.max_bad_images, 2; the first, cat/00.png"): cached(root, models, tmp_path / "latents", max_bad_images=2)
+        with pytest.raises(BadInput,
+                           match="3 images cannot be read, more than data.max_bad_images, 2; the first, cat/00.png"):
+            cached(root, models, tmp_path / "latents", max_bad_images=2)
     assert len(cached(root, models, tmp_path / "latents", max_bad_images=3)) == 6
 
 

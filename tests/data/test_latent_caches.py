@@ -59,13 +59,22 @@ def put(key, value, row=0):
 
 
 CONTENT = {   # what becomes of a shard's tensors; the message
-    "NaN": (put("moments", float("nan"), 2), "holds NaN or infinite numbers in moments, rows 0 to 2"), "infinite": (put("moments", float("-inf")), "holds NaN or infinite numbers in moments"),
-    "a label of no class": (put("class_labels", 99), r"holds class label 99: expected 0 to 1"), "a label below": (put("class_labels", -1), r"holds class label -1: expected 0 to 1"),
-    "huge variances": (lambda t: {**t, "moments": t["moments"] + 100}, "holds log variances up to 1.*: expected at most 40"),
-    "fewer rows": (lambda t: {k: v[:2] for k, v in t.items()}, r"holds I64 \[2\] as class_labels: expected I64 \[3\]"), "other latents": (lambda t: {**t, "moments": t["moments"][..., :2]}, r"holds F32 \[3, 2, 8, 4, 2\] as moments: expected F32 \[3, 2, 8, 4, 4\]"),
-    "no mirror images": (lambda t: {**t, "moments": t["moments"][:, 0]}, r"as moments: expected F32 \[3, 2, 8, 4, 4\]"), "half precision": (lambda t: {**t, "moments": t["moments"].half()}, "holds F16 .* as moments: expected F32"),
-    "labels as floats": (lambda t: {**t, "class_labels": t["class_labels"].float()}, r"holds F32 \[3\] as class_labels: expected I64"), "no labels": (lambda t: {"moments": t["moments"]}, "holds nothing as class_labels"),
-    "no moments": (lambda t: {"class_labels": t["class_labels"]}, "holds nothing as moments"), "something more": (lambda t: {**t, "more": torch.zeros(3)}, r"holds F32 \[3\] as more: expected nothing"),
+    "NaN": (put("moments", float("nan"), 2), "holds NaN or infinite numbers in moments, rows 0 to 2"),
+    "infinite": (put("moments", float("-inf")), "holds NaN or infinite numbers in moments"),
+    "a label of no class": (put("class_labels", 99), r"holds class label 99: expected 0 to 1"),
+    "a label below": (put("class_labels", -1), r"holds class label -1: expected 0 to 1"),
+    "huge variances": (lambda t: {**t, "moments": t["moments"] + 100},
+                       "holds log variances up to 1.*: expected at most 40"),
+    "fewer rows": (lambda t: {k: v[:2] for k, v in t.items()}, r"holds I64 \[2\] as class_labels: expected I64 \[3\]"),
+    "other latents": (lambda t: {**t, "moments": t["moments"][..., :2]},
+                      r"holds F32 \[3, 2, 8, 4, 2\] as moments: expected F32 \[3, 2, 8, 4, 4\]"),
+    "no mirror images": (lambda t: {**t, "moments": t["moments"][:, 0]}, r"as moments: expected F32 \[3, 2, 8, 4, 4\]"),
+    "half precision": (lambda t: {**t, "moments": t["moments"].half()}, "holds F16 .* as moments: expected F32"),
+    "labels as floats": (lambda t: {**t, "class_labels": t["class_labels"].float()},
+                         r"holds F32 \[3\] as class_labels: expected I64"),
+    "no labels": (lambda t: {"moments": t["moments"]}, "holds nothing as class_labels"),
+    "no moments": (lambda t: {"class_labels": t["class_labels"]}, "holds nothing as moments"),
+    "something more": (lambda t: {**t, "more": torch.zeros(3)}, r"holds F32 \[3\] as more: expected nothing"),
     "nothing": (lambda t: {"x": torch.zeros(1)}, "holds nothing as class_labels"),
 }
 
@@ -76,14 +85,16 @@ def test_a_shard_of_right_checksum_and_wrong_content_is_refused(case, folder):
     rewrite(folder, 1, change)
     for _ in range(2):
         with pytest.raises(BadInput, match=message) as error: load_data(str(folder))
-        assert "shard-00001.safetensors" in str(error.value) and "run dmp-wb latents again" in str(error.value) and one_line(error)
+        assert ("shard-00001.safetensors" in str(error.value) and "run dmp-wb latents again" in str(error.value)
+                and one_line(error))
 
 
 def test_a_cache_that_an_older_version_verified_is_verified_again(folder):
     rewrite(folder, 1, put("moments", float("nan")))
     facts = json.loads((folder / "latents.json").read_text())
     stat = lambda e: (folder / e["file"]).stat()
-    (folder / ".verified.json").write_text(json.dumps({e["file"]: [e["sha256"], stat(e).st_size, stat(e).st_mtime_ns] for e in facts["shards"]}))
+    (folder / ".verified.json").write_text(
+        json.dumps({e["file"]: [e["sha256"], stat(e).st_size, stat(e).st_mtime_ns] for e in facts["shards"]}))
     with pytest.raises(BadInput, match="holds NaN"): load_data(str(folder))
 
 
@@ -103,7 +114,8 @@ def test_a_shard_under_anothers_name_is_refused(aware, folder):
     shutil.copy(folder / "shard-00000.safetensors", folder / "shard-00001.safetensors")
     entry = json.loads((folder / "latents.json").read_text())["shards"][0]
     note(folder, 1, bytes=entry["bytes"], sha256=entry["sha256"])
-    with pytest.raises(BadInput, match="two shards have the checksum .*: expected each image once"): load_data(str(folder))
+    with pytest.raises(BadInput, match="two shards have the checksum .*: expected each image once"):
+        load_data(str(folder))
     shutil.copytree(folder, folder.parent / "moved")
     if not aware: return
     shards = json.loads((folder / "latents.json").read_text())["shards"]
@@ -112,19 +124,25 @@ def test_a_shard_under_anothers_name_is_refused(aware, folder):
     os.replace(folder / "shard-00001.safetensors", folder / "shard-00000.safetensors")
     shutil.copy(folder.parent / "moved" / "shard-00001.safetensors", folder / "shard-00001.safetensors")
     note(folder, 1, **{k: shards[1][k] for k in ("bytes", "sha256")})
-    with pytest.raises(BadInput, match="shard-00000.safetensors is shard '1' under another name"): load_data(str(folder))
+    with pytest.raises(BadInput, match="shard-00000.safetensors is shard '1' under another name"):
+        load_data(str(folder))
 
 
-@pytest.mark.parametrize("name", ["shard-00000.safetensors", "../shard-00001.safetensors", "/etc/hostname", "shard-1.safetensors", 7, None])
+@pytest.mark.parametrize("name", ["shard-00000.safetensors", "../shard-00001.safetensors", "/etc/hostname",
+                                  "shard-1.safetensors", 7, None])
 def test_a_shards_name_is_its_place(name, folder):
     note(folder, 1, file=name)
     with pytest.raises(BadInput, match="latents.json: (shard 1 is|file is)") as error: load_data(str(folder))
     assert one_line(error)
 
 
-FACTS = {"images": [0, -1, 8, 1.5, True, "7", None, 10**400], "latent_shape": [[4, 4], [4, 4, 0], "444", None, [1e9, 1, 1]], "class_names": [None, "ab", [1, 2], ["a", "a"]], "scale": ["1", None, 0, float("nan"), float("inf"), []],
-         "shift": ["0", None, float("inf")], "dtype": ["float64", None, 3, []], "images_per_shard": [0, 2, "3", None], "shards": [[], None, {}, [7], [None], [{}]], "size": [0, None, "8"], "channels": [2, None, True and "3"],
-         "source": [[], "x", {"name": "x"}, {"split": 3}], "format": [None, 2, [], "1"], "vae": [None, 3], "data": [None, 3, []], "text_encoder": [3, []], "text_length": [0, "9"]}
+FACTS = {"images": [0, -1, 8, 1.5, True, "7", None, 10**400],
+         "latent_shape": [[4, 4], [4, 4, 0], "444", None, [1e9, 1, 1]], "class_names": [None, "ab", [1, 2], ["a", "a"]],
+         "scale": ["1", None, 0, float("nan"), float("inf"), []],
+         "shift": ["0", None, float("inf")], "dtype": ["float64", None, 3, []], "images_per_shard": [0, 2, "3", None],
+         "shards": [[], None, {}, [7], [None], [{}]], "size": [0, None, "8"], "channels": [2, None, True and "3"],
+         "source": [[], "x", {"name": "x"}, {"split": 3}], "format": [None, 2, [], "1"], "vae": [None, 3],
+         "data": [None, 3, []], "text_encoder": [3, []], "text_length": [0, "9"]}
 
 
 @pytest.mark.parametrize("key", FACTS)
@@ -141,7 +159,8 @@ def test_what_a_cache_says_of_itself_is_checked(key, folder):
         with pytest.raises(BadInput): load_data(str(folder))
 
 
-BROKEN = [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100000, b'{"a": ' * 50000, b'{"format": 1}', b"9" * 6000, b'{"format": 1, "shards": [[]]}']
+BROKEN = [b"", b"{", b"[]", b"null", b"7", b"\xff\xfe", b"[" * 100000, b'{"a": ' * 50000, b'{"format": 1}', b"9" * 6000,
+          b'{"format": 1, "shards": [[]]}']
 
 
 @pytest.mark.parametrize("name", ["latents.json", "plan.json", "shard-00001.json", ".verified.json"])
@@ -160,38 +179,47 @@ def test_broken_json_of_a_cache_is_one_line(name, folder, made, models):  # noqa
         assert one_line(error)
 
 
-@pytest.mark.parametrize("text", [b"", b"no tensors", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0" + b"[" * 16, (10**6).to_bytes(8, "little") + b"[" * 10**6])
+@pytest.mark.parametrize("text", [b"", b"no tensors", b"\xff" * 100, b"\x10\0\0\0\0\0\0\0" + b"[" * 16,
+                                  (10**6).to_bytes(8, "little") + b"[" * 10**6])
 def test_a_shard_that_is_no_file_of_tensors_is_refused(text, folder):
     (folder / "shard-00001.safetensors").write_bytes(text)
     note(folder, 1, bytes=max(1, len(text)), sha256=hashlib.sha256(text).hexdigest())
-    with pytest.raises(BadInput, match="shard-00001.safetensors (is no file of tensors|does not match)") as error: load_data(str(folder))
+    with pytest.raises(BadInput, match="shard-00001.safetensors (is no file of tensors|does not match)") as error:
+        load_data(str(folder))
     assert one_line(error)
 
 
-@pytest.mark.parametrize("name", ["latents.json", "plan.json", "shard-00001.safetensors", "shard-00001.json", "null.safetensors"])
+@pytest.mark.parametrize("name", ["latents.json", "plan.json", "shard-00001.safetensors", "shard-00001.json",
+                                  "null.safetensors"])
 def test_a_pipe_in_a_cache_is_never_opened(name, made, tmp_path, models):  # noqa: F811
     folder = Path(shutil.copytree(made / ("text" if name.startswith("null") else "latents"), tmp_path / "latents"))
     if name in ("plan.json", "shard-00001.json"): (folder / "latents.json").unlink()
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(BadInput): LatentCache(folder) if name in ("latents.json", "shard-00001.safetensors", "null.safetensors") else cached(made / "photos", models, folder)
+    with pytest.raises(BadInput):
+        LatentCache(folder) if name in ("latents.json", "shard-00001.safetensors",
+                                        "null.safetensors") else cached(made / "photos", models, folder)
 
 
-@pytest.mark.parametrize("change,message", [(lambda t: {"other": next(iter(t.values()))}, "holds other: expected some of"), (lambda t: {k: v * float("nan") for k, v in t.items()}, "holds NaN or infinite numbers"),
-                                            (lambda t: {k: v[..., :3] for k, v in t.items()}, "shard-00000.safetensors holds")])
+@pytest.mark.parametrize("change,message",
+                         [(lambda t: {"other": next(iter(t.values()))}, "holds other: expected some of"),
+                          (lambda t: {k: v * float("nan") for k, v in t.items()}, "holds NaN or infinite numbers"),
+                          (lambda t: {k: v[..., :3] for k, v in t.items()}, "shard-00000.safetensors holds")])
 def test_an_empty_caption_of_right_checksum_and_wrong_content_is_refused(change, message, made, tmp_path):
     folder = Path(shutil.copytree(made / "text", tmp_path / "latents"))
     file = folder / "null.safetensors"
     save_file({k: v.contiguous() for k, v in change(load_file(file)).items()}, file)
     facts = json.loads((folder / "latents.json").read_text())
-    (folder / "latents.json").write_text(json.dumps(facts | {"null_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
+    (folder / "latents.json").write_text(
+        json.dumps(facts | {"null_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}))
     with pytest.raises(BadInput, match=message): LatentCache(folder)
 
 
 def test_latents_that_are_not_finite_are_not_written(models, tmp_path, monkeypatch):  # noqa: F811
     original = encoders.LatentCoder.moments
     monkeypatch.setattr(encoders.LatentCoder, "moments", lambda coder, images: original(coder, images) * 1e6)
-    with pytest.raises(BadInput, match="moments of images near cat/00.png are not finite in float16"): cached(photos(tmp_path / "photos", 7), models, tmp_path / "latents", dtype="float16")
+    with pytest.raises(BadInput, match="moments of images near cat/00.png are not finite in float16"):
+        cached(photos(tmp_path / "photos", 7), models, tmp_path / "latents", dtype="float16")
 
 
 # --- killed, and full
@@ -202,7 +230,8 @@ def leftovers(folder): return sorted(p.name for p in folder.iterdir() if p.name.
 def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else(made, tmp_path, models):  # noqa: F811
     folder = Path(shutil.copytree(made / "latents", tmp_path / "latents"))
     for name in ("latents.json", "shard-00002.json"): (folder / name).unlink()
-    ours = [".shard-00002.safetensors.ab12.tmp", ".shard-00002.json.x_y.tmp", ".plan.json.0.tmp", ".latents.json.0.tmp", ".null.safetensors.0.tmp", "..verified.json.0.tmp"]
+    ours = [".shard-00002.safetensors.ab12.tmp", ".shard-00002.json.x_y.tmp", ".plan.json.0.tmp", ".latents.json.0.tmp",
+            ".null.safetensors.0.tmp", "..verified.json.0.tmp"]
     theirs = [".other.tmp", "notes.tmp", ".shard-x.safetensors.0.tmp"]
     for name in ours + theirs: (folder / name).write_bytes(b"half")
     script = "import sys, dmp_wb.data as D\nwith D._writing(D.Path(sys.argv[1])): print(flush=True), input()"
@@ -217,16 +246,20 @@ def test_what_a_killed_process_left_is_removed_by_the_next_and_nothing_else(made
     assert leftovers(folder) == sorted(theirs) and content(folder).items() >= content(made / "latents").items()
 
 
-@pytest.mark.parametrize("last", ["plan.json", "null.safetensors", "shard-00000.safetensors", "shard-00001.json", "latents.json"])
+@pytest.mark.parametrize("last", ["plan.json", "null.safetensors", "shard-00000.safetensors", "shard-00001.json",
+                                  "latents.json"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
-def test_a_full_disk_is_one_line_and_the_cache_goes_on_when_there_is_room(last, code, made, models, tmp_path, monkeypatch):  # noqa: F811
+def test_a_full_disk_is_one_line_and_the_cache_goes_on_when_there_is_room(
+        last, code, made, models, tmp_path, monkeypatch):   # noqa: F811
     with monkeypatch.context() as m:
         replace = os.replace
         def full(a, b):
             if Path(b).name == last: raise OSError(code, os.strerror(code))
             return replace(a, b)
         m.setattr(errors.os, "replace", full)
-        with pytest.raises(BadInput, match=f"{last} cannot be written: {os.strerror(code)}; the shards that are done stay, run dmp-wb latents again") as error: again(made, models, tmp_path)
+        with pytest.raises(BadInput, match=f"{last} cannot be written: {os.strerror(code)}; the shards that are done "
+                           "stay, run dmp-wb latents again") as error:
+            again(made, models, tmp_path)
         assert one_line(error) and leftovers(tmp_path / "latents") == []
     again(made, models, tmp_path)
     assert content(tmp_path / "latents") == content(made / "text")
@@ -251,13 +284,16 @@ def test_a_cache_is_not_written_through_a_link_or_into_a_file(made, models, tmp_
 @pytest.mark.parametrize("text", ["9" * 6000, "1 2 x", "1.5", "٣", "1_000", "-", "0x1"])
 def test_an_odd_label_file_is_one_line(text, tmp_path):
     (tmp_path / "labels.txt").write_text(text)
-    with pytest.raises(BadInput, match="class_labels file .* holds '.*': expected a class number for each image") as error: _read_labels(tmp_path / "labels.txt")
+    with pytest.raises(BadInput,
+                       match="class_labels file .* holds '.*': expected a class number for each image") as error:
+        _read_labels(tmp_path / "labels.txt")
     assert one_line(error) and len(str(error.value)) < 400
 
 
 def test_a_caption_file_that_is_not_utf8_is_one_line(tmp_path):
     (tmp_path / "captions.txt").write_bytes(b"a cat\ncaf\xe9\n")
-    with pytest.raises(BadInput, match="captions.txt is no UTF-8, from byte 9") as error: _read_captions(tmp_path / "captions.txt")
+    with pytest.raises(BadInput, match="captions.txt is no UTF-8, from byte 9") as error:
+        _read_captions(tmp_path / "captions.txt")
     assert one_line(error)
     (tmp_path / "captions.txt").write_bytes("\ufeffa cat\ncafé\n".encode())
     assert _read_captions(tmp_path / "captions.txt") == ["a cat", "café"]
@@ -265,4 +301,6 @@ def test_a_caption_file_that_is_not_utf8_is_one_line(tmp_path):
 
 def test_a_cache_can_be_written_by_many_processes_that_share_a_lock(models, tmp_path):  # noqa: F811
     root = photos(tmp_path / "photos", 7)
-    with cache_facts._writing(tmp_path / "latents"): assert write_cache(DataConfig(name=str(root), size=8, num_workers=0, vae=str(models / "vae")), tmp_path / "latents", images_per_shard=3, part=(0, 2), say=quiet) is None
+    with cache_facts._writing(tmp_path / "latents"):
+        assert write_cache(DataConfig(name=str(root), size=8, num_workers=0, vae=str(models / "vae")),
+                           tmp_path / "latents", images_per_shard=3, part=(0, 2), say=quiet) is None

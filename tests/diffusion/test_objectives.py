@@ -26,19 +26,22 @@ def test_betas_are_diffusers(schedule, T):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_add_noise_is_diffusers(schedule):
     x0, noise = torch.randn(6, 1, 4, 4), torch.randn(6, 1, 4, 4)
-    assert torch.allclose(GaussianTables(schedule).add_noise(x0, noise, T_ALL), noise_schedule(schedule).add_noise(x0, noise, T_ALL), atol=1e-5)
+    assert torch.allclose(GaussianTables(schedule).add_noise(x0, noise, T_ALL),
+                          noise_schedule(schedule).add_noise(x0, noise, T_ALL), atol=1e-5)
 
 
 def test_snr():
     bar = noise_schedule("linear").alphas_cumprod.double()
     assert torch.allclose(snr("linear").double(), bar / (1 - bar), rtol=5e-4)   # diffusers' table is float32
     assert torch.allclose(snr("linear"), GaussianTables("linear").snr, rtol=1e-6)
-    with pytest.raises(BadInput, match="timestep 1000 is out of range: expected 0 to 999"): snr("linear", torch.tensor([0, 1000]))
+    with pytest.raises(BadInput, match="timestep 1000 is out of range: expected 0 to 999"):
+        snr("linear", torch.tensor([0, 1000]))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_variational_term_by_definition(schedule):
-    "The KL between two Gaussians and the discretised likelihood, from scipy and the definitions, sample by sample in float64."
+    """The KL between two Gaussians and the discretised likelihood,
+    from scipy and the definitions, sample by sample in float64."""
     g = torch.Generator().manual_seed(0)
     x0 = (torch.rand(6, 2, 3, 3, generator=g) * 2 - 1)
     x0[0, 0, 0, 0], x0[0, 0, 0, 1] = -1.0, 1.0
@@ -73,7 +76,9 @@ def test_weightings_by_definition(s):
     x, t = torch.tensor([s], dtype=torch.float64), torch.tensor([0])
     w = lambda name, target="epsilon": WEIGHTINGS[name](x, t, target).item()
     assert all(w("constant", target) == 1 for target in PREDICTION_TYPES)
-    assert math.isclose(w("min-snr"), min(s, 5) / s, rel_tol=1e-9) and math.isclose(w("min-snr", "sample"), min(s, 5), rel_tol=1e-9) and math.isclose(w("min-snr", "v_prediction"), min(s, 5) / (s + 1), rel_tol=1e-9)
+    assert (math.isclose(w("min-snr"), min(s, 5) / s, rel_tol=1e-9)
+            and math.isclose(w("min-snr", "sample"), min(s, 5), rel_tol=1e-9)
+            and math.isclose(w("min-snr", "v_prediction"), min(s, 5) / (s + 1), rel_tol=1e-9))
     assert math.isclose(w("p2"), 1 / (1 + s), rel_tol=1e-9)
 
 
@@ -87,7 +92,8 @@ def test_one_error_weighs_the_same_whatever_is_predicted(target, weighting):
     a, b = tables.at("a", t, x0), tables.at("b", t, x0)
     wrong_noise = noise + error                                         # at the same x_t the image is then another
     wrong_x0 = (a * x0 + b * noise - b * wrong_noise) / a
-    got = diffusion_losses(tables.target(wrong_x0, wrong_noise, t, target), x0, noise, t, tables, weighting, target)["loss"]
+    got = diffusion_losses(tables.target(wrong_x0, wrong_noise, t, target), x0, noise, t, tables, weighting,
+                           target)["loss"]
     want = WEIGHTINGS[weighting](tables.snr[t], t, "epsilon") * error.square().mean((1, 2, 3))
     assert torch.allclose(got, want, rtol=2e-3)
 
@@ -104,9 +110,11 @@ def test_targets_are_diffusers(target):
 def test_the_variational_term_knows_what_is_predicted():
     x0, noise, t = torch.rand(4, 1, 4, 4) * 2 - 1, torch.randn(4, 1, 4, 4), torch.tensor([0, 100, 600, 900])
     tables, v = make_tables("linear"), torch.rand(4, 1, 4, 4)
-    vb = [diffusion_losses(torch.cat([tables.target(x0, noise, t, p), v], 1), x0, noise, t, tables, prediction_type=p)["vb"] for p in ("epsilon", "sample", "v_prediction")]
+    vb = [diffusion_losses(torch.cat([tables.target(x0, noise, t, p), v], 1), x0, noise, t, tables,
+                           prediction_type=p)["vb"] for p in ("epsilon", "sample", "v_prediction")]
     assert torch.allclose(vb[0], vb[1], rtol=1e-3, atol=1e-4) and torch.allclose(vb[0], vb[2], rtol=1e-3, atol=1e-4)
-    with pytest.raises(BadInput, match="flow matching has no variance"): diffusion_losses(torch.zeros(4, 2, 4, 4), x0, noise, t, prediction_type="flow_prediction")
+    with pytest.raises(BadInput, match="flow matching has no variance"):
+        diffusion_losses(torch.zeros(4, 2, 4, 4), x0, noise, t, prediction_type="flow_prediction")
 
 
 def test_flow_matching_is_diffusers():
@@ -120,9 +128,12 @@ def test_flow_matching_is_diffusers():
 
 def test_a_weighting_of_your_own(monkeypatch):
     monkeypatch.setitem(WEIGHTINGS, "mine", None)
-    register_weighting("mine", lambda snr, timesteps, prediction_type: timesteps.float() * (2 if prediction_type == "sample" else 1))
+    register_weighting(
+        "mine", lambda snr, timesteps, prediction_type: timesteps.float() * (2 if prediction_type == "sample" else 1))
     x, t = torch.ones(2, 1, 2, 2), torch.tensor([3, 7])
-    assert diffusion_losses(x, x * 0, x * 0, t, weighting="mine")["loss"].tolist() == [3, 7] and diffusion_losses(x, x * 0, x * 0, t, weighting="mine", prediction_type="sample")["loss"].tolist() == [6, 14]
+    assert (diffusion_losses(x, x * 0, x * 0, t, weighting="mine")["loss"].tolist() == [3, 7]
+            and diffusion_losses(x, x * 0, x * 0, t, weighting="mine", prediction_type="sample")["loss"].tolist()
+            == [6, 14])
     assert wb.load_experiment("digits-quick", ["objective.weighting=mine"]).objective.weighting == "mine"
 
 
@@ -139,8 +150,10 @@ def test_loss_is_weighted_mse_plus_vb(weighting):
 
 def test_bad_input():
     x = torch.zeros(1, 2, 4, 4)
-    with pytest.raises(BadInput, match="did you mean 'min-snr'"): diffusion_losses(x, x, x, torch.tensor([0]), weighting="min_snr")
-    with pytest.raises(BadInput, match="3 channels: expected 2, or 4"): diffusion_losses(torch.zeros(1, 3, 4, 4), x, x, torch.tensor([0]))
+    with pytest.raises(BadInput, match="did you mean 'min-snr'"):
+        diffusion_losses(x, x, x, torch.tensor([0]), weighting="min_snr")
+    with pytest.raises(BadInput, match="3 channels: expected 2, or 4"):
+        diffusion_losses(torch.zeros(1, 3, 4, 4), x, x, torch.tensor([0]))
     with pytest.raises(BadInput, match="timestep -1 is out of range"): diffusion_losses(x, x, x, torch.tensor([-1]))
     with pytest.raises(BadInput, match="expected integers"): diffusion_losses(x, x, x, torch.tensor([0.5]))
     with pytest.raises(BadInput, match="did you mean 'cosine'"): noise_schedule("cosin")

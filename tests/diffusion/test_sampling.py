@@ -26,10 +26,12 @@ def test_image_i_is_the_same_in_any_batch(name, out_channels):
     model = tiny_dit(out_channels=out_channels)
     draw = lambda **kw: wb.sample(model, sampler=name, **{"seed": 5, **FAST, **predicted(name), **kw})
     whole = draw(num_images=7, batch_size=7)
-    assert whole.shape == (7, 1, 8, 8) and whole.dtype == torch.float32 and whole.abs().max() <= 1 and whole.isfinite().all()
+    assert (whole.shape == (7, 1, 8, 8) and whole.dtype == torch.float32 and whole.abs().max() <= 1
+            and whole.isfinite().all())
     assert torch.allclose(whole, draw(num_images=7, batch_size=3), atol=1e-4)
     assert torch.allclose(whole[4:], draw(class_labels=[4, 5, 6], first=4), atol=1e-4)
-    assert torch.allclose(whole[4:], draw(num_images=3, first=4), atol=1e-4)      # the default labels go by the number of the image
+    # the default labels go by the number of the image
+    assert torch.allclose(whole[4:], draw(num_images=3, first=4), atol=1e-4)
     assert not torch.allclose(whole, draw(num_images=7, seed=6), atol=1e-2)
     assert (whole[0] - whole[1]).abs().max() > 1e-2
 
@@ -41,13 +43,15 @@ class Oracle(torch.nn.Module):
         self.dummy = torch.nn.Parameter(torch.zeros(()))
         self.image, self.learned, self.target = image, learned, target
         self.bar = noise_schedule("linear").alphas_cumprod
-        self.config = type("C", (dict,), {"__getattr__": dict.__getitem__})(sample_size=8, in_channels=1, out_channels=1 + learned, num_classes=None)
+        self.config = type("C", (dict,), {"__getattr__": dict.__getitem__})(sample_size=8, in_channels=1,
+                                                                            out_channels=1 + learned, num_classes=None)
     def forward(self, x, timestep):
         if self.target == "flow_prediction": a, b = 1 - timestep / 1000, timestep / 1000
         else: a, b = self.bar[timestep.long()].sqrt(), (1 - self.bar[timestep.long()]).sqrt()
         a, b = a.view(-1, 1, 1, 1), b.view(-1, 1, 1, 1)
         eps = (x - a * self.image) / b
-        out = {"epsilon": eps, "sample": self.image.expand_as(x), "v_prediction": a * eps - b * self.image, "flow_prediction": eps - self.image}[self.target]
+        out = {"epsilon": eps, "sample": self.image.expand_as(x), "v_prediction": a * eps - b * self.image,
+               "flow_prediction": eps - self.image}[self.target]
         return type("Out", (), {"sample": torch.cat([out, torch.zeros_like(out)], 1) if self.learned else out})
 
 
@@ -55,10 +59,12 @@ wb.register_backbone(Oracle, wb.Anatomy(*[None] * 5))
 
 
 @pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("name,target", [(n, p) for n in SAMPLERS for p in PREDICTION_TYPES if (n == "flow-euler") == (p == "flow_prediction")])
+@pytest.mark.parametrize("name,target", [(n, p) for n in SAMPLERS
+                                         for p in PREDICTION_TYPES if (n == "flow-euler") == (p == "flow_prediction")])
 def test_a_perfect_model_is_sampled_perfectly(name, target, learned):
     image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    drawn = wb.sample(Oracle(image, learned, target), 3, sampler=name, num_inference_steps=50, prediction_type=target, quiet=True)
+    drawn = wb.sample(Oracle(image, learned, target), 3, sampler=name, num_inference_steps=50, prediction_type=target,
+                      quiet=True)
     assert (drawn - image).abs().max() < 0.02
 
 
@@ -71,7 +77,8 @@ def test_guidance_is_the_papers_formula(inputs):
         assert torch.allclose(got[:, :1], free[:, :1] + 2.5 * (cond[:, :1] - free[:, :1]), atol=1e-5)
         assert torch.allclose(got[:, 1:], cond[:, 1:], atol=1e-6)
         assert torch.allclose(guided(model, x, t, {"class_labels": y}, {}, 1.0), cond, atol=1e-6)
-        assert torch.allclose(guided(model, x, t, {"class_labels": y}, {"class_labels": torch.tensor(10)}, 0.0)[:, :1], free[:, :1], atol=1e-6)
+        assert torch.allclose(guided(model, x, t, {"class_labels": y}, {"class_labels": torch.tensor(10)}, 0.0)[:, :1],
+                              free[:, :1], atol=1e-6)
 
 
 def test_base_and_patched_start_from_the_same_noise():
@@ -105,9 +112,11 @@ def papers_posterior(output, x, t, beta, clip):
         C, before = len(z), bar[i - 1] if i else 1.0
         x0 = (z - math.sqrt(1 - bar[i]) * o[:C]) / math.sqrt(bar[i])
         if clip: x0 = x0.clip(-1, 1)
-        mean = math.sqrt(before) * beta[i] / (1 - bar[i]) * x0 + math.sqrt(1 - beta[i]) * (1 - before) / (1 - bar[i]) * z
+        mean = (math.sqrt(before) * beta[i] / (1 - bar[i]) * x0
+                + math.sqrt(1 - beta[i]) * (1 - before) / (1 - bar[i]) * z)
         share = (o[C:] + 1) / 2
-        log = share * math.log(beta[i]) + (1 - share) * math.log(small[max(i, 1)]) if len(o) > C else np.full_like(z, math.log(beta[i] if i else small[1]))
+        log = share * math.log(beta[i]) + (1 - share) * math.log(small[max(i, 1)]) if len(o) > C else np.full_like(
+            z, math.log(beta[i] if i else small[1]))
         out.append((mean, log, x0))
     return [torch.tensor(np.stack(part)) for part in zip(*out)]
 
@@ -119,26 +128,35 @@ def papers_posterior(output, x, t, beta, clip):
 def test_posterior_is_the_papers(schedule, learned, clip, dtype):
     beta, g = betas(schedule).numpy(), torch.Generator().manual_seed(0)
     t = torch.tensor([0, 0, 1, 2, 10, len(beta) // 2, len(beta) - 2, len(beta) - 1])
-    x, output = torch.randn(8, 3, 5, 4, generator=g).to(dtype), torch.randn(8, 6 if learned else 3, 5, 4, generator=g).to(dtype)
+    x, output = (torch.randn(8, 3, 5, 4, generator=g).to(dtype),
+                 torch.randn(8, 6 if learned else 3, 5, 4, generator=g).to(dtype))
     got, want = wb.posterior(output, x, t, schedule, clip), papers_posterior(output, x, t, beta, clip)
     for a, b in zip(got, want):
         assert a.dtype == dtype and a.shape == x.shape
-        assert torch.allclose(a.double(), b, rtol=1e-6 if dtype == torch.float32 else 1e-9, atol=1e-6 if dtype == torch.float32 else 1e-9)
+        assert torch.allclose(a.double(), b, rtol=1e-6 if dtype == torch.float32 else 1e-9,
+                              atol=1e-6 if dtype == torch.float32 else 1e-9)
 
 
 def test_posterior_at_every_timestep():
     g = torch.Generator().manual_seed(1)
-    x, output, t = torch.randn(1000, 1, 2, 2, generator=g).double(), torch.randn(1000, 2, 2, 2, generator=g).double(), torch.arange(1000)
-    for a, b in zip(wb.posterior(output, x, t), papers_posterior(output, x, t, betas().numpy(), False)): assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
+    x, output, t = (torch.randn(1000, 1, 2, 2, generator=g).double(), torch.randn(1000, 2, 2, 2, generator=g).double(),
+                    torch.arange(1000))
+    for a, b in zip(wb.posterior(output, x, t), papers_posterior(output, x, t, betas().numpy(), False)):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("wrong,match", [
-    (dict(timesteps=torch.tensor([3, 1000])), "timestep 1000 is out of range"), (dict(timesteps=torch.tensor([-1, 0])), "timestep -1"), (dict(timesteps=torch.tensor(3)), "expected 2 integers"),
-    (dict(timesteps=torch.tensor([1.0, 2.0])), "expected 2 integers"), (dict(timesteps=torch.tensor([1, 2, 3])), "expected 2 integers"), (dict(model_output=torch.zeros(2, 2, 4, 4)), "or that with 6 channels"),
+    (dict(timesteps=torch.tensor([3, 1000])), "timestep 1000 is out of range"),
+    (dict(timesteps=torch.tensor([-1, 0])), "timestep -1"), (dict(timesteps=torch.tensor(3)), "expected 2 integers"),
+    (dict(timesteps=torch.tensor([1.0, 2.0])), "expected 2 integers"),
+    (dict(timesteps=torch.tensor([1, 2, 3])), "expected 2 integers"),
+    (dict(model_output=torch.zeros(2, 2, 4, 4)), "or that with 6 channels"),
     (dict(model_output=torch.zeros(1, 3, 4, 4)), "expected"), (dict(schedule="sine"), "unknown schedule"),
 ])
 def test_posterior_refuses(wrong, match):
-    with pytest.raises(BadInput, match=match): wb.posterior(**{**dict(model_output=torch.zeros(2, 3, 4, 4), x_t=torch.zeros(2, 3, 4, 4), timesteps=torch.tensor([1, 2])), **wrong})
+    with pytest.raises(BadInput, match=match):
+        wb.posterior(**{**dict(model_output=torch.zeros(2, 3, 4, 4), x_t=torch.zeros(2, 3, 4, 4),
+                               timesteps=torch.tensor([1, 2])), **wrong})
 
 
 # --- ancestral sampling, respaced
@@ -174,11 +192,13 @@ class Counting(torch.nn.Module):
     def __init__(self, channels=4, learned=False):
         super().__init__()
         self.dummy, self.asked = torch.nn.Parameter(torch.zeros(())), []
-        self.config = type("C", (dict,), {"__getattr__": dict.__getitem__})(sample_size=2, in_channels=channels, out_channels=channels * (1 + learned), num_classes=5)
+        self.config = type("C", (dict,), {"__getattr__": dict.__getitem__})(
+            sample_size=2, in_channels=channels, out_channels=channels * (1 + learned), num_classes=5)
     def forward(self, x, timestep, class_labels):
         self.asked.append((timestep[0].item(), class_labels.tolist()))
         out = 0.1 * x + 0.01 * class_labels.view(-1, 1, 1, 1)
-        return type("Out", (), {"sample": torch.cat([out, out.tanh()], 1) if self.config.out_channels > x.shape[1] else out})
+        return type("Out", (),
+                    {"sample": torch.cat([out, out.tanh()], 1) if self.config.out_channels > x.shape[1] else out})
 
 
 wb.register_backbone(Counting, wb.Anatomy(*[None] * 5, num_classes=lambda m: m.config.num_classes))
@@ -187,8 +207,10 @@ wb.register_backbone(Counting, wb.Anatomy(*[None] * 5, num_classes=lambda m: m.c
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_interval_asks_once_outside(name):
     model = Counting()
-    run = lambda **kw: wb.sample(model, class_labels=[1, 3], sampler=name, guidance_scale=3.0, num_inference_steps=9, quiet=True, clamp=False, **predicted(name), **kw)
-    everywhere, nowhere = run(), run(guidance_interval=(0, 0)) if name == "flow-euler" else wb.sample(model, class_labels=[1, 3], sampler=name, guidance_scale=1.0, num_inference_steps=9, quiet=True, clamp=False)
+    run = lambda **kw: wb.sample(model, class_labels=[1, 3], sampler=name, guidance_scale=3.0, num_inference_steps=9,
+                                 quiet=True, clamp=False, **predicted(name), **kw)
+    everywhere, nowhere = run(), run(guidance_interval=(0, 0)) if name == "flow-euler" else wb.sample(
+        model, class_labels=[1, 3], sampler=name, guidance_scale=1.0, num_inference_steps=9, quiet=True, clamp=False)
     model.asked.clear()
     part = run(guidance_interval=(300, 700))
     times = [t for t, _ in model.asked]
@@ -209,15 +231,21 @@ def test_guidance_of_some_channels(learned, channels):
     given, nulls, t = {"class_labels": torch.tensor([1, 3])}, {"class_labels": torch.tensor(5)}, torch.tensor(7)
     cond, free = model(x, t.expand(2), given["class_labels"]).sample, model(x, t.expand(2), torch.tensor([5, 5])).sample
     got, k = guided(model, x, t, given, nulls, 2.5, channels), channels or 4
-    assert torch.allclose(got[:, :k], free[:, :k] + 2.5 * (cond - free)[:, :k], atol=1e-6) and torch.equal(got[:, k:], cond[:, k:])
-    draw = lambda **kw: wb.sample(model, class_labels=[2, 2], guidance_scale=4.0, num_inference_steps=5, quiet=True, clamp=False, **kw)
-    some, plain, all_ = draw(guidance_channels=channels), wb.sample(model, class_labels=[2, 2], guidance_scale=1.0, num_inference_steps=5, quiet=True, clamp=False), draw()
-    assert torch.equal(some[:, k:], plain[:, k:]) and torch.equal(some[:, :k], all_[:, :k]) and not torch.allclose(some[:, :k], plain[:, :k], atol=1e-3)
+    assert (torch.allclose(got[:, :k], free[:, :k] + 2.5 * (cond - free)[:, :k], atol=1e-6)
+            and torch.equal(got[:, k:], cond[:, k:]))
+    draw = lambda **kw: wb.sample(model, class_labels=[2, 2], guidance_scale=4.0, num_inference_steps=5, quiet=True,
+                                  clamp=False, **kw)
+    some, plain, all_ = draw(guidance_channels=channels), wb.sample(
+        model, class_labels=[2, 2], guidance_scale=1.0, num_inference_steps=5, quiet=True, clamp=False), draw()
+    assert torch.equal(some[:, k:], plain[:, k:]) and torch.equal(some[:, :k], all_[:, :k]) and not torch.allclose(
+        some[:, :k], plain[:, :k], atol=1e-3)
 
 
 def test_conditions_are_doubled_once_a_batch(monkeypatch):
     model, cat, whole = Counting(), torch.cat, []
-    monkeypatch.setattr(torch, "cat", lambda tensors, *a, **kw: (whole.append(1) if tensors[0].dtype == torch.long and tensors[0].ndim == 1 else None, cat(tensors, *a, **kw))[1])
+    monkeypatch.setattr(torch, "cat",
+                        lambda tensors, *a, **kw: (whole.append(1) if tensors[0].dtype == torch.long
+                                                   and tensors[0].ndim == 1 else None, cat(tensors, *a, **kw))[1])
     wb.sample(model, class_labels=[0, 1, 2, 3], batch_size=2, num_inference_steps=6, quiet=True)
     assert len(whole) == 2
 
@@ -231,19 +259,28 @@ def test_a_walk_ends_where_sample_does(name, learned):
     settings = dict(sampler=name, num_inference_steps=5, seed=3, first=2, guidance_scale=2.0, **predicted(name))
     steps = list(wb.sample_trajectory(model, 4, **settings))
     calls = 9 if name == "heun" else 5
-    assert [s.step for s in steps] == list(range(calls + 1)) and steps[-1].timestep == -1 and all(a.timestep >= b.timestep for a, b in zip(steps, steps[1:]))
+    assert [s.step for s in steps] == list(range(calls + 1)) and steps[-1].timestep == -1 and all(
+        a.timestep >= b.timestep for a, b in zip(steps, steps[1:]))
     images = wb.sample(model, 4, quiet=True, clamp=False, **settings)
-    assert torch.equal(steps[-1].x_t, images) and torch.equal(steps[-1].pred_x0, images) and all(s.x_t.shape == s.pred_x0.shape == images.shape for s in steps)
+    assert torch.equal(steps[-1].x_t, images) and torch.equal(steps[-1].pred_x0, images) and all(
+        s.x_t.shape == s.pred_x0.shape == images.shape for s in steps)
     again, path = wb.sample(model, 4, quiet=True, clamp=False, keep=list(range(calls + 1)), **settings)
-    assert torch.equal(again, images) and path.steps == list(range(calls + 1)) and path.x_t.shape == (calls + 1, 4, 1, 8, 8) and path.x_t.device.type == "cpu"
-    for k, s in enumerate(steps): assert torch.equal(path.x_t[k], s.x_t) and torch.equal(path.pred_x0[k], s.pred_x0) and path.timesteps[k] == s.timestep
-    if name == "ddpm": assert torch.allclose(steps[-2].pred_x0, images, atol=1e-5)   # at t = 0 the mean is the predicted x0
+    assert (torch.equal(again, images) and path.steps == list(range(calls + 1))
+            and path.x_t.shape == (calls + 1, 4, 1, 8, 8) and path.x_t.device.type == "cpu")
+    for k, s in enumerate(steps):
+        assert (torch.equal(path.x_t[k], s.x_t) and torch.equal(path.pred_x0[k], s.pred_x0)
+                and path.timesteps[k] == s.timestep)
+    # at t = 0 the mean is the predicted x0
+    if name == "ddpm": assert torch.allclose(steps[-2].pred_x0, images, atol=1e-5)
 
 
-@pytest.mark.parametrize("name,target", [(n, p) for n in SAMPLERS for p in PREDICTION_TYPES if (n == "flow-euler") == (p == "flow_prediction")])
+@pytest.mark.parametrize("name,target", [(n, p) for n in SAMPLERS
+                                         for p in PREDICTION_TYPES if (n == "flow-euler") == (p == "flow_prediction")])
 def test_a_perfect_model_predicts_the_image_from_the_start(name, target):
     image = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0)) * 1.6 - 0.8
-    for s in wb.sample_trajectory(Oracle(image, target=target), 2, sampler=name, num_inference_steps=20, prediction_type=target): assert (s.pred_x0 - image).abs().max() < 0.02
+    for s in wb.sample_trajectory(Oracle(image, target=target), 2, sampler=name, num_inference_steps=20,
+                                  prediction_type=target):
+        assert (s.pred_x0 - image).abs().max() < 0.02
 
 
 def test_predicted_x0_is_the_posteriors():
@@ -258,9 +295,12 @@ def test_predicted_x0_is_the_posteriors():
 def test_kept_steps():
     model, draw = tiny_dit(), lambda **kw: wb.sample(tiny_dit(), 5, num_inference_steps=8, quiet=True, **kw)
     images, path = draw(keep=3, batch_size=2)
-    assert path.steps == [0, 4, 8] and path.timesteps.tolist() == [999.0, 499.0, -1.0] and path.x_t.shape == (3, 5, 1, 8, 8) and images.shape == (5, 1, 8, 8)
-    assert torch.allclose(path.x_t[-1].clamp(-1, 1), images) and draw(keep=1)[1].steps == [8] and draw(keep=9)[1].steps == list(range(9))
-    assert draw(keep=[8, 0, 0])[1].steps == [0, 8] and torch.allclose(draw(keep=[2], batch_size=2)[1].x_t, draw(keep=[2])[1].x_t, atol=1e-5)
+    assert (path.steps == [0, 4, 8] and path.timesteps.tolist() == [999.0, 499.0, -1.0]
+            and path.x_t.shape == (3, 5, 1, 8, 8) and images.shape == (5, 1, 8, 8))
+    assert (torch.allclose(path.x_t[-1].clamp(-1, 1), images) and draw(keep=1)[1].steps == [8]
+            and draw(keep=9)[1].steps == list(range(9)))
+    assert draw(keep=[8, 0, 0])[1].steps == [0, 8] and torch.allclose(draw(keep=[2], batch_size=2)[1].x_t,
+                                                                      draw(keep=[2])[1].x_t, atol=1e-5)
     assert torch.is_tensor(wb.sample(model, 1, num_inference_steps=2, quiet=True))
 
 
@@ -274,14 +314,17 @@ def test_between_steps_the_model_is_as_it_was():
     for s in walk:
         assert model.training and p.training and torch.is_grad_enabled() and not s.pred_x0.requires_grad
         model.eval()
-        with torch.no_grad(): assert torch.equal(model(x, t, torch.tensor([1])).sample, before)   # at a timestep that no table holds
+        # at a timestep that no table holds
+        with torch.no_grad(): assert torch.equal(model(x, t, torch.tensor([1])).sample, before)
         model.train()
     walk = wb.sample_trajectory(model, 2, num_inference_steps=4)
     next(walk)
     walk.close()
     assert model.training
     model.eval()
-    assert torch.allclose(list(wb.sample_trajectory(model, 2, num_inference_steps=4))[-1].x_t, wb.sample(model, 2, num_inference_steps=4, quiet=True, clamp=False), atol=1e-5)   # baked and not
+    # baked and not
+    assert torch.allclose(list(wb.sample_trajectory(model, 2, num_inference_steps=4))[-1].x_t,
+                          wb.sample(model, 2, num_inference_steps=4, quiet=True, clamp=False), atol=1e-5)
 
 
 def test_sample_bakes_once_and_leaves_no_table(monkeypatch):
@@ -297,7 +340,9 @@ def test_sample_bakes_once_and_leaves_no_table(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong,match", [
-    (dict(class_labels=[10]), "class label 10"), (dict(guidance_scale=-1), "guidance_scale is -1"), (dict(sampler="huen"), "did you mean 'heun'"), (dict(num_images=0), "num_images is 0"), (dict(guidance_interval=(5, 1)), "lower one first"),
+    (dict(class_labels=[10]), "class label 10"), (dict(guidance_scale=-1), "guidance_scale is -1"),
+    (dict(sampler="huen"), "did you mean 'heun'"), (dict(num_images=0), "num_images is 0"),
+    (dict(guidance_interval=(5, 1)), "lower one first"),
 ])
 def test_a_walk_is_checked_before_its_first_step(wrong, match):
     with pytest.raises(BadInput, match=match): wb.sample_trajectory(tiny_dit(), **wrong)
@@ -305,37 +350,57 @@ def test_a_walk_is_checked_before_its_first_step(wrong, match):
 
 
 @pytest.mark.parametrize("wrong,match", [
-    (dict(guidance_scale=-0.5), "guidance_scale is -0.5: expected a number ≥ 0"), (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
-    (dict(class_labels=[0, 10]), "class label 10 is out of range: expected integers 0 to 9"), (dict(class_labels=[-1]), "class label -1"),
-    (dict(class_labels=[0.5]), "expected integers"), (dict(class_labels=[0, 1], num_images=3), "2 class_labels for 3 images"),
-    (dict(num_images=0), "num_images is 0"), (dict(batch_size=0), "batch_size is 0"), (dict(sampler="dpm"), "did you mean 'ddpm'"),
-    (dict(num_inference_steps=1001), "num_inference_steps is 1001: expected 1 to 1000"), (dict(schedule="sine"), "unknown schedule 'sine'"),
-    (dict(guidance_scale=float("inf")), "guidance_scale is inf"), (dict(num_inference_steps=0), "num_inference_steps is 0"), (dict(num_inference_steps="10,20"), "only the sampler ddpm takes sections, ddim does not"),
-    (dict(num_inference_steps="600,600", sampler="ddpm"), "at most 500 steps in section 1 of 2"), (dict(guidance_interval=(700, 200)), r"guidance_interval is \(700, 200\): .* lower one first"),
-    (dict(guidance_interval=(-1, 200)), "timesteps 0 to 999"), (dict(guidance_interval=(0, 1000)), "timesteps 0 to 999"), (dict(guidance_channels=0), "guidance_channels is 0: expected 1 to 1"), (dict(guidance_channels=2), "guidance_channels is 2"),
-    (dict(keep=0), "keep is 0: expected 1 to 51 steps"), (dict(keep=52), "keep is 52"), (dict(keep=[0, 51]), "keep has step 51: expected integers 0 to 50"), (dict(keep=[-1]), "keep has step -1"), (dict(keep=[]), "at least one step"), (dict(keep=[0.5]), "keep has step 0.5"),
+    (dict(guidance_scale=-0.5), "guidance_scale is -0.5: expected a number ≥ 0"),
+    (dict(guidance_scale=float("nan")), "guidance_scale is nan"),
+    (dict(class_labels=[0, 10]), "class label 10 is out of range: expected integers 0 to 9"),
+    (dict(class_labels=[-1]), "class label -1"),
+    (dict(class_labels=[0.5]), "expected integers"),
+    (dict(class_labels=[0, 1], num_images=3), "2 class_labels for 3 images"),
+    (dict(num_images=0), "num_images is 0"), (dict(batch_size=0), "batch_size is 0"),
+    (dict(sampler="dpm"), "did you mean 'ddpm'"),
+    (dict(num_inference_steps=1001), "num_inference_steps is 1001: expected 1 to 1000"),
+    (dict(schedule="sine"), "unknown schedule 'sine'"),
+    (dict(guidance_scale=float("inf")), "guidance_scale is inf"),
+    (dict(num_inference_steps=0), "num_inference_steps is 0"),
+    (dict(num_inference_steps="10,20"), "only the sampler ddpm takes sections, ddim does not"),
+    (dict(num_inference_steps="600,600", sampler="ddpm"), "at most 500 steps in section 1 of 2"),
+    (dict(guidance_interval=(700, 200)), r"guidance_interval is \(700, 200\): .* lower one first"),
+    (dict(guidance_interval=(-1, 200)), "timesteps 0 to 999"),
+    (dict(guidance_interval=(0, 1000)), "timesteps 0 to 999"),
+    (dict(guidance_channels=0), "guidance_channels is 0: expected 1 to 1"),
+    (dict(guidance_channels=2), "guidance_channels is 2"),
+    (dict(keep=0), "keep is 0: expected 1 to 51 steps"), (dict(keep=52), "keep is 52"),
+    (dict(keep=[0, 51]), "keep has step 51: expected integers 0 to 50"), (dict(keep=[-1]), "keep has step -1"),
+    (dict(keep=[]), "at least one step"), (dict(keep=[0.5]), "keep has step 0.5"),
 ])
 def test_bad_input(wrong, match):
     model = tiny_dit().train()
     with pytest.raises(BadInput, match=match): wb.sample(model, **{"quiet": True, **wrong})
     assert model.training
-    with pytest.raises(BadInput, match="unconditional"): wb.sample(tiny_dit(num_classes=None), class_labels=[1], quiet=True)
+    with pytest.raises(BadInput, match="unconditional"):
+        wb.sample(tiny_dit(num_classes=None), class_labels=[1], quiet=True)
 
 
 def test_numbers_of_numpy_and_torch_are_as_good():
     model, settings = tiny_dit(), dict(num_inference_steps=2, quiet=True)
     expected = wb.sample(model, 2, [1, 2], 1.5, seed=3, batch_size=2, **settings)
     for whole, real in ((np.int64, np.float32), (torch.tensor, torch.tensor)):
-        found = wb.sample(model, whole(2), np.array([1, 2]), real(1.5), seed=whole(3), batch_size=whole(2), num_inference_steps=np.int64(2), quiet=np.bool_(True))
+        found = wb.sample(model, whole(2), np.array([1, 2]), real(1.5), seed=whole(3), batch_size=whole(2),
+                          num_inference_steps=np.int64(2), quiet=np.bool_(True))
         assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("argument, wrong", [(k, v) for k, values in {
-    "num_images": (2.0, "2", True, [2], float("nan")), "seed": (None, 1.5, "0", True), "guidance_scale": ("2", None, float("nan"), True, [1.5], 1 + 2j),
-    "batch_size": ("8", 8.0, None, True), "first": (None, "0", 0.5, -1), "class_labels": ("ab", {"a": 1}, ["x"], [None], [True, False], [[1], [2, 3]], 1.5, [0.5, 1]),
-    "sampler": (None, 3, ["ddim"]), "num_inference_steps": (2.0, None, True, {}), "schedule": (None, 3, ["linear"], {}), "prediction_type": (None, ["epsilon"], 3),
-    "conditions": ([1], "text", {"encoder_hidden_states": torch.zeros(16, 2)}, {"class_labels": 3}), "null_conditions": ([1], {"class_labels": "x"}),
-    "guidance_interval": (5, (1,), ("a", "b"), (1, None), "ab"), "guidance_channels": ("1", 1.0, True), "texts": ("a cat", ["a cat"]), "keep": ("2", 2.5, ["a"], [True]),
+    "num_images": (2.0, "2", True, [2], float("nan")), "seed": (None, 1.5, "0", True),
+    "guidance_scale": ("2", None, float("nan"), True, [1.5], 1 + 2j),
+    "batch_size": ("8", 8.0, None, True), "first": (None, "0", 0.5, -1),
+    "class_labels": ("ab", {"a": 1}, ["x"], [None], [True, False], [[1], [2, 3]], 1.5, [0.5, 1]),
+    "sampler": (None, 3, ["ddim"]), "num_inference_steps": (2.0, None, True, {}), "schedule": (None, 3, ["linear"], {}),
+    "prediction_type": (None, ["epsilon"], 3),
+    "conditions": ([1], "text", {"encoder_hidden_states": torch.zeros(16, 2)}, {"class_labels": 3}),
+    "null_conditions": ([1], {"class_labels": "x"}),
+    "guidance_interval": (5, (1,), ("a", "b"), (1, None), "ab"), "guidance_channels": ("1", 1.0, True),
+    "texts": ("a cat", ["a cat"]), "keep": ("2", 2.5, ["a"], [True]),
     "clamp": ("no", None, 1), "quiet": ("yes", 0), "model": ("digits-base", None)}.items() for v in values])
 def test_an_argument_of_another_type_is_one_line(argument, wrong):
     given = dict(model=tiny_dit(), num_images=2, num_inference_steps=2, quiet=True) | {argument: wrong}
@@ -348,10 +413,12 @@ def test_an_argument_of_another_type_is_one_line(argument, wrong):
 
 def test_what_is_not_finite_is_said_with_its_reason():
     model = tiny_dit()
-    with pytest.warns(UserWarning, match="image 0 is not finite: the model's answer is not from timestep 499 on, with guidance_scale 1e\\+38"):
+    with pytest.warns(UserWarning, match="image 0 is not finite: the model's answer is not from timestep 499 on, with "
+                      "guidance_scale 1e\\+38"):
         wb.sample(model, 2, guidance_scale=1e38, num_inference_steps=2, quiet=True)
     with torch.no_grad(): model.final_layer.linear.weight[0, 0] = float("nan")
-    with pytest.warns(UserWarning, match="image 0 is not finite: the model's weights are not, expected a model whose training has not diverged"):
+    with pytest.warns(UserWarning, match="image 0 is not finite: the model's weights are not, expected a model whose "
+                      "training has not diverged"):
         found = wb.sample(model, 2, num_inference_steps=2, quiet=True)
     assert found.shape == (2, 1, 8, 8)
 
@@ -360,10 +427,13 @@ def test_what_is_not_finite_is_said_with_its_reason():
 def test_as_many_steps_as_timesteps_are_finite(sampler):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        assert wb.sample(tiny_dit(), 1, sampler=sampler, num_inference_steps=30, schedule=ScheduleConfig("cosine", 30), quiet=True).isfinite().all()
+        assert wb.sample(tiny_dit(), 1, sampler=sampler, num_inference_steps=30, schedule=ScheduleConfig("cosine", 30),
+                         quiet=True).isfinite().all()
 
 
-@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel, torch.optim.swa_utils.AveragedModel], ids=["compile", "DataParallel", "AveragedModel"])
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), torch.nn.DataParallel,
+                                  torch.optim.swa_utils.AveragedModel],
+                         ids=["compile", "DataParallel", "AveragedModel"])
 def test_wrapped_models_are_sampled(wrap):
     model, settings = tiny_dit(), dict(num_images=2, num_inference_steps=2, quiet=True)
     wb.patch(model, wb.DMPConfig(init="random"))
@@ -376,7 +446,9 @@ def test_wrapped_models_are_sampled(wrap):
 
 def test_null_conditions_for_each_image(): # as one for all
     model = tiny_dit()
-    given = dict(num_images=4, conditions={"class_labels": torch.tensor([1, 2, 3, 4])}, num_inference_steps=2, batch_size=3, quiet=True)
+    given = dict(num_images=4, conditions={"class_labels": torch.tensor([1, 2, 3, 4])}, num_inference_steps=2,
+                 batch_size=3, quiet=True)
     one = wb.sample(model, null_conditions={"class_labels": torch.tensor(10)}, **given)
     assert torch.equal(one, wb.sample(model, null_conditions={"class_labels": torch.full((4,), 10)}, **given))
-    with pytest.raises(BadInput, match="null_conditions class_labels have shape"): wb.sample(model, null_conditions={"class_labels": torch.zeros(7)}, **given)
+    with pytest.raises(BadInput, match="null_conditions class_labels have shape"):
+        wb.sample(model, null_conditions={"class_labels": torch.zeros(7)}, **given)

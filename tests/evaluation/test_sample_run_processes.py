@@ -24,12 +24,15 @@ def test_two_processes_killed_and_resumed(tmp_path):
     "SIGKILL at an arbitrary moment; the files equal those of one process that nobody touched."
     run, folder, root = make_run(tmp_path / "run"), tmp_path / "out", str(Path(wb.__file__).parents[1])
     pngs = lambda: len(list(folder.glob("[0-9]*.png")))
-    start = lambda: [subprocess.Popen([sys.executable, "-c", WORKER, str(run), str(folder)], stdout=subprocess.PIPE, text=True,
-                                      env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"}) for r in range(2)]
+    start = lambda: [subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(run), str(folder)], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "RANK": str(r), "WORLD_SIZE": "2"})
+                     for r in range(2)]
     workers = start()
     while pngs() < 10 and any(w.poll() is None for w in workers): time.sleep(0.002)
     for w in workers: w.send_signal(signal.SIGKILL)
-    assert -signal.SIGKILL in [w.wait() for w in workers] and 10 <= pngs() < 120 and not (folder / SAMPLES_FILE).exists()
+    assert (-signal.SIGKILL in [w.wait() for w in workers] and 10 <= pngs() < 120
+            and not (folder / SAMPLES_FILE).exists())
     workers = start()
     said = [w.communicate()[0].strip() for w in workers]
     assert [w.returncode for w in workers] == [0, 0] and str(folder) in said and set(said) <= {str(folder), "None"}

@@ -1,6 +1,8 @@
-"""JupyterLab in a real browser: the explorers' tutorial is run, sliders are moved by keyboard, pictures change, and nothing is complained about.
+"""JupyterLab in a real browser: the explorers' tutorial is run, sliders
+are moved by keyboard, pictures change, and nothing is complained about.
 
-Needs a Chromium on the machine (Debian: apt-get install chromium). Without one the tests are skipped, but not where $DMP_WB_REQUIRE_BROWSER is set, as in CI.
+Needs a Chromium on the machine (Debian: apt-get install chromium).
+Without one the tests are skipped, but not where $DMP_WB_REQUIRE_BROWSER is set, as in CI.
 Screenshots go to $DMP_WB_SCREENSHOTS, or to pytest's folder.
 """
 import json
@@ -30,7 +32,8 @@ WATCH = """(picture) => {
     window.listening?.abort();
     window.listening = new AbortController();
     const begin = (e) => { if (e.type === 'keydown' || e.buttons) begun ||= performance.now(); };
-    for (const type of ['keydown', 'pointermove']) document.addEventListener(type, begin, {capture: true, signal: window.listening.signal});
+    for (const type of ['keydown', 'pointermove']) 
+        document.addEventListener(type, begin, {capture: true, signal: window.listening.signal});
     window.watching = new MutationObserver(async () => {
         const since = begun;
         if (!since) return;
@@ -50,11 +53,17 @@ def server(tmp_path_factory):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"), "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(folder / "config"),
+           "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),
+           "JUPYTER_RUNTIME_DIR": str(folder / "runtime"),
            "DMP_WB_RUNS": str(folder / "runs"), "IPYTHONDIR": str(folder / "ipython"), "PYTHONPATH": str(ROOT)}
     log = open(folder / "server.log", "w")   # noqa: SIM115
-    process = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
-                                f"--ServerApp.root_dir={folder}", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.collaborative=False"], env=env, stdout=log, stderr=log)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+         "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}",
+         f"--ServerApp.root_dir={folder}", "--LabApp.news_url=",
+         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.collaborative=False"], env=env,
+        stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     for _ in range(240):
         try:
@@ -82,8 +91,10 @@ def set_theme(folder, theme):
     file.write_text(json.dumps({"theme": theme}))
     file = folder / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"windowingMode": "none", "autoStartDefaultKernel": True}))   # all cells are in the page, not only those in view; no question about the kernel
-    (folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings").write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    # all cells are in the page, not only those in view; no question about the kernel
+    file.write_text(json.dumps({"windowingMode": "none", "autoStartDefaultKernel": True}))
+    (folder / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False}))
 
 
 def open_notebook(browser, server, theme, size=(1280, 800)):
@@ -100,7 +111,8 @@ def open_notebook(browser, server, theme, size=(1280, 800)):
     page.wait_for_timeout(5_000)   # JupyterLab says idle before its kernel takes requests
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img.widget-image').length >= 10", timeout=180_000)
+    page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img.widget-image').length >= 10",
+                           timeout=180_000)
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=120_000)
     return page, complaints
 
@@ -112,7 +124,8 @@ def cell_of(page, code):
 
 def slide(page, cell, label, key, times=1):
     "Move a slider by keyboard."
-    cell.locator(".widget-inline-hbox", has=page.locator(".widget-label", has_text=re.compile(f"^{label}$"))).locator("[role=slider]").first.focus()
+    cell.locator(".widget-inline-hbox", has=page.locator(
+        ".widget-label", has_text=re.compile(f"^{label}$"))).locator("[role=slider]").first.focus()
     for _ in range(times): page.keyboard.press(key)
 
 
@@ -121,7 +134,8 @@ def pictures(cell): return cell.locator("img.widget-image")
 
 def source(picture):
     "The bytes that an image shows, as text."
-    return picture.evaluate("async (i) => { const b = await (await fetch(i.src)).blob(); return await new Promise(r => { const f = new FileReader(); f.onload = () => r(f.result); f.readAsDataURL(b); }); }")
+    return picture.evaluate("async (i) => { const b = await (await fetch(i.src)).blob(); return await new Promise(r => "
+                            "{ const f = new FileReader(); f.onload = () => r(f.result); f.readAsDataURL(b); }); }")
 
 
 def changes(page, picture, act):
@@ -137,12 +151,19 @@ def changes(page, picture, act):
 def test_explorers_follow_the_keyboard(browser, server, theme, tmp_path):
     page, complaints = open_notebook(browser, server, theme)
     try:
-        assert page.evaluate("document.body.dataset.jpThemeLight") == ("true" if theme == "JupyterLab Light" else "false")
+        assert page.evaluate("document.body.dataset.jpThemeLight") == ("true" if theme == "JupyterLab Light"
+                                                                       else "false")
         assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
-        for code, label, key, which in (("GateExplorer(", "timestep", "ArrowRight", (0, 1, 2, 3)), ("RoutingExplorer(", "α", "ArrowLeft", (0, 1)), ("RoutingExplorer(", "t₁", "ArrowRight", (0,)), ("DenoiseExplorer(", "step", "ArrowLeft", (0, 1, 2, 3, 4))):
+        for code, label, key, which in (("GateExplorer(", "timestep", "ArrowRight", (0, 1, 2, 3)),
+                                        ("RoutingExplorer(", "α", "ArrowLeft", (0, 1)),
+                                        ("RoutingExplorer(", "t₁", "ArrowRight", (0,)),
+                                        ("DenoiseExplorer(", "step", "ArrowLeft", (0, 1, 2, 3, 4))):
             cell = cell_of(page, code)
             cell.scroll_into_view_if_needed()
-            for n in which: assert changes(page, pictures(cell).nth(n), lambda cell=cell, label=label, key=key: slide(page, cell, label, key, 6)), (code, label, n)
+            for n in which:
+                assert changes(page, pictures(cell).nth(n),
+                               lambda cell=cell, label=label, key=key: slide(page, cell, label, key, 6)), (code, label,
+                                                                                                           n)
             assert cell.locator("select, [role=slider]").count() >= 2
         gates = cell_of(page, "GateExplorer(")
         assert changes(page, pictures(gates).nth(0), lambda: gates.locator("select").first.select_option(index=2))
@@ -167,7 +188,8 @@ def drags(page, code, label, picture, way, times):
     slider = cell.locator(".widget-inline-hbox", has=page.locator(".widget-label", has_text=re.compile(f"^{label}$")))
     pictures(cell).nth(picture).evaluate(WATCH)
     handle, track = slider.locator("[role=slider]").first, slider.locator(".slider").first.bounding_box()
-    y, x, stride = track["y"] + track["height"] / 2, track["x"] + track["width"] * 0.9, track["width"] * 0.8 / (times + 2)
+    y, x, stride = (track["y"] + track["height"] / 2, track["x"] + track["width"] * 0.9,
+                    track["width"] * 0.8 / (times + 2))
     if way == "mouse":
         box = handle.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, y)
@@ -183,24 +205,32 @@ def drags(page, code, label, picture, way, times):
     for n in range(times):
         page.mouse.move(x := x - stride, y) if way == "mouse" else page.keyboard.press(way)
         try: page.wait_for_function(f"window.found.length > {n}", timeout=30_000)
-        except Exception as e: raise AssertionError(f"{code[:-1]}: movement {n} of {label} by {way}, to {handle.get_attribute('aria-valuenow')}, drew nothing") from e
+        except Exception as e:
+            raise AssertionError(f"{code[:-1]}: movement {n} of {label} by {way}, to "
+                                 f"{handle.get_attribute('aria-valuenow')}, drew nothing") from e
         page.wait_for_timeout(50)
     if way == "mouse": page.mouse.up()
     return page.evaluate("window.found")
 
 
 def test_every_movement_becomes_new_pixels(browser, server, tmp_path):
-    "Not a timed test: every movement has to draw. How long each took is printed, and written beside the screenshots as latency.json."
+    """Not a timed test: every movement has to draw.
+    How long each took is printed, and written beside the screenshots as latency.json."""
     page, _ = open_notebook(browser, server, "JupyterLab Light")
     report = {}
     try:
         cell_of(page, "DenoiseExplorer(").locator("select").last.select_option("50")
-        cell_of(page, "DenoiseExplorer(").locator("[role=slider][aria-valuemax='50.0']").first.wait_for(timeout=60_000)   # enough of them to move through
-        for code, label, picture, way, times in (("GateExplorer(", "timestep", 3, "PageDown", 40), ("GateExplorer(", "timestep", 3, "mouse", 40), ("RoutingExplorer(", "α", 1, "ArrowLeft", 40),
-                                                 ("RoutingExplorer(", "t₂", 1, "mouse", 40), ("DenoiseExplorer(", "step", 2, "ArrowLeft", 20), ("DenoiseExplorer(", "step", 2, "mouse", 30)):
+        # enough of them to move through
+        cell_of(page, "DenoiseExplorer(").locator("[role=slider][aria-valuemax='50.0']").first.wait_for(timeout=60_000)
+        for code, label, picture, way, times in (
+                ("GateExplorer(", "timestep", 3, "PageDown", 40), ("GateExplorer(", "timestep", 3, "mouse", 40),
+                ("RoutingExplorer(", "α", 1, "ArrowLeft", 40),
+                ("RoutingExplorer(", "t₂", 1, "mouse", 40), ("DenoiseExplorer(", "step", 2, "ArrowLeft", 20),
+                ("DenoiseExplorer(", "step", 2, "mouse", 30)):
             found = drags(page, code, label, picture, way, times)
             assert len(found) == times
-            report[f"{code[:-1]} {label} {way}"] = {"movements": times, "median_ms": round(statistics.median(found), 1), "slowest_ms": round(max(found), 1)}
+            report[f"{code[:-1]} {label} {way}"] = {"movements": times, "median_ms": round(statistics.median(found), 1),
+                                                    "slowest_ms": round(max(found), 1)}
     finally: page.close()
     (screenshots(tmp_path) / "latency.json").write_text(json.dumps(report, indent=2, ensure_ascii=False))
     print(json.dumps(report, indent=2, ensure_ascii=False))

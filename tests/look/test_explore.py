@@ -1,4 +1,5 @@
-"The explorers without a browser: what their controls do to their pictures, and the figure they leave where nobody can drag."
+"""The explorers without a browser: what their controls do to their
+pictures, and the figure they leave where nobody can drag."""
 import io
 import json
 import os
@@ -54,7 +55,9 @@ def test_a_conditioned_gate_looks_at_the_class(looked_at):
 
 def test_routes_count_the_channels_two_timesteps_share(looked_at):
     e = RoutingExplorer(channels=64)
-    for act in (lambda: setattr(e.ratio, "value", 0.5), lambda: setattr(e.alpha, "value", 1.0), lambda: setattr(e.width, "value", 384)): assert all(changed(act, e.masks, e.overlap, e.text)[:1])
+    for act in (lambda: setattr(e.ratio, "value", 0.5), lambda: setattr(e.alpha, "value", 1.0),
+                lambda: setattr(e.width, "value", 384)):
+        assert all(changed(act, e.masks, e.overlap, e.text)[:1])
     e.first.value, e.second.value = 0, 999
     m = wb.routing_mask(torch.tensor([0, 999]), 384, sharing_ratio=0.5, alpha=1.0).bool()
     assert f"shared: <b>{int((m[0] & m[1]).sum())}</b> of {int(m[0].sum())}" in e.text.value
@@ -62,10 +65,12 @@ def test_routes_count_the_channels_two_timesteps_share(looked_at):
 
 def test_denoising_base_beside_patched(looked_at):
     e = DenoiseExplorer("digits-dmp")
-    want = wb.sample(wb.load_model("digits-dmp"), class_labels=[0], guidance_scale=1.5, sampler="ddim", num_inference_steps=25, seed=0, quiet=True)
+    want = wb.sample(wb.load_model("digits-dmp"), class_labels=[0], guidance_scale=1.5, sampler="ddim",
+                     num_inference_steps=25, seed=0, quiet=True)
     shown = picture(e.pictures["patched", "x_0"])
     size = shown.shape[0] // 8
-    assert e.step.value == e.step.max and np.abs(shown[::size, ::size].astype(int) - pixels_of(want[0])).max() <= 1   # the last step is the image that sampling gives
+    # the last step is the image that sampling gives
+    assert e.step.value == e.step.max and np.abs(shown[::size, ::size].astype(int) - pixels_of(want[0])).max() <= 1
     assert not np.array_equal(shown, picture(e.pictures["base", "x_0"]))
     assert all(changed(lambda: setattr(e.step, "value", 3), *e.pictures.values(), e.difference, e.text))
     kept = len(e._kept)
@@ -79,14 +84,18 @@ def test_runs_and_runs_that_are_gone(looked_at, tmp_path):
     for name, loss in (("a", 1.0), ("b", 0.5)):
         (tmp_path / name / "samples").mkdir(parents=True)
         (tmp_path / name / "config.yaml").write_text("name: x\n")
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps({"step": s, "loss": loss / s, "mse/t000-499": None if s == 2 else loss}) + "\n" for s in (1, 2, 3)))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps({"step": s, "loss": loss / s, "mse/t000-499": None if s == 2 else loss}) + "\n"
+                    for s in (1, 2, 3)))
         Image.new("L", (8, 8), 100).save(tmp_path / name / "samples" / "step-0000003.png")
     (tmp_path / "b" / "figures").mkdir()
     Image.new("RGB", (30, 20), (9, 8, 7)).save(tmp_path / "b" / "figures" / "gates.png")
-    (tmp_path / "b" / "summary.json").write_text(json.dumps({"evaluations": [{"fid": 9.0}, {"fid": 1.25, "interval": {"fid": [1, 2]}}]}))
+    (tmp_path / "b" / "summary.json").write_text(
+        json.dumps({"evaluations": [{"fid": 9.0}, {"fid": 1.25, "interval": {"fid": [1, 2]}}]}))
     e = RunExplorer([tmp_path / "a", tmp_path / "b"])
     assert len(e.pictures.children) == 2 and picture(e.curves).shape[1] > 300
-    assert changed(lambda: setattr(e.column, "value", "mse/t000-499"), e.curves) == [True] and "step 3, mse/t000-499 1" in e.table.value
+    assert (changed(lambda: setattr(e.column, "value", "mse/t000-499"), e.curves) == [True]
+            and "step 3, mse/t000-499 1" in e.table.value)
     assert "fid 1.25" in e.table.value
     e.picture.value = "gates"
     assert [picture(tile.children[1]).shape for tile in e.pictures.children] == [(20, 30, 3)]
@@ -96,9 +105,11 @@ def test_runs_and_runs_that_are_gone(looked_at, tmp_path):
     assert "files are gone" in e.table.value and e.curves.layout.visibility == "hidden" and not e.pictures.children
 
 
-@pytest.mark.parametrize("make", [lambda: GateExplorer("digits-dmp"), lambda: RoutingExplorer(64), lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base"])])
+@pytest.mark.parametrize("make", [lambda: GateExplorer("digits-dmp"), lambda: RoutingExplorer(64),
+                                  lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base"])])
 def test_where_nobody_looks_a_figure_is_left(make, monkeypatch):
-    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG", "DMP_WB_EXPLORE"): monkeypatch.delenv(name, raising=False)
+    for name in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG", "DMP_WB_EXPLORE"):
+        monkeypatch.delenv(name, raising=False)
     assert not live()
     e = make()
     assert isinstance(e.static(), Figure) and set(e._repr_mimebundle_()) == {"image/png", "text/plain"}
@@ -107,7 +118,8 @@ def test_where_nobody_looks_a_figure_is_left(make, monkeypatch):
 
 
 def test_mistakes(looked_at, runs_folder):
-    with pytest.raises(BadInput, match="digits-base has no patch: expected a patched model"): GateExplorer("digits-base")
+    with pytest.raises(BadInput, match="digits-base has no patch: expected a patched model"):
+        GateExplorer("digits-base")
     with pytest.raises(BadInput, match="did you mean 'digits-dmp'"): GateExplorer("digits-dmpp")
     with pytest.raises(BadInput, match="there are no runs in"): RunExplorer()
     model = tiny_dit()
@@ -134,7 +146,8 @@ def test_moving_sliders_leaves_nothing_behind(looked_at, tmp_path, monkeypatch):
     for i in range(60): gates.timestep.value = 13 * i
     for i in range(4): walk.seed.value = i + 1
     size = lambda kept: sum(map(explore._bytes_of, kept.values()))
-    assert 1 < len(gates._seen) < 60 and size(gates._seen) <= 20_000 and len(walk._kept) == 1 and set(gates._seen) == set(gates._seen.sizes)
+    assert (1 < len(gates._seen) < 60 and size(gates._seen) <= 20_000 and len(walk._kept) == 1
+            and set(gates._seen) == set(gates._seen.sizes))
 
 
 def test_a_run_whose_files_are_pipes_holds_nothing_up(looked_at, tmp_path):

@@ -42,7 +42,8 @@ def test_checkpointed_blocks_run_again_as_they_ran_first(inputs):
         second = model(x, t.flip(0), y).sample.square().mean()
         with wb.patch_disabled(model): third = model(x.clone().requires_grad_(), t, y).sample.square().mean() * 0
         with wb.patch_disabled(model): grads.append(grads_of(model, first + second + third))
-    assert len(grads[0]) == len(grads[1]) == 6 and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    assert len(grads[0]) == len(grads[1]) == 6 and all(torch.allclose(a, b, atol=1e-6)
+                                                       for a, b in zip(*grads, strict=True))
 
 
 def test_a_checkpoint_around_the_whole_model(inputs):
@@ -51,7 +52,8 @@ def test_a_checkpoint_around_the_whole_model(inputs):
     randomise(wb.patch(model), 0.5)
     wb.route(model)
     plain = grads_of(model, model(x, t, y).sample.square().mean())
-    losses = [checkpoint(lambda a: model(a, t, y).sample.square().mean(), x, use_reentrant=False), model(x, t.flip(0), y).sample.mean() * 0]
+    losses = [checkpoint(lambda a: model(a, t, y).sample.square().mean(), x, use_reentrant=False),
+              model(x, t.flip(0), y).sample.mean() * 0]
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, grads_of(model, sum(losses)), strict=True))
 
 
@@ -88,7 +90,8 @@ def test_a_model_that_calls_itself(inputs):
     randomise(wb.patch(model), 0.5)
     wb.route(model)
     want, inner = run(model, inputs), []
-    handle = model.blocks[1].register_forward_hook(lambda *a: None if inner else (inner.append(1), run(model, (x, t.flip(0), y)))[:0] or None)
+    handle = model.blocks[1].register_forward_hook(lambda *a: None if inner
+                                                   else (inner.append(1), run(model, (x, t.flip(0), y)))[:0] or None)
     assert torch.equal(run(model, inputs), want) and inner
     handle.remove()
 
@@ -107,7 +110,8 @@ def test_a_block_alone():
     model = tiny_dit()
     wb.patch(model)
     for _ in range(2):   # before a call of the model, and after one
-        with pytest.raises(BadInput, match="was called alone"): model.blocks[0](torch.zeros(1, 16, 32), torch.zeros(1, 32))
+        with pytest.raises(BadInput, match="was called alone"):
+            model.blocks[0](torch.zeros(1, 16, 32), torch.zeros(1, 32))
         model(torch.zeros(1, 1, 8, 8), 5)
 
 
@@ -116,21 +120,24 @@ def test_one_module_as_several_blocks():
     model.blocks[2] = model.blocks[0]
     for change in (wb.patch, wb.route):
         with pytest.raises(BadInput, match="a module is several blocks"): change(model)
-    assert not hasattr(model, HOOKS_NAME) and PATCH_NAME not in model._modules and all(w.requires_grad for w in model.parameters())
+    assert not hasattr(model, HOOKS_NAME) and PATCH_NAME not in model._modules and all(
+        w.requires_grad for w in model.parameters())
 
 
 def test_a_stranger_of_the_same_name():
     class DiT(nn.Module): pass
     for change in (wb.patch, wb.route):
         with pytest.raises(BadInput, match="DiT is not a known backbone.*register_backbone"): change(DiT())
-    wb.register_backbone(DiT, wb.Anatomy(blocks=lambda m: [], grid_size=lambda m: (1, 1), width=lambda m: 8, embed_timestep=lambda m, t: t, embedding_width=lambda m: 8))
+    wb.register_backbone(DiT, wb.Anatomy(blocks=lambda m: [], grid_size=lambda m: (1, 1), width=lambda m: 8,
+                                         embed_timestep=lambda m, t: t, embedding_width=lambda m: 8))
     assert wb.patch(tiny_dit()).prompts.shape[2] == 32 and "DiT" in registered()
 
 
 def test_subclasses_with_open_signatures(inputs):
     class Mine(type(tiny_dit())):
         def forward(self, *args, **kwargs): return super().forward(*args, **kwargs)
-    model = Mine(sample_size=8, in_channels=1, hidden_size=32, num_layers=3, num_attention_heads=4, num_classes=10).eval()
+    model = Mine(sample_size=8, in_channels=1, hidden_size=32, num_layers=3, num_attention_heads=4,
+                 num_classes=10).eval()
     randomise(model)
     p = randomise(wb.patch(model), 0.5)
     with torch.no_grad(): model(inputs[0], inputs[1], inputs[2])
@@ -161,12 +168,15 @@ def test_layerwise_casting(name, when):
 def test_names_that_cannot_be(name):
     model = tiny_dit()
     with pytest.raises(BadInput, match="name is"): wb.patch(model, name=name)
-    assert PATCH_NAME not in model._modules and all(w.requires_grad for w in model.parameters()) and not model._state_dict_hooks and not hasattr(model, HOOKS_NAME)
+    assert (PATCH_NAME not in model._modules and all(w.requires_grad for w in model.parameters())
+            and not model._state_dict_hooks and not hasattr(model, HOOKS_NAME))
 
 
 @pytest.mark.parametrize("config,match", [
-    (dict(input_size=5), "input_size is 5: expected"), (dict(importance_weight=None), "importance_weight is None"), (dict(importance_weight="x"), "importance_weight is 'x'"),
-    (dict(noisy_gating="yes"), "noisy_gating is 'yes': expected true or false"), (dict(top_k=True), "top_k is True"), (dict(input_size=[3, 8, 8]), "does not fit a DiT: expected 2 sides"),
+    (dict(input_size=5), "input_size is 5: expected"), (dict(importance_weight=None), "importance_weight is None"),
+    (dict(importance_weight="x"), "importance_weight is 'x'"),
+    (dict(noisy_gating="yes"), "noisy_gating is 'yes': expected true or false"), (dict(top_k=True), "top_k is True"),
+    (dict(input_size=[3, 8, 8]), "does not fit a DiT: expected 2 sides"),
     (dict(input_size=[7, 7]), r"does not fit a DiT: expected multiples of \(2, 2\)"),
 ])
 def test_configs_that_cannot_be(config, match):
@@ -180,7 +190,8 @@ def test_routes_that_cannot_be():
     with pytest.raises(BadInput, match="leaves a channel of 32"): wb.route(model, wb.DTRConfig(sharing_ratio=0.01))
     with pytest.raises(BadInput, match="seed is 1.5"): wb.route(model, wb.DTRConfig(kind="random", seed=1.5))
     assert wb.get_router(model) is None and not hasattr(model, HOOKS_NAME)
-    assert not torch.equal(wb.routing_mask([3], 64, kind="random", seed=0), wb.routing_mask([3], 64, kind="random", seed=4096))
+    assert not torch.equal(wb.routing_mask([3], 64, kind="random", seed=0),
+                           wb.routing_mask([3], 64, kind="random", seed=4096))
 
 
 def test_the_callers_settings_stay_the_callers():
@@ -193,16 +204,20 @@ def test_the_callers_settings_stay_the_callers():
 def test_a_pipeline_or_a_wrapper_instead_of_its_model():
     class Pipeline:
         def __init__(self): self.transformer = tiny_dit()
-    with pytest.raises(BadInput, match="Pipeline is not a known backbone.*did you mean its .transformer"): wb.patch(Pipeline())
-    with pytest.raises(BadInput, match="did you mean its .net.inner"): wb.route(nn.ModuleDict({"net": nn.ModuleDict({"inner": nn.DataParallel(tiny_dit())})}))
+    with pytest.raises(BadInput, match="Pipeline is not a known backbone.*did you mean its .transformer"):
+        wb.patch(Pipeline())
+    with pytest.raises(BadInput, match="did you mean its .net.inner"):
+        wb.route(nn.ModuleDict({"net": nn.ModuleDict({"inner": nn.DataParallel(tiny_dit())})}))
     model = tiny_dit()
     model.dmp = nn.Linear(2, 2)
     with pytest.raises(BadInput, match="has a part of its own named 'dmp'"): wb.patch(model)
 
 
 @pytest.mark.parametrize("change,match", [
-    (lambda w: {"nonsense": torch.zeros(1)}, "holds .*nonsense.*expected"), (lambda w: {}, "holds {}: expected"), (lambda w: {**w, "prompts": w["prompts"] * float("nan")}, "'prompts' holds NaN"),
-    (lambda w: {**w, "prompts": w["prompts"][:1]}, "expected"), (lambda w: {**w, "prompts": w["prompts"].long()}, "int64: expected floating point"),
+    (lambda w: {"nonsense": torch.zeros(1)}, "holds .*nonsense.*expected"), (lambda w: {}, "holds {}: expected"),
+    (lambda w: {**w, "prompts": w["prompts"] * float("nan")}, "'prompts' holds NaN"),
+    (lambda w: {**w, "prompts": w["prompts"][:1]}, "expected"),
+    (lambda w: {**w, "prompts": w["prompts"].long()}, "int64: expected floating point"),
 ])
 def test_nothing_is_saved_that_could_not_be_loaded(change, match, tmp_path):
     model = tiny_dit()
@@ -214,7 +229,8 @@ def test_nothing_is_saved_that_could_not_be_loaded(change, match, tmp_path):
     assert all(torch.equal(v, kept[k]) for k, v in good.items())
 
 
-@pytest.mark.parametrize("tensor,match", [(torch.full((3, 16, 32), 1e300, dtype=torch.float64), "beyond torch.float32"), (torch.zeros(3, 16, 32, dtype=torch.int32), "expected floating point")])
+@pytest.mark.parametrize("tensor,match", [(torch.full((3, 16, 32), 1e300, dtype=torch.float64), "beyond torch.float32"),
+                                          (torch.zeros(3, 16, 32, dtype=torch.int32), "expected floating point")])
 def test_files_of_other_precisions(tensor, match, tmp_path, inputs):
     model = tiny_dit()
     wb.patch(model)
@@ -222,7 +238,8 @@ def test_files_of_other_precisions(tensor, match, tmp_path, inputs):
     file = tmp_path / "p" / "adapter_model.safetensors"
     save_file({**load_file(file), "prompts": tensor}, file)
     with pytest.raises(BadInput, match=match): wb.load_patch(tiny_dit(), tmp_path / "p")
-    save_file({**{k: v.to(torch.float8_e4m3fn) for k, v in load_file(file).items() if k != "prompts"}, "prompts": torch.ones(3, 16, 32).to(torch.float8_e4m3fn)}, file)
+    save_file({**{k: v.to(torch.float8_e4m3fn) for k, v in load_file(file).items() if k != "prompts"},
+               "prompts": torch.ones(3, 16, 32).to(torch.float8_e4m3fn)}, file)
     assert (wb.load_patch(tiny_dit(), tmp_path / "p").prompts == 1).all()
 
 
@@ -232,7 +249,8 @@ def test_low_precision_timesteps_and_baked_tables():
     p = randomise(wb.patch(model, wb.DMPConfig(input_size=INPUT_SIZE["FluxTransformer2DModel"])), 0.3).bfloat16()
     steps = torch.tensor([1000.0, 863.28, 613.1, 8.93])
     for t in steps:
-        kwargs = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs_for("FluxTransformer2DModel").items()}
+        kwargs = {k: v.bfloat16() if v.is_floating_point() else v
+                  for k, v in inputs_for("FluxTransformer2DModel").items()}
         kwargs["timestep"] = t.expand(2).to(torch.bfloat16) / 1000
         want = output(model, kwargs)
         with p.baked(steps): assert torch.equal(output(model, kwargs), want)

@@ -1,4 +1,5 @@
-"A forward pass has its own state: in threads and tasks, after errors, with weights that come late, with tokens that blocks do not see alike."
+"""A forward pass has its own state: in threads and tasks, after errors,
+with weights that come late, with tokens that blocks do not see alike."""
 import asyncio
 import gc
 import importlib
@@ -20,7 +21,8 @@ from dmp_wb.methods.hooks import HOOKS_NAME
 
 
 @torch.no_grad()
-def at(model, t, batch=2): return model(torch.ones(batch, 1, 8, 8), timestep=torch.tensor(t), class_labels=torch.arange(batch)).sample
+def at(model, t, batch=2):
+    return model(torch.ones(batch, 1, 8, 8), timestep=torch.tensor(t), class_labels=torch.arange(batch)).sample
 
 
 def together(*jobs, rounds=60):
@@ -201,7 +203,8 @@ PLACES = {
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_pass_that_raises_leaves_nothing(place, error):
-    if place == "a hook of the model after ours" and error is KeyboardInterrupt: pytest.skip("before the first part is called, a pass lives on until the next")
+    if place == "a hook of the model after ours" and error is KeyboardInterrupt:
+        pytest.skip("before the first part is called, a pass lives on until the next")
     model = both()
     want, seen = at(model, 5), []
 
@@ -211,12 +214,14 @@ def test_a_pass_that_raises_leaves_nothing(place, error):
     handle = PLACES[place](model, fail)
     for grad in (False, True):
         try:
-            with torch.set_grad_enabled(grad): model(torch.ones(2, 1, 8, 8), timestep=torch.tensor([3, 900]), class_labels=torch.tensor([1, 2]))
+            with torch.set_grad_enabled(grad):
+                model(torch.ones(2, 1, 8, 8), timestep=torch.tensor([3, 900]), class_labels=torch.tensor([1, 2]))
             raise AssertionError("it did not raise")
         except error: pass
         if error is KeyboardInterrupt: gc.collect()
         assert not any(ref() is not None for ref in seen) and getattr(model, HOOKS_NAME).call is None
-        with pytest.raises(BadInput, match="was called alone"): model.blocks[0](torch.zeros(1, 16, 32), torch.zeros(1, 32))
+        with pytest.raises(BadInput, match="was called alone"):
+            model.blocks[0](torch.zeros(1, 16, 32), torch.zeros(1, 32))
     handle.remove()
     assert torch.equal(at(model, 5), want)
 
@@ -262,14 +267,18 @@ def offloaded(model, kind, folder=None):
     if kind == "sequential": cpu_offload(model, "cpu", offload_buffers=True)
     else:
         more = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-        model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type=kind,
+        model.enable_group_offload(onload_device=torch.device("cpu"), offload_device=torch.device("cpu"),
+                                   offload_type=kind,
                                    offload_to_disk_path=str(folder) if folder else None, **more)
 
 
 @pytest.mark.parametrize("order", ["patched first", "offloaded first"])
-@pytest.mark.parametrize("kind,disk", [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
-@pytest.mark.parametrize("name,changes", [("DiT", {}), ("DiT", {"gate_input": "condition"}), ("DiT", {"gate_input": "none"}), ("SD3Transformer2DModel", {"mode": "prepend", "num_prompts": 3}),
-                                          ("UNet2DConditionModel-SD15", {}), ("FluxTransformer2DModel", {"gate_input": "condition"})])
+@pytest.mark.parametrize("kind,disk",
+                         [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
+@pytest.mark.parametrize("name,changes",
+                         [("DiT", {}), ("DiT", {"gate_input": "condition"}), ("DiT", {"gate_input": "none"}),
+                          ("SD3Transformer2DModel", {"mode": "prepend", "num_prompts": 3}),
+                          ("UNet2DConditionModel-SD15", {}), ("FluxTransformer2DModel", {"gate_input": "condition"})])
 def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, order, tmp_path):
     config, kwargs = wb.DMPConfig(input_size=INPUT_SIZE.get(name), **changes), inputs_for(name)
     model = BACKBONES[name]()
@@ -288,17 +297,20 @@ def test_weights_that_are_loaded_as_they_are_called(name, changes, kind, disk, o
         with p.baked(kwargs["timestep"]): torch.testing.assert_close(output(model, kwargs), want)
     if kind != "sequential":   # there a state dict holds no numbers
         wb.save_patch(model, tmp_path / "got")
-        assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+        assert ((tmp_path / "got" / "adapter_model.safetensors").read_bytes()
+                == (tmp_path / "want" / "adapter_model.safetensors").read_bytes())
         with warnings.catch_warnings():
             warnings.simplefilter("error")   # no fingerprint of numbers that are not there
             wb.load_patch(BACKBONES[name](), tmp_path / "got")
     if disk and order == "patched first":   # in memory lies what nobody has filled
         for parameter in model.parameters(): parameter.data.fill_(math.nan)
     wb.save_patch(model, tmp_path / "got")
-    assert (tmp_path / "got" / "adapter_model.safetensors").read_bytes() == (tmp_path / "want" / "adapter_model.safetensors").read_bytes()
+    assert ((tmp_path / "got" / "adapter_model.safetensors").read_bytes()
+            == (tmp_path / "want" / "adapter_model.safetensors").read_bytes())
 
 
-@pytest.mark.parametrize("kind,disk", [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
+@pytest.mark.parametrize("kind,disk",
+                         [("block_level", True), ("leaf_level", True), ("leaf_level", False), ("sequential", False)])
 def test_weights_that_are_elsewhere_are_not_taken_for_others(kind, disk, tmp_path, recwarn):
     model = BACKBONES["DiT"]()
     wb.patch(model, wb.DMPConfig())
@@ -312,17 +324,22 @@ def test_weights_that_are_elsewhere_are_not_taken_for_others(kind, disk, tmp_pat
 
 
 def test_autocast_leaves_the_gates_in_float32():
-    for name, changes in (("DiT", {}), ("DiT", {"gate_input": "condition", "noisy_gating": True, "top_k": 3}), ("SD3Transformer2DModel", {"gate_input": "condition"})):
+    for name, changes in (("DiT", {}), ("DiT", {"gate_input": "condition", "noisy_gating": True, "top_k": 3}),
+                          ("SD3Transformer2DModel", {"gate_input": "condition"})):
         model, kwargs = BACKBONES[name](), inputs_for(name)
         p = randomise(wb.patch(model, wb.DMPConfig(**changes)), 0.5)
         output(model, kwargs)
         want = p.last_gates
-        low = {k: v.bfloat16() if k in ("pooled_projections", "encoder_hidden_states") else v for k, v in kwargs.items()}
+        low = {k: v.bfloat16() if k in ("pooled_projections", "encoder_hidden_states") else v
+               for k, v in kwargs.items()}
         kwargs = kwargs if name == "DiT" else low | {"pooled_projections": kwargs["pooled_projections"]}
         with torch.autocast("cpu", torch.bfloat16):
             output(model, kwargs)
             assert torch.equal(p.last_gates, want) and p.last_gates.dtype == torch.float32
-            if name == "DiT": torch.testing.assert_close(p.gates(kwargs["timestep"], **{k: v for k, v in kwargs.items() if k == "class_labels" and changes}), want, atol=1e-6, rtol=1e-5)
+            if name == "DiT":
+                torch.testing.assert_close(
+                    p.gates(kwargs["timestep"], **{k: v for k, v in kwargs.items() if k == "class_labels" and changes}),
+                    want, atol=1e-6, rtol=1e-5)
             output(model, low)   # a condition in half precision meets weights that are not
 
 
@@ -351,7 +368,8 @@ def sd3_with_prompts(depth=None, **more):
 
 
 @pytest.mark.parametrize("depth", [None, 1, [1, 2], [2]])
-@pytest.mark.parametrize("more", [{}, {"skip_layers": [0]}, {"skip_layers": [1]}, {"skip_layers": [2]}, {"skip_layers": [0, 1, 2]},
+@pytest.mark.parametrize("more", [{}, {"skip_layers": [0]}, {"skip_layers": [1]}, {"skip_layers": [2]},
+                                  {"skip_layers": [0, 1, 2]},
                                   {"block_controlnet_hidden_states": [torch.ones(2, 16, 32)] * 3}], ids=str)
 def test_prepended_prompts_where_blocks_are_skipped_or_a_controlnet_adds(depth, more):
     got, want = sd3_with_prompts(depth, **more)
@@ -373,36 +391,45 @@ class Joint(nn.Module):
     "As Lumina: every sample's text, as long as it is, then its image, then nothing."
     def __init__(self):
         super().__init__()
-        self.time, self.layers = nn.Linear(1, 8), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))
+        self.time, self.layers = nn.Linear(1, 8), nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+                                                                for _ in range(2))
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask):
         lengths = encoder_attention_mask.sum(1).tolist()
         x = hidden_states.new_zeros(len(hidden_states), max(lengths) + 4, 8)
-        for row, text, image, n in zip(x, encoder_hidden_states, hidden_states.flatten(2).mT, lengths): row[:n], row[n:n + 4] = text[:n], image
+        for row, text, image, n in zip(x, encoder_hidden_states, hidden_states.flatten(2).mT, lengths):
+            row[:n], row[n:n + 4] = text[:n], image
         pad = torch.arange(x.shape[1]) >= torch.tensor(lengths)[:, None] + 4
         for layer in self.layers: x = layer(x, src_key_padding_mask=pad)
         return torch.stack([row[n:n + 4] for row, n in zip(x, lengths)])
 
 
 def joint(leading):
-    wb.register_backbone(Joint, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8, embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
-                                           embedding_width=lambda m: 8, leading_tokens=leading, tokens_argument="src", any_length=True))
+    wb.register_backbone(Joint, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8,
+                                           embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
+                                           embedding_width=lambda m: 8, leading_tokens=leading, tokens_argument="src",
+                                           any_length=True))
     return randomise(Joint(), 0.3).eval()
 
 
-@pytest.mark.parametrize("leading", [lambda m, i: [i["encoder_attention_mask"].sum(1)] * 2, lambda m, i: [i["encoder_attention_mask"].sum(1).tolist()] * 2])
+@pytest.mark.parametrize("leading", [lambda m, i: [i["encoder_attention_mask"].sum(1)] * 2,
+                                     lambda m, i: [i["encoder_attention_mask"].sum(1).tolist()] * 2])
 def test_texts_of_different_lengths_before_the_images(leading):
-    x, text, t, mask = torch.randn(3, 8, 2, 2), torch.randn(3, 5, 8), torch.tensor([5, 400, 900]), torch.tensor([[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0]])
+    x, text, t, mask = (torch.randn(3, 8, 2, 2), torch.randn(3, 5, 8), torch.tensor([5, 400, 900]),
+                        torch.tensor([[1, 1, 0, 0, 0], [1] * 5, [1, 1, 1, 0, 0]]))
     model = joint(leading)
     for prompts in (None, 2):
         randomise(wb.patch(model, wb.DMPConfig(num_prompts=prompts)), 0.5)
         wb.route(model)
         with torch.no_grad():
             together = model(x, t, text, mask)
-            for i in range(3): torch.testing.assert_close(together[i:i + 1], model(x[i:i + 1], t[i:i + 1], text[i:i + 1, :int(mask[i].sum())], mask[i:i + 1, :int(mask[i].sum())]))
+            for i in range(3):
+                torch.testing.assert_close(together[i:i + 1], model(
+                    x[i:i + 1], t[i:i + 1], text[i:i + 1, :int(mask[i].sum())], mask[i:i + 1, :int(mask[i].sum())]))
         wb.unroute(wb.unpatch(model))
     wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=2))
-    with pytest.raises(BadInput, match="texts of this batch have different lengths: expected equal ones"): model(x, t, text, mask)
+    with pytest.raises(BadInput, match="texts of this batch have different lengths: expected equal ones"):
+        model(x, t, text, mask)
 
 
 def test_one_number_for_texts_that_a_mask_says_are_of_different_lengths():
@@ -410,7 +437,9 @@ def test_one_number_for_texts_that_a_mask_says_are_of_different_lengths():
     wb.patch(model)
     x, text, t = torch.randn(2, 8, 2, 2), torch.randn(2, 5, 8), torch.tensor([5, 400])
     model(x, t, text, torch.ones(2, 5, dtype=torch.long))
-    with pytest.raises(BadInput, match="lengths 2 and 5.*leading_tokens gives one number.*expected a number for each sample"): model(x, t, text, torch.tensor([[1, 1, 0, 0, 0], [1] * 5]))
+    with pytest.raises(BadInput,
+                       match="lengths 2 and 5.*leading_tokens gives one number.*expected a number for each sample"):
+        model(x, t, text, torch.tensor([[1, 1, 0, 0, 0], [1] * 5]))
     with pytest.raises(BadInput, match="gives 3 numbers for a block"): joint_of_three(model, x, t, text)
 
 
@@ -433,7 +462,8 @@ class Listed(nn.Module):
 
 
 def test_images_given_as_a_list():
-    wb.register_backbone(Listed, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8, embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
+    wb.register_backbone(Listed, wb.Anatomy(blocks=lambda m: m.layers, grid_size=lambda m: (2, 2), width=lambda m: 8,
+                                            embed_timestep=lambda m, t: m.time(t.float()[:, None] / 1000),
                                             embedding_width=lambda m: 8, timestep_argument="t", tokens_argument="src"))
     model = randomise(Listed(), 0.3)
     x, captions = torch.randn(3, 1, 2, 2), [torch.randn(5, 8), torch.randn(2, 8), torch.randn(3, 8)]
@@ -442,7 +472,8 @@ def test_images_given_as_a_list():
         assert len(model(list(x), torch.tensor([1, 500, 900]), captions)) == 3 and p.last_gates.shape == (3, 2, 4)
         model(list(x), 500, captions)
         assert len(p.last_gates) == (3 if mode else 1)
-        with pytest.raises(BadInput, match="Listed was called without images: expected a tensor or a list of tensors"): model([], 500, [])
+        with pytest.raises(BadInput, match="Listed was called without images: expected a tensor or a list of tensors"):
+            model([], 500, [])
         wb.unpatch(model)
 
 
@@ -451,7 +482,8 @@ def test_images_given_as_a_list():
 def replicas(model, monkeypatch):
     "As DataParallel makes them, on the CPU."
     made = importlib.import_module("torch.nn.parallel.replicate")
-    monkeypatch.setattr(made, "_broadcast_coalesced_reshape", lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices])
+    monkeypatch.setattr(made, "_broadcast_coalesced_reshape",
+                        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices])
     return made.replicate(model, [0, 1])
 
 
@@ -479,6 +511,8 @@ def test_gradients_and_the_balance_loss_of_replicas_reach_the_patch(monkeypatch)
     p = randomise(wb.patch(model), 0.3)
     at(model, 5)   # this thread has had a pass of its own
     copies = replicas(model, monkeypatch)
-    with torch.enable_grad(): together(lambda: copies[0](torch.ones(2, 1, 8, 8), timestep=torch.tensor(900), class_labels=torch.tensor([1, 2])), rounds=1)
+    with torch.enable_grad():
+        together(lambda: copies[0](torch.ones(2, 1, 8, 8), timestep=torch.tensor(900),
+                                   class_labels=torch.tensor([1, 2])), rounds=1)
     p.balance_loss().backward()
     assert p.gate.weight.grad.abs().sum() > 0

@@ -86,10 +86,13 @@ def test_only_the_patch_trains(make, inputs):
     assert all(w.grad is None for n, w in model.named_parameters() if n in frozen)
     assert all(torch.equal(w, frozen[n]) for n, w in model.named_parameters() if n in frozen)
     assert all(not torch.equal(w, before[n]) for n, w in p.named_parameters())
-    assert sum(len(s) for s in optimizer.state.values()) == 3 * len(before)   # step and two moments for each patch tensor, for nothing else
+    # step and two moments for each patch tensor, for nothing else
+    assert sum(len(s) for s in optimizer.state.values()) == 3 * len(before)
 
 
-def hooks(model): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) + len(m._state_dict_hooks) + len(m._load_state_dict_post_hooks) for m in model.modules())
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) + len(m._state_dict_hooks)
+               + len(m._load_state_dict_post_hooks) for m in model.modules())
 
 
 def test_unpatch_restores_exactly(backbone, inputs):
@@ -102,7 +105,8 @@ def test_unpatch_restores_exactly(backbone, inputs):
     assert wb.unpatch(backbone) is backbone
     assert torch.equal(run(backbone, inputs), before)
     assert set(dict(backbone.named_modules())) == names and hooks(backbone) == count
-    assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items()) and list(state) == list(backbone.state_dict())
+    assert (all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
+            and list(state) == list(backbone.state_dict()))
     assert [n for n, w in backbone.named_parameters() if not w.requires_grad] == [first]
 
 
@@ -121,7 +125,9 @@ def test_a_patched_model_inside_another_module_loads_strictly(inputs):
     assert f"net.{PATCH_NAME}.default.prompts" in outer.state_dict()
     outer.load_state_dict(outer.state_dict())
     without = {k: v for k, v in outer.state_dict().items() if f".{PATCH_NAME}." not in k}
-    with pytest.warns(UserWarning, match="no patch 'default' of this DiT"), pytest.raises(RuntimeError, match="net.dmp.default.prompts"): outer.load_state_dict(without)
+    with (pytest.warns(UserWarning, match="no patch 'default' of this DiT"),
+          pytest.raises(RuntimeError, match="net.dmp.default.prompts")):
+        outer.load_state_dict(without)
 
 
 def test_round_trip_through_files(backbone, inputs, tmp_path):
@@ -189,9 +195,11 @@ def test_scalar_timestep_and_guidance_batch(backbone, inputs):
             assert torch.allclose(backbone(x, timestep=321, class_labels=y).sample, one, atol=1e-6)
             assert p.last_gates.shape[0] == 1                           # one gate for a batch that shares its timestep
             assert torch.allclose(backbone(x, torch.tensor(321), y).sample, one, atol=1e-6)
-        assert torch.allclose(backbone(x, timestep=torch.tensor(321).expand(4), class_labels=y).sample, one, atol=1e-6)   # as pipelines do
+        # as pipelines do
+        assert torch.allclose(backbone(x, timestep=torch.tensor(321).expand(4), class_labels=y).sample, one, atol=1e-6)
         assert p.last_gates.shape[0] == 1
-        both = backbone(torch.cat([x, x]), timestep=torch.full((8,), 321), class_labels=torch.cat([y, torch.full((4,), 10)])).sample
+        both = backbone(torch.cat([x, x]), timestep=torch.full((8,), 321),
+                        class_labels=torch.cat([y, torch.full((4,), 10)])).sample
     assert torch.allclose(both[:4], one, atol=1e-5)
 
 
@@ -214,7 +222,8 @@ def test_bfloat16(inputs, tmp_path):
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
     assert wb.get_patch(model).prompts.dtype == torch.float32 and model.dtype == torch.bfloat16
     wb.unpatch(model)
-    assert {w.dtype for w in wb.patch(model, dtype=torch.bfloat16).parameters()} == {torch.bfloat16} and run(model, (inputs[0].bfloat16(), *inputs[1:])).isfinite().all()
+    assert ({w.dtype for w in wb.patch(model, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+            and run(model, (inputs[0].bfloat16(), *inputs[1:])).isfinite().all())
 
 
 @pytest.mark.slow
@@ -268,14 +277,17 @@ def test_top_k(inputs):
     assert torch.equal(wb.patch(model, everything).gates(5), torch.full((1, 3, 16), 1 / 16))
 
 
-@pytest.mark.parametrize("depth,blocks", [(None, [0, 1, 2]), (1, [0]), (2, [0, 1]), ([2], [2]), ([2, 0], [0, 2]), ((1,), [1])])
+@pytest.mark.parametrize("depth,blocks",
+                         [(None, [0, 1, 2]), (1, [0]), (2, [0, 1]), ([2], [2]), ([2, 0], [0, 2]), ((1,), [1])])
 def test_depth(depth, blocks, inputs, tmp_path):
     model = tiny_dit()
     p = trained(model, config=wb.DMPConfig(depth=depth))
-    assert p.blocks == blocks and p.prompts.shape == (len(blocks), 16, 32) and p.gates([0, 9]).shape == (2, len(blocks), 16)
+    assert (p.blocks == blocks and p.prompts.shape == (len(blocks), 16, 32)
+            and p.gates([0, 9]).shape == (2, len(blocks), 16))
     got = run(model, inputs)
     with torch.no_grad():
-        z, c, e_t = model.x_embedder(inputs[0]) + model.pos_embed, model.condition(inputs[1], inputs[2], 4), model.t_embedder(inputs[1])
+        z, c, e_t = (model.x_embedder(inputs[0]) + model.pos_embed, model.condition(inputs[1], inputs[2], 4),
+                     model.t_embedder(inputs[1]))
         for i, block in enumerate(model.blocks):
             if i in blocks:   # the gate knows the block by its number in the model
                 g = (torch.cat([e_t, torch.full((4, 1), float(i))], 1) @ p.gate.weight.T + p.gate.bias).softmax(-1)
@@ -294,14 +306,16 @@ def test_random_start(inputs):
     p = wb.patch(model, wb.DMPConfig(init="random", noisy_gating=True))
     bound = (6 / ((3 + 16) * 32)) ** 0.5
     assert 0.9 * bound < p.prompts.abs().max() <= bound and abs(p.prompts.mean()) < 0.1 * bound
-    assert p.gate.weight.abs().max() <= (6 / (33 + 16)) ** 0.5 and (p.gate.bias == 0).all() and p.w_noise.abs().max() <= (6 / (32 + 16)) ** 0.5
+    assert (p.gate.weight.abs().max() <= (6 / (33 + 16)) ** 0.5 and (p.gate.bias == 0).all()
+            and p.w_noise.abs().max() <= (6 / (32 + 16)) ** 0.5)
     assert p.gate.weight.std() > 0.1 and p.w_noise.std() > 0.1 and not torch.equal(run(model, inputs), before)
 
 
 def test_noisy_gating(inputs):
     model = tiny_dit()
     p = wb.patch(model, wb.DMPConfig(noisy_gating=True))
-    assert p.w_noise.shape == (32, 16) and (p.w_noise == 0).all() and sum(w.numel() for w in p.gate_parameters()) == 33 * 16 + 16 + 32 * 16
+    assert (p.w_noise.shape == (32, 16) and (p.w_noise == 0).all()
+            and sum(w.numel() for w in p.gate_parameters()) == 33 * 16 + 16 + 32 * 16)
     model.train()
     torch.manual_seed(0)
     logs = []
@@ -337,14 +351,17 @@ def test_load_balance(inputs):
         std = torch.nn.functional.softplus(e_t @ p.w_noise) + 0.01
         torch.manual_seed(0)
         load, draws = torch.zeros(16), 4000
-        clean = torch.stack([torch.cat([e_t, torch.full((4, 1), float(i))], 1) @ p.gate.weight.T + p.gate.bias for i in range(3)], 1)   # [B, blocks, n]
+        # [B, blocks, n]
+        clean = torch.stack(
+            [torch.cat([e_t, torch.full((4, 1), float(i))], 1) @ p.gate.weight.T + p.gate.bias for i in range(3)], 1)
         noisy = clean + torch.randn_like(clean) * std[:, None]
         for j in range(16):
             again = noisy.repeat(draws, 1, 1, 1)
             again[..., j] = clean[..., j] + torch.randn(draws, 4, 3) * std[:, None, j]
             load[j] = (again.topk(4, dim=-1).indices == j).any(-1).float().mean(0).sum()
         want = (load.var() / load.mean() ** 2).item()
-    assert abs(load.sum() - 4 * 12) < 2.5 and abs(got - want) < 0.05 * want   # the released code's plain sum is near k whatever the gates do
+    # the released code's plain sum is near k whatever the gates do
+    assert abs(load.sum() - 4 * 12) < 2.5 and abs(got - want) < 0.05 * want
     (model(*inputs).sample.sum() * 0 + p.load_loss()).backward()
     assert p.gate.weight.grad.abs().sum() > 0
 
@@ -354,7 +371,8 @@ def test_gates_on_the_condition(inputs):
     p = trained(model, config=wb.DMPConfig(gate_input="condition"))
     x, t, y = inputs
     run(model, inputs)
-    assert torch.allclose(p.gates(t, y), p.last_gates, atol=1e-6) and torch.allclose(p.gates(t, class_labels=y.tolist()), p.last_gates, atol=1e-6)
+    assert torch.allclose(p.gates(t, y), p.last_gates, atol=1e-6) and torch.allclose(
+        p.gates(t, class_labels=y.tolist()), p.last_gates, atol=1e-6)
     assert not torch.allclose(p.gates(t, (y + 1) % 10), p.last_gates, atol=1e-3)
     assert torch.allclose(p.gates(t), p.gates(t, torch.full((4,), 10)), atol=1e-6)      # no label: the null class
     assert p.gates(5, y).shape == (4, 3, 16) and p.entropy(5, y).shape == (4, 3)
@@ -375,7 +393,8 @@ def test_a_baked_table(inputs):
             got = [model(x, t, y).sample for t in steps]
             assert len(calls) == 3                       # the model's own; the gates need none
             got.append(model(x, steps[[0, 1, 2, 0]], y).sample)
-            with pytest.raises(BadInput, match="timestep 8 is not in the baked table of 3"): model(x, torch.tensor(8), y)
+            with pytest.raises(BadInput, match="timestep 8 is not in the baked table of 3"):
+                model(x, torch.tensor(8), y)
     assert all(torch.equal(a, b) for a, b in zip(got[:3], want)) and torch.allclose(got[3], want[3], atol=1e-6)
     calls.clear()
     run(model, inputs)
@@ -406,11 +425,14 @@ def test_hub_files_and_card(inputs, tmp_path):
     p = trained(model, config=wb.DMPConfig(top_k=3, gate_input="condition"))
     want = run(model, inputs)
     p.save_pretrained(tmp_path / "p")
-    assert {f.name for f in (tmp_path / "p").iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert {f.name for f in (tmp_path / "p").iterdir()} == {"README.md", "adapter_config.json",
+                                                            "adapter_model.safetensors"}
     card = (tmp_path / "p" / "README.md").read_text()
-    assert card.startswith("---\n") and "library_name: dmp_wb" in card and "**DiT** with 3 blocks" in card and "| `top_k` | `3` |" in card and "gate on the condition" in card
+    assert (card.startswith("---\n") and "library_name: dmp_wb" in card and "**DiT** with 3 blocks" in card
+            and "| `top_k` | `3` |" in card and "gate on the condition" in card)
     wb.unpatch(model)
-    assert wb.PromptPatch.from_pretrained(tmp_path / "p", model=model).config == wb.DMPConfig(top_k=3, gate_input="condition")
+    assert wb.PromptPatch.from_pretrained(tmp_path / "p", model=model).config == wb.DMPConfig(top_k=3,
+                                                                                              gate_input="condition")
     assert torch.equal(run(model, inputs), want)
     wb.save_patch(model, tmp_path / "p")                              # over it, card and all
 
@@ -422,12 +444,15 @@ def test_push_to_hub(monkeypatch, tmp_path):
     class Api:
         def __init__(self, **kwargs): sent.update(kwargs)
         def create_repo(self, repo_id, **kwargs): return type("Repo", (), {"repo_id": repo_id})
-        def upload_folder(self, *, folder_path, **kwargs): sent.update(kwargs, files={f.name: f.read_bytes() for f in folder_path.iterdir()})
+        def upload_folder(self, *, folder_path, **kwargs):
+            sent.update(kwargs, files={f.name: f.read_bytes() for f in folder_path.iterdir()})
     monkeypatch.setattr(mixin, "HfApi", Api)
     p = trained(tiny_dit())
     p.push_to_hub("me/my-patch", token="t", private=True)
-    assert sent["repo_id"] == "me/my-patch" and sent["token"] == "t" and set(sent["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert b'wb.load_patch(pipe.transformer, "me/my-patch")' in sent["files"]["README.md"] and b"# my-patch" in sent["files"]["README.md"]
+    assert (sent["repo_id"] == "me/my-patch" and sent["token"] == "t"
+            and set(sent["files"]) == {"README.md", "adapter_config.json", "adapter_model.safetensors"})
+    assert (b'wb.load_patch(pipe.transformer, "me/my-patch")' in sent["files"]["README.md"]
+            and b"# my-patch" in sent["files"]["README.md"])
 
 
 def hub_cache(root, repo_id, files, revision="0123456789abcdef0123456789abcdef01234567"):
@@ -450,19 +475,22 @@ def test_loading_from_the_hub(inputs, tmp_path):
     wb.load_patch(model, "me/my-patch", cache_dir=tmp_path / "hub", local_files_only=True)
     assert torch.equal(run(model, inputs), want)
     wb.unpatch(model)
-    with pytest.raises(MissingFile, match="no patch folder me/other, and the hub gave none"): wb.load_patch(model, "me/other", cache_dir=tmp_path / "hub", local_files_only=True)
+    with pytest.raises(MissingFile, match="no patch folder me/other, and the hub gave none"):
+        wb.load_patch(model, "me/other", cache_dir=tmp_path / "hub", local_files_only=True)
 
 
 def test_a_patch_remembers_which_model_it_was_made_for(tmp_path):
     tiny_dit().save_pretrained(tmp_path / "m")
     snapshot = hub_cache(tmp_path / "hub", "lab/base", (tmp_path / "m").iterdir())
-    for path, want in ((snapshot, {"id": "lab/base", "revision": "0123456789abcdef0123456789abcdef01234567"}), (tmp_path / "m", {})):
+    for path, want in ((snapshot, {"id": "lab/base", "revision": "0123456789abcdef0123456789abcdef01234567"}),
+                       (tmp_path / "m", {})):
         model = DiT.from_pretrained(path)
         wb.patch(model)
         wb.save_patch(model, tmp_path / "p")
         text = (tmp_path / "p" / "adapter_config.json").read_text()
         base = json.loads(text)["base_model"]
-        assert {k: base[k] for k in ("id", "revision") if k in base} == want and str(tmp_path) not in text   # no path of this machine
+        # no path of this machine
+        assert {k: base[k] for k in ("id", "revision") if k in base} == want and str(tmp_path) not in text
     assert "base_model: lab/base" in trained(DiT.from_pretrained(snapshot)).generate_model_card().content
 
 
@@ -472,21 +500,28 @@ def reference_state(model, depth=2, n=16, gated=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     D = model.config.hidden_size
     extra = {"prompt_embeddings": torch.randn(depth, n, D, generator=g)}
-    if gated: extra |= {"gate.weight": torch.randn(n, D + 1, generator=g), "gate.bias": torch.randn(n, generator=g), "w_noise": torch.randn(D, n, generator=g)}
+    if gated:
+        extra |= {"gate.weight": torch.randn(n, D + 1, generator=g), "gate.bias": torch.randn(n, generator=g),
+                  "w_noise": torch.randn(D, n, generator=g)}
     return {**model.state_dict(), **extra}
 
 
-@pytest.mark.parametrize("mode,gate_input,top_k,gated", [("add", "condition", None, True), ("add", "condition", 3, True), ("prepend", "timestep", None, True), ("add", "condition", None, False)])
+@pytest.mark.parametrize("mode,gate_input,top_k,gated",
+                         [("add", "condition", None, True), ("add", "condition", 3, True),
+                          ("prepend", "timestep", None, True), ("add", "condition", None, False)])
 def test_import_of_a_training_checkpoint(mode, gate_input, top_k, gated, inputs, tmp_path):
     source = tiny_dit()
     state = reference_state(source, gated=gated)
-    settings = OmegaConf.create({"general": {"data_path": None, "iterations": 5, "mixed_precision": True, "lrs": [1e-4, 2]}, "models": {"vp": {"type": mode, "n": "${general.iterations}"}}})
+    settings = OmegaConf.create(
+        {"general": {"data_path": None, "iterations": 5, "mixed_precision": True, "lrs": [1e-4, 2]},
+         "models": {"vp": {"type": mode, "n": "${general.iterations}"}}})
     optimizer = torch.optim.AdamW(source.parameters())
     torch.save({"model": state, "opt": optimizer.state_dict(), "config": settings}, tmp_path / "0050000.pt")
     model = DiT.from_official(tmp_path / "0050000.pt", num_attention_heads=4)
     assert torch.equal(run(model, inputs), run(source, inputs))
     p = wb.load_reference_patch(model, tmp_path / "0050000.pt", mode=mode, gate_input=gate_input, top_k=top_k)
-    assert torch.equal(p.prompts, state["prompt_embeddings"]) and p.blocks == [0, 1] and p.config.mode == mode and not p.training
+    assert (torch.equal(p.prompts, state["prompt_embeddings"]) and p.blocks == [0, 1] and p.config.mode == mode
+            and not p.training)
     assert p.config.gate_input == (gate_input if gated else "none")
     if gated: assert torch.equal(p.gate.weight, state["gate.weight"]) and torch.equal(p.w_noise, state["w_noise"])
     got = run(model, inputs)
@@ -502,20 +537,25 @@ def test_import_of_a_training_checkpoint(mode, gate_input, top_k, gated, inputs,
 
 def test_import_of_a_routed_model(inputs):
     source = tiny_dit()
-    state = {**source.state_dict(), **{f"blocks.{i}.routing._unit_mapping": wb.routing_mask(range(1000), 32) for i in range(3)}}
-    with pytest.warns(UserWarning, match=r"routing masks: call dmp_wb.route\(model, dmp_wb.DTRConfig\(sharing_ratio=0.78, num_train_timesteps=1000"): model = DiT.from_official({"ema": state}, 4)
+    state = {**source.state_dict(),
+             **{f"blocks.{i}.routing._unit_mapping": wb.routing_mask(range(1000), 32) for i in range(3)}}
+    with pytest.warns(UserWarning, match=r"routing masks: call dmp_wb.route\(model, "
+                      r"dmp_wb.DTRConfig\(sharing_ratio=0.78, num_train_timesteps=1000"):
+        model = DiT.from_official({"ema": state}, 4)
     assert torch.equal(run(model, inputs), run(source, inputs))
 
 
 def test_import_of_more_prompts_than_blocks_and_of_a_hydra_cache(inputs, tmp_path):
-    "The released class takes 28 rows of prompts by default, and Hydra leaves resolved values in the settings that are saved."
+    """The released class takes 28 rows of prompts by default, and
+    Hydra leaves resolved values in the settings that are saved."""
     source = tiny_dit()
     OmegaConf.register_new_resolver("dmp_wb_test_now", lambda form: "2024", use_cache=True, replace=True)
     settings = OmegaConf.create({"dir": "${dmp_wb_test_now:%Y}"})
     assert settings.dir == "2024"                        # fills the cache
     torch.save({"model": reference_state(source, depth=28), "config": settings}, tmp_path / "x.pt")
     model = DiT.from_official(tmp_path / "x.pt", 4)
-    assert wb.load_reference_patch(model, tmp_path / "x.pt", mode="prepend").config == wb.DMPConfig(mode="prepend", gate_input="timestep", num_prompts=16, depth=3, noisy_gating=True)
+    assert wb.load_reference_patch(model, tmp_path / "x.pt", mode="prepend").config == wb.DMPConfig(
+        mode="prepend", gate_input="timestep", num_prompts=16, depth=3, noisy_gating=True)
 
 
 def test_import_of_a_model_without_classes(inputs):
@@ -525,7 +565,9 @@ def test_import_of_a_model_without_classes(inputs):
     assert state["y_embedder.embedding_table.weight"].shape == (1, 32)
     model = DiT.from_official(state, 4)
     wb.load_reference_patch(model, state)
-    with torch.no_grad(): assert torch.equal(model(inputs[0], inputs[1]).sample, model(inputs[0], inputs[1], torch.zeros(4, dtype=torch.long)).sample)
+    with torch.no_grad():
+        assert torch.equal(model(inputs[0], inputs[1]).sample,
+                           model(inputs[0], inputs[1], torch.zeros(4, dtype=torch.long)).sample)
     assert wb.sample(model, 2, num_inference_steps=2, quiet=True).shape == (2, 1, 8, 8)
 
 
@@ -536,16 +578,23 @@ class Evil:
 def test_a_checkpoint_that_wants_to_run_code(tmp_path, capsys):
     model = tiny_dit()
     torch.save({"model": reference_state(model), "config": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(BadInput, match=r"evil.pt cannot be read.*print, which could run code; allow_pickled_code=True runs it"): wb.load_reference_patch(model, tmp_path / "evil.pt")
+    with pytest.raises(BadInput,
+                       match=r"evil.pt cannot be read.*print, which could run code; allow_pickled_code=True runs it"):
+        wb.load_reference_patch(model, tmp_path / "evil.pt")
     assert "code ran" not in capsys.readouterr().out and PATCH_NAME not in model._modules
     wb.load_reference_patch(model, tmp_path / "evil.pt", allow_pickled_code=True)
     assert "code ran" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change,match", [
-    (lambda s: s.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 9, 32)), "has 9 prompts a block and the model 16 tokens: expected mode='prepend'"),
-    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 17, 32)), "has 17 prompts a block"), (lambda s: s.update(prompt_embeddings=torch.zeros(2, 16, 64)), r"prompts.*\(2, 16, 64\)"),
-    (lambda s: s.pop("gate.bias"), "gate.bias"), (lambda s: s["w_noise"].fill_(float("inf")), "'w_noise' holds NaN or infinite"), (lambda s: s.update(prompt_embeddings=torch.zeros(16, 32)), "expected .blocks, prompts, width."),
+    (lambda s: s.pop("prompt_embeddings"), "no tensor 'prompt_embeddings'"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 9, 32)),
+     "has 9 prompts a block and the model 16 tokens: expected mode='prepend'"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 17, 32)), "has 17 prompts a block"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(2, 16, 64)), r"prompts.*\(2, 16, 64\)"),
+    (lambda s: s.pop("gate.bias"), "gate.bias"),
+    (lambda s: s["w_noise"].fill_(float("inf")), "'w_noise' holds NaN or infinite"),
+    (lambda s: s.update(prompt_embeddings=torch.zeros(16, 32)), "expected .blocks, prompts, width."),
 ])
 def test_a_checkpoint_that_does_not_fit(change, match, inputs):
     model = tiny_dit()
@@ -570,17 +619,25 @@ def test_not_patched(backbone, call):
 
 
 def test_unsupported_model():
-    with pytest.raises(BadInput, match="Linear is not a known backbone.*register_backbone"): wb.patch(torch.nn.Linear(2, 2))
+    with pytest.raises(BadInput, match="Linear is not a known backbone.*register_backbone"):
+        wb.patch(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("config,match", [
-    (dict(gate_input="timestp"), "did you mean 'timestep'"), (dict(importance_weight=-1), "importance_weight is -1"), (dict(num_train_timesteps=0), "num_train_timesteps is 0"),
-    (dict(mode="append"), "did you mean 'prepend'"), (dict(init="zeros"), "did you mean 'zero'"), (dict(load_weight=float("nan")), "load_weight is nan"),
-    (dict(top_k=0), "top_k is 0: expected a whole number, at least 1"), (dict(top_k=17), "top_k is 17: expected 1 to 16"), (dict(top_k=2.0), "top_k is 2.0: expected a whole number"),
-    (dict(num_prompts=17), "num_prompts is 17: expected at most 16, the tokens of block 0, in add mode"), (dict(num_prompts=0), "num_prompts is 0"),
-    (dict(depth=4), "depth is 4: expected 1 to 3, the model has 3 blocks"), (dict(depth=0), "depth is 0"), (dict(depth=[0, 3]), r"depth is \[0, 3\]: expected.*0 to 2"), (dict(depth=[-1]), "depth is"),
-    (dict(depth=[]), "depth is"), (dict(depth=[1, 1]), "different block numbers"), (dict(depth="all"), "depth is 'all'"), (dict(depth=True), "depth is True"),
-    (dict(gate_input="none", top_k=2), "top_k is set, but gate_input is 'none'"), (dict(gate_input="none", noisy_gating=True), "noisy_gating is set"),
+    (dict(gate_input="timestp"), "did you mean 'timestep'"), (dict(importance_weight=-1), "importance_weight is -1"),
+    (dict(num_train_timesteps=0), "num_train_timesteps is 0"),
+    (dict(mode="append"), "did you mean 'prepend'"), (dict(init="zeros"), "did you mean 'zero'"),
+    (dict(load_weight=float("nan")), "load_weight is nan"),
+    (dict(top_k=0), "top_k is 0: expected a whole number, at least 1"),
+    (dict(top_k=17), "top_k is 17: expected 1 to 16"), (dict(top_k=2.0), "top_k is 2.0: expected a whole number"),
+    (dict(num_prompts=17), "num_prompts is 17: expected at most 16, the tokens of block 0, in add mode"),
+    (dict(num_prompts=0), "num_prompts is 0"),
+    (dict(depth=4), "depth is 4: expected 1 to 3, the model has 3 blocks"), (dict(depth=0), "depth is 0"),
+    (dict(depth=[0, 3]), r"depth is \[0, 3\]: expected.*0 to 2"), (dict(depth=[-1]), "depth is"),
+    (dict(depth=[]), "depth is"), (dict(depth=[1, 1]), "different block numbers"),
+    (dict(depth="all"), "depth is 'all'"), (dict(depth=True), "depth is True"),
+    (dict(gate_input="none", top_k=2), "top_k is set, but gate_input is 'none'"),
+    (dict(gate_input="none", noisy_gating=True), "noisy_gating is set"),
     (dict(input_size=[8]), r"input_size is \[8\]: expected"), (dict(input_size=[0, 8]), "input_size is"),
 ])
 def test_bad_config(config, match):
@@ -613,9 +670,13 @@ def damage(folder, what):
     elif what == "too deep": config.write_text(json.dumps({**facts, "depth": 9}))
 
 
-DAMAGES = {"bad value": "top_k is 0", "a list": "has method \\[\\]", "too deep": "depth is 9: expected 1 to 3", "no config": "no file .*adapter_config.json", "no weights": "no file .*adapter_model.safetensors", "truncated": "not a whole safetensors file",
-           "garbage": "not a whole safetensors file", "broken json": "not valid JSON", "other method": "method 'lora': expected 'dmp'",
-           "misspelt key": "did you mean 'gate_input'", "nan": "'prompts' holds NaN", "shape": r"\(3, 3, 32\).*expected", "extra": "more"}
+DAMAGES = {"bad value": "top_k is 0", "a list": "has method \\[\\]", "too deep": "depth is 9: expected 1 to 3",
+           "no config": "no file .*adapter_config.json", "no weights": "no file .*adapter_model.safetensors",
+           "truncated": "not a whole safetensors file",
+           "garbage": "not a whole safetensors file", "broken json": "not valid JSON",
+           "other method": "method 'lora': expected 'dmp'",
+           "misspelt key": "did you mean 'gate_input'", "nan": "'prompts' holds NaN",
+           "shape": r"\(3, 3, 32\).*expected", "extra": "more"}
 
 
 @pytest.mark.parametrize("what", DAMAGES)
@@ -627,11 +688,13 @@ def test_damaged_patch_leaves_the_model_alone(what, inputs, tmp_path):
     before, count = run(model, inputs), hooks(model)
     damage(folder, what)
     with pytest.raises(BadInput, match=DAMAGES[what]): wb.load_patch(model, folder)
-    assert torch.equal(run(model, inputs), before) and hooks(model) == count and all(w.requires_grad for w in model.parameters())
+    assert torch.equal(run(model, inputs), before) and hooks(model) == count and all(
+        w.requires_grad for w in model.parameters())
 
 
 @pytest.mark.parametrize("other,match", [
-    (dict(hidden_size=64), "width 32 there, 64 here"), (dict(num_layers=2), "num_blocks 3 there, 2 here"), (dict(sample_size=16), r"grid_size \[4, 4\] there, \[8, 8\] here"),
+    (dict(hidden_size=64), "width 32 there, 64 here"), (dict(num_layers=2), "num_blocks 3 there, 2 here"),
+    (dict(sample_size=16), r"grid_size \[4, 4\] there, \[8, 8\] here"),
 ])
 def test_patch_of_another_shape(other, match, tmp_path):
     source = tiny_dit()
@@ -644,7 +707,8 @@ def test_patch_of_another_class(tmp_path):
     source = tiny_dit()
     wb.patch(source)
     wb.save_patch(source, tmp_path / "p")
-    with pytest.raises(BadInput, match="class DiT there, DiTTransformer2DModel here"): wb.load_patch(tiny_diffusers_dit(), tmp_path / "p")
+    with pytest.raises(BadInput, match="class DiT there, DiTTransformer2DModel here"):
+        wb.load_patch(tiny_diffusers_dit(), tmp_path / "p")
 
 
 def test_save_does_not_replace_somebody_elses_folder(tmp_path):
@@ -663,10 +727,12 @@ def test_a_registered_backbone_can_be_patched(inputs):
             super().__init__()
             self.inner = tiny_dit()
             self.config = self.inner.config
-        def forward(self, hidden_states, timestep, class_labels=None): return self.inner(hidden_states, timestep, class_labels)
+        def forward(self, hidden_states, timestep, class_labels=None):
+            return self.inner(hidden_states, timestep, class_labels)
     model = Mine().eval()
-    wb.register_backbone(Mine, wb.Anatomy(blocks=lambda m: m.inner.blocks, grid_size=lambda m: m.inner.grid_size, width=lambda m: 32,
-                                          embed_timestep=lambda m, t: m.inner.t_embedder(t), embedding_width=lambda m: 32))
+    wb.register_backbone(
+        Mine, wb.Anatomy(blocks=lambda m: m.inner.blocks, grid_size=lambda m: m.inner.grid_size, width=lambda m: 32,
+                         embed_timestep=lambda m, t: m.inner.t_embedder(t), embedding_width=lambda m: 32))
     assert "Mine" in wb.supported_models()
     before = run(model, inputs)
     p = wb.patch(model)

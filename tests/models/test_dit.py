@@ -12,9 +12,11 @@ from dmp_wb.models.dit import DiT
 
 OFFICIAL_NAMES = {
     "pos_embed", "x_embedder.proj.weight", "x_embedder.proj.bias", "t_embedder.mlp.0.weight", "t_embedder.mlp.0.bias",
-    "t_embedder.mlp.2.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight", "final_layer.linear.weight",
+    "t_embedder.mlp.2.weight", "t_embedder.mlp.2.bias", "y_embedder.embedding_table.weight",
+    "final_layer.linear.weight",
     "final_layer.linear.bias", "final_layer.adaLN_modulation.1.weight", "final_layer.adaLN_modulation.1.bias",
-} | {f"blocks.0.{layer}.{w}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1") for w in ("weight", "bias")}
+} | {f"blocks.0.{layer}.{w}" for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+     for w in ("weight", "bias")}
 
 
 @pytest.mark.parametrize("name,millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)])
@@ -28,7 +30,8 @@ def test_family_sizes_are_the_papers(name, millions):
 def test_patch_size_and_tokens(name):
     with torch.device("meta"): model = DiT.from_name(name, sample_size=64, learn_sigma=False)
     patch = int(name[-1])
-    assert model.config.patch_size == patch and model.grid_size == (64 // patch, 64 // patch) and model.config.out_channels == 4
+    assert (model.config.patch_size == patch and model.grid_size == (64 // patch, 64 // patch)
+            and model.config.out_channels == 4)
 
 
 def test_parameter_names_are_official():
@@ -52,8 +55,10 @@ def naive_forward(model, x, t, y):
     norm = lambda z: (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     out = []
     for b in range(len(x)):
-        freqs = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64)) * torch.arange(128, dtype=torch.float64) / 128) * t[b].double()
-        c = lin(silu(lin(torch.cat([freqs.cos(), freqs.sin()]), "t_embedder.mlp.0")), "t_embedder.mlp.2") + sd["y_embedder.embedding_table.weight"][y[b]]
+        freqs = torch.exp(-torch.log(torch.tensor(10000.0, dtype=torch.float64))
+                          * torch.arange(128, dtype=torch.float64) / 128) * t[b].double()
+        c = lin(silu(lin(torch.cat([freqs.cos(), freqs.sin()]), "t_embedder.mlp.0")),
+                "t_embedder.mlp.2") + sd["y_embedder.embedding_table.weight"][y[b]]
         tokens = []
         for i in range(x.shape[2] // p):
             for j in range(x.shape[3] // p):
@@ -116,7 +121,8 @@ def test_labels(inputs):
 @pytest.mark.parametrize("timestep", [500, 500.0, torch.tensor(500), torch.tensor([500]), torch.tensor([500.0] * 4)])
 def test_timestep_forms(inputs, timestep):
     model, (x, _, y) = tiny_dit(), inputs
-    with torch.no_grad(): assert torch.allclose(model(x, timestep, y).sample, model(x, torch.full((4,), 500), y).sample, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(model(x, timestep, y).sample, model(x, torch.full((4,), 500), y).sample, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(inputs):
@@ -141,18 +147,21 @@ def test_in_dit_pipeline(out_channels, guidance_scale):
     vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
     pipe = DiTPipeline(tiny_dit(in_channels=4, out_channels=out_channels), vae, DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
-    draw = lambda: pipe([3, 7], guidance_scale=guidance_scale, num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)).images
+    draw = lambda: pipe([3, 7], guidance_scale=guidance_scale, num_inference_steps=2, output_type="np",
+                        generator=torch.Generator().manual_seed(0)).images
     assert draw().shape == (2, 8, 8, 3) and (draw() == draw()).all()
 
 
-@pytest.mark.parametrize("nested,suffix", [*((n, ".pt") for n in (None, "ema", "model", "both", "ddp")), (None, ".safetensors")])
+@pytest.mark.parametrize("nested,suffix",
+                         [*((n, ".pt") for n in (None, "ema", "model", "both", "ddp")), (None, ".safetensors")])
 def test_official_checkpoints(tmp_path, nested, suffix, inputs):
     source = tiny_dit(out_channels=2, num_layers=11)     # more than ten blocks: "blocks.10" sorts before "blocks.2"
     sd, other = source.state_dict(), {k: torch.zeros_like(v) for k, v in source.state_dict().items()}
     if suffix == ".safetensors": save_file(sd, tmp_path / "x.safetensors")
     else:
         args = argparse.Namespace(model="DiT-S/2", lr=1e-4)
-        content = {None: sd, "ema": {"ema": sd, "args": args}, "model": {"model": sd, "opt": {}}, "both": {"model": other, "ema": sd, "args": args},
+        content = {None: sd, "ema": {"ema": sd, "args": args}, "model": {"model": sd, "opt": {}},
+                   "both": {"model": other, "ema": sd, "args": args},
                    "ddp": {"model": {f"module.{k}": v for k, v in sd.items()}}}[nested]
         torch.save(content, tmp_path / "x.pt")
     model = DiT.from_official(tmp_path / f"x{suffix}", num_attention_heads=4)
@@ -199,7 +208,8 @@ def test_bad_checkpoints(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes,match", [
-    (dict(sample_size=9), "multiple of patch_size"), (dict(hidden_size=30), "multiple of"), (dict(num_classes=-1), "num_classes is -1"),
+    (dict(sample_size=9), "multiple of patch_size"), (dict(hidden_size=30), "multiple of"),
+    (dict(num_classes=-1), "num_classes is -1"),
 ])
 def test_impossible_sizes(changes, match):
     with pytest.raises(BadInput, match=match): tiny_dit(**changes)

@@ -87,11 +87,13 @@ def test_copies(name, pipe, how):
 
 
 def test_offload(name, pipe):
-    "`enable_model_cpu_offload` itself asks for an accelerator; here its hook is put on every component, and moves them between devices of one kind."
+    """`enable_model_cpu_offload` itself asks for an accelerator;
+    here its hook is put on every component, and moves them between devices of one kind."""
     change(pipe, name)
     want = generate(name, pipe)
     hook = None
-    for part in (pipe.components[k] for k in pipe.model_cpu_offload_seq.split("->") if pipe.components.get(k) is not None):
+    for part in (pipe.components[k]
+                 for k in pipe.model_cpu_offload_seq.split("->") if pipe.components.get(k) is not None):
         _, hook = cpu_offload_with_hook(part, execution_device="cpu", prev_module_hook=hook)
     assert torch.equal(generate(name, pipe), want)
     if not torch.accelerator.is_available():
@@ -111,7 +113,9 @@ def test_gradient_checkpointing_in_training(name, pipe):
     torch.manual_seed(0)
     generate(name, pipe)
     watch.remove()
-    clone = lambda v: {k: clone(w) for k, w in v.items()} if isinstance(v, dict) else v.clone() if isinstance(v, torch.Tensor) else v   # inference tensors cannot take part in autograd
+    # inference tensors cannot take part in autograd
+    clone = (lambda v: {k: clone(w) for k, w in v.items()} if isinstance(v, dict)
+             else v.clone() if isinstance(v, torch.Tensor) else v)
     grads = []
     for on in (True, False):
         model.enable_gradient_checkpointing() if on else model.disable_gradient_checkpointing()

@@ -35,11 +35,13 @@ def exhaustive(values, k):
     return best
 
 
-@given(st.integers(1, 9).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T))), st.integers(0, 10**6), st.booleans())
+@given(st.integers(1, 9).flatmap(lambda T: st.tuples(st.just(T), st.integers(1, T))), st.integers(0, 10**6),
+       st.booleans())
 @settings(max_examples=120, deadline=None)
 def test_clusters_equal_exhaustive_search(size, seed, affinity):
     T, k = size
-    values = torch.randn(*((T, T) if affinity else (T,)), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = torch.randn(*((T, T) if affinity else (T,)), generator=torch.Generator().manual_seed(seed),
+                         dtype=torch.float64)
     clusters = wb.timestep_clusters(values, k)
     assert len(clusters) == k and clusters[0][0] == 0 and clusters[-1][1] == T - 1
     assert all(a <= b for a, b in clusters) and all(y[0] == x[1] + 1 for x, y in itertools.pairwise(clusters))
@@ -47,12 +49,15 @@ def test_clusters_equal_exhaustive_search(size, seed, affinity):
 
 
 def test_clusters_of_plain_lists_and_numpy():
-    assert wb.timestep_clusters([0, 0, 0, 9, 9, 9], 2) == [(0, 2), (3, 5)] == wb.timestep_clusters(torch.tensor([0, 0, 0, 9, 9, 9]).numpy(), 2)
+    assert wb.timestep_clusters([0, 0, 0, 9, 9, 9], 2) == [(0, 2), (3, 5)] == wb.timestep_clusters(
+        torch.tensor([0, 0, 0, 9, 9, 9]).numpy(), 2)
     assert wb.timestep_clusters([5.0], 1) == [(0, 0)]
 
 
-@pytest.mark.parametrize("values,k,match", [([1, 2, 3], 0, "k is 0: expected 1 to 3"), ([1, 2, 3], 4, "k is 4"), ([1, 2, 3], 2.0, "k is 2.0"), ([], 1, "shape"), ([[1, 2, 3]], 1, r"\(1, 3\)"),
-                                            ([1, float("nan")], 1, "NaN")])
+@pytest.mark.parametrize("values,k,match",
+                         [([1, 2, 3], 0, "k is 0: expected 1 to 3"), ([1, 2, 3], 4, "k is 4"),
+                          ([1, 2, 3], 2.0, "k is 2.0"), ([], 1, "shape"), ([[1, 2, 3]], 1, r"\(1, 3\)"),
+                          ([1, float("nan")], 1, "NaN")])
 def test_bad_clusters(values, k, match):
     with pytest.raises(BadInput, match=match): wb.timestep_clusters(values, k)
 
@@ -121,14 +126,18 @@ def test_task_affinity():
     args = (model, data["images"], data["class_labels"], clusters)
     got = task_affinity(*args, quiet=True)
     want = affinity_by_hand(model, data["images"], data["class_labels"], clusters)
-    assert torch.allclose(got, want, atol=1e-5) and torch.allclose(got.diagonal(), torch.ones(5), atol=1e-5) and got.min() < 0.9
-    assert model.training and (model.x_embedder.proj.weight.grad == 1).all() and model.blocks[0].mlp.fc1.weight.grad is None      # as it was
+    assert (torch.allclose(got, want, atol=1e-5) and torch.allclose(got.diagonal(), torch.ones(5), atol=1e-5)
+            and got.min() < 0.9)
+    # as it was
+    assert (model.training and (model.x_embedder.proj.weight.grad == 1).all()
+            and model.blocks[0].mlp.fc1.weight.grad is None)
     sketched = task_affinity(*args, memory=1e-6, quiet=True)                  # 1,024 buckets for 60,000 entries
     assert not torch.equal(sketched, got) and (sketched - got).abs().max() < 5 / 1024**0.5
     assert torch.equal(sketched, task_affinity(*args, memory=1e-6, quiet=True))
     finer = task_affinity(*args, memory=5 * 8 * 16384 / 2**30, quiet=True)
     assert (finer - got).abs().max() < 5 / 16384**0.5
-    with pytest.raises(BadInput, match="requires a gradient"): task_affinity(tiny_dit().requires_grad_(False), data["images"], quiet=True)
+    with pytest.raises(BadInput, match="requires a gradient"):
+        task_affinity(tiny_dit().requires_grad_(False), data["images"], quiet=True)
 
 
 def test_affinity_files(tmp_path):
@@ -137,7 +146,8 @@ def test_affinity_files(tmp_path):
     got, found, facts = load_affinity(tmp_path / "a.safetensors")
     assert torch.equal(got, a) and found == clusters and facts == {"run": "digits"}
     wide = spread_affinity(a, clusters)
-    assert wide.shape == (6, 6) and wide[0, 1] == 1 and wide[1, 2] == pytest.approx(0.2) and wb.timestep_clusters(wide, 2) == clusters
+    assert (wide.shape == (6, 6) and wide[0, 1] == 1 and wide[1, 2] == pytest.approx(0.2)
+            and wb.timestep_clusters(wide, 2) == clusters)
     (tmp_path / "torn").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-4])
     with pytest.raises(BadInput, match="not a whole safetensors file"): load_affinity(tmp_path / "torn")
     with pytest.raises(MissingFile, match="no file"): load_affinity(tmp_path / "none")
@@ -147,5 +157,6 @@ def test_mask_overlap_and_gate_similarity():
     m = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1.0]])
     assert torch.allclose(mask_overlap(m), torch.tensor([[1, 1 / 3, 0], [1 / 3, 1, 1 / 3], [0, 1 / 3, 1]]))
     g = torch.rand(5, 3, 8).softmax(-1)
-    want = torch.stack([torch.nn.functional.cosine_similarity(g[:, None, b], g[None, :, b], dim=-1) for b in range(3)]).mean(0)
+    want = torch.stack([torch.nn.functional.cosine_similarity(g[:, None, b], g[None, :, b], dim=-1)
+                        for b in range(3)]).mean(0)
     assert torch.allclose(gate_similarity(g), want, atol=1e-5)

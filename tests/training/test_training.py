@@ -32,7 +32,8 @@ from dmp_wb.training.batches import draw_batch
 from dmp_wb.training.safety import asked_to_stop
 from dmp_wb.training.setup import make_model, param_groups
 
-SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16", "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
+SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16",
+         "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
 
 
 def small(method="pretrain", extra=()):
@@ -76,9 +77,11 @@ def test_a_resumed_run_is_bit_identical(method, tmp_path, monkeypatch):
 
 
 def test_killed_by_the_system_and_resumed(tmp_path):
-    command = [sys.executable, "-m", "dmp_wb.training", "digits-quick", *SMALL, "train.steps=60", "train.checkpoint_every=1", "train.keep_last=3"]
+    command = [sys.executable, "-m", "dmp_wb.training", "digits-quick", *SMALL, "train.steps=60",
+               "train.checkpoint_every=1", "train.keep_last=3"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--folder", str(tmp_path / "killed")], env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--folder", str(tmp_path / "killed")], env=env, stderr=subprocess.DEVNULL,
+                               stdout=subprocess.DEVNULL)
     while len(list_checkpoints(tmp_path / "killed")) < 2:
         time.sleep(0.02)
         assert process.poll() is None
@@ -95,34 +98,42 @@ def test_accumulation_is_one_big_batch(tmp_path):
     one = wb.train(small(extra=["train.mixed_precision=no"]), folder=tmp_path / "one")
     four = wb.train(small(extra=["train.gradient_accumulation_steps=4"]), folder=tmp_path / "four")
     assert torch.allclose(torch.tensor(one.metrics()["loss"]), torch.tensor(four.metrics()["loss"]), rtol=1e-4)
-    assert torch.allclose(torch.tensor(one.metrics()["grad_norm"]), torch.tensor(four.metrics()["grad_norm"]), rtol=1e-3)
+    assert torch.allclose(torch.tensor(one.metrics()["grad_norm"]), torch.tensor(four.metrics()["grad_norm"]),
+                          rtol=1e-3)
 
 
-@pytest.mark.parametrize("experiment,extra", [("digits-quick", []), ("digits-dmp", []), ("digits-dtr", ["multitask.method=uw", "multitask.k=4"]), ("digits-quick", ["multitask.method=PCGrad", "multitask.k=4"])])
+@pytest.mark.parametrize("experiment,extra", [("digits-quick", []), ("digits-dmp", []),
+                                              ("digits-dtr", ["multitask.method=uw", "multitask.k=4"]),
+                                              ("digits-quick", ["multitask.method=PCGrad", "multitask.k=4"])])
 def test_two_processes_see_what_one_sees(experiment, extra, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     overrides = [*SMALL, "train.steps=4", *extra]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dmp_wb.training", experiment, *overrides, "--folder", str(tmp_path / "two")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "-m", "dmp_wb.training", experiment, *overrides,
+              "--folder", str(tmp_path / "two")]
     launch[3:3] = ["--num_processes", "2", "--main_process_port", "0"]
     done = subprocess.run(launch, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on 2 × cpu" in done.stdout and done.stdout.count("finished:") == 1
     one, two = wb.train(experiment, overrides, folder=tmp_path / "one"), Run(tmp_path / "two")
     for key in ("mse", "loss", "grad_norm"):   # the balance loss is that of each process's share
-        assert torch.allclose(torch.tensor(one.metrics()[key]), torch.tensor(two.metrics()[key]), rtol=1e-2 if experiment == "digits-dmp" else 1e-3), key
+        assert torch.allclose(torch.tensor(one.metrics()[key]), torch.tensor(two.metrics()[key]),
+                              rtol=1e-2 if experiment == "digits-dmp" else 1e-3), key
 
 
 def test_dmp_leaves_the_backbone_alone_and_keeps_state_for_the_patch_only(tmp_path):
     base = {k: v.clone() for k, v in wb.load_model("digits-base").state_dict().items()}
     run = wb.train(small("dmp"), folder=tmp_path / "dmp")
     state = load_checkpoint(newest_checkpoint(run.folder))
-    assert set(state["model"]) == {f"{PATCH_NAME}.default.prompts", f"{PATCH_NAME}.default.gate.weight", f"{PATCH_NAME}.default.gate.bias"}
+    assert set(state["model"]) == {f"{PATCH_NAME}.default.prompts", f"{PATCH_NAME}.default.gate.weight",
+                                   f"{PATCH_NAME}.default.gate.bias"}
     assert len(state["optimizer"]["state"]) == 3
     prompts, gate = state["optimizer"]["param_groups"]
     assert gate["lr"] == pytest.approx(10 * prompts["lr"])
     model = wb.load_model(run.folder)
-    assert equal({k: v for k, v in model.state_dict().items() if not k.startswith(f"{PATCH_NAME}.")}, base) and wb.get_patch(model).prompts.abs().sum() > 0
-    assert {f.name for f in (run.folder / "patch").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"} and not (run.folder / "model").exists()
+    assert (equal({k: v for k, v in model.state_dict().items() if not k.startswith(f"{PATCH_NAME}.")}, base)
+            and wb.get_patch(model).prompts.abs().sum() > 0)
+    assert ({f.name for f in (run.folder / "patch").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+            and not (run.folder / "model").exists())
     assert PATCH_NAME not in wb.load_model(run.folder, patched=False)._modules
     assert run.summary["trained_parameters"] == sum(p.numel() for p in wb.get_patch(model).parameters())
     assert "balance" in run.metrics()
@@ -138,21 +149,26 @@ def test_a_routed_run_loads_routed(tmp_path):
     patched = wb.train(small("dmp", extra=[f"base={whole.folder}"]), folder=tmp_path / "patched")
     both = wb.load_model(patched.folder)
     assert wb.get_router(both) is not None and wb.get_patch(both).prompts.abs().sum() > 0
-    with pytest.raises(wb.BadInput, match="is routed already and stays so"): wb.train(small("dmp", extra=[f"base={whole.folder}", "routing.sharing_ratio=0.8"]), folder=tmp_path / "again")
+    with pytest.raises(wb.BadInput, match="is routed already and stays so"):
+        wb.train(small("dmp", extra=[f"base={whole.folder}", "routing.sharing_ratio=0.8"]), folder=tmp_path / "again")
     routed_patch = wb.train(small("dmp", extra=["routing.sharing_ratio=0.9"]), folder=tmp_path / "routed-patch")
-    assert wb.get_router(wb.load_model(routed_patch.folder)) is not None and wb.get_router(wb.load_model(routed_patch.folder, patched=False)) is None
+    assert (wb.get_router(wb.load_model(routed_patch.folder)) is not None
+            and wb.get_router(wb.load_model(routed_patch.folder, patched=False)) is None)
 
 
 @pytest.mark.parametrize("target", ["sample", "v_prediction", "flow_prediction"])
 def test_other_targets_train_and_sample(target, tmp_path):
-    run = wb.train(small(extra=[f"objective.prediction_type={target}", "objective.weighting=min-snr", "train.steps=60", "train.log_every=20", "optim.lr=5e-3"]), folder=tmp_path / target)
+    run = wb.train(small(extra=[f"objective.prediction_type={target}", "objective.weighting=min-snr", "train.steps=60",
+                                "train.log_every=20", "optim.lr=5e-3"]), folder=tmp_path / target)
     loss = run.metrics()["loss"]
     assert loss[-1] < loss[0]
     model, sampler = wb.load_model(run.folder), "flow-euler" if target == "flow_prediction" else "ddim"
     images = wb.sample(model, 4, sampler=sampler, num_inference_steps=4, prediction_type=target, quiet=True)
     assert images.isfinite().all() and images.std() > 0.1
-    with pytest.raises(BadInput, match="expected flow-euler with flow_prediction"): wb.sample(model, 4, sampler="ddim" if target == "flow_prediction" else "flow-euler", prediction_type=target)
-    with pytest.raises(BadInput, match=f"objective.prediction_type is epsilon: expected {target}, which base"): wb.train(small("dmp", extra=[f"base={run.folder}"]), folder=tmp_path / "dmp")
+    with pytest.raises(BadInput, match="expected flow-euler with flow_prediction"):
+        wb.sample(model, 4, sampler="ddim" if target == "flow_prediction" else "flow-euler", prediction_type=target)
+    with pytest.raises(BadInput, match=f"objective.prediction_type is epsilon: expected {target}, which base"):
+        wb.train(small("dmp", extra=[f"base={run.folder}"]), folder=tmp_path / "dmp")
 
 
 @pytest.mark.parametrize("method,clusters", [("uw", "log-snr"), ("PCGrad", "uniform")])
@@ -191,9 +207,12 @@ def test_batches_are_balanced_over_intervals():
 
 
 @pytest.mark.parametrize("extra,match", [
-    (["multitask.method=pcgrad"], "unknown multitask.method 'pcgrad': did you mean 'PCGrad'"), (["multitask.method=uw", "multitask.k=17"], "train.batch_size is 16: expected at least multitask.k, 17"),
-    (["multitask.method=PCGrad", "train.gradient_accumulation_steps=2"], "expected 1 with multitask.method PCGrad"), (["multitask.method=PCGrad", "train.mixed_precision=fp16"], "expected no or bf16 with"),
-    (["multitask.method=uw", "multitask.clusters=nowhere.safetensors"], "no file nowhere.safetensors"), (["multitask.k=0"], "multitask.k is 0"),
+    (["multitask.method=pcgrad"], "unknown multitask.method 'pcgrad': did you mean 'PCGrad'"),
+    (["multitask.method=uw", "multitask.k=17"], "train.batch_size is 16: expected at least multitask.k, 17"),
+    (["multitask.method=PCGrad", "train.gradient_accumulation_steps=2"], "expected 1 with multitask.method PCGrad"),
+    (["multitask.method=PCGrad", "train.mixed_precision=fp16"], "expected no or bf16 with"),
+    (["multitask.method=uw", "multitask.clusters=nowhere.safetensors"], "no file nowhere.safetensors"),
+    (["multitask.k=0"], "multitask.k is 0"),
 ])
 def test_bad_multitask_settings(extra, match, tmp_path):
     with pytest.raises(BadInput, match=match): wb.train(small(extra=extra), folder=tmp_path / "run")
@@ -201,11 +220,13 @@ def test_bad_multitask_settings(extra, match, tmp_path):
 
 
 def test_noise_and_load_balance_in_training(tmp_path):
-    extra = ["patch.noisy_gating=true", "patch.top_k=3", "patch.load_weight=0.5", "patch.depth=[0,2]", "patch.gate_input=condition"]
+    extra = ["patch.noisy_gating=true", "patch.top_k=3", "patch.load_weight=0.5", "patch.depth=[0,2]",
+             "patch.gate_input=condition"]
     run, again = (wb.train(small("dmp", extra=extra), folder=tmp_path / name) for name in "ab")
     assert equal(weights(run), weights(again)) and all(v > 0 for v in run.metrics()["load"])
     state = load_checkpoint(newest_checkpoint(run.folder))
-    assert [len(g["params"]) for g in state["optimizer"]["param_groups"]] == [1, 3]           # the prompts; gate weight, bias and noise
+    # the prompts; gate weight, bias and noise
+    assert [len(g["params"]) for g in state["optimizer"]["param_groups"]] == [1, 3]
     p = wb.get_patch(wb.load_model(run.folder))
     assert p.blocks == [0, 2] and p.config.top_k == 3 and p.w_noise.abs().sum() > 0
 
@@ -256,7 +277,8 @@ def test_exported_weights_are_the_average(tmp_path):
     run = wb.train(small(extra=["train.ema_decay=0.5"]), folder=tmp_path / "r")
     state = load_checkpoint(newest_checkpoint(run.folder))
     exported = dict(wb.load_model(run.folder).named_parameters())
-    for name, average in zip(state["model"], state["ema"]["shadow_params"], strict=True): assert torch.equal(exported[name], average), name
+    for name, average in zip(state["model"], state["ema"]["shadow_params"], strict=True):
+        assert torch.equal(exported[name], average), name
     assert any(not torch.equal(v, exported[k]) for k, v in state["model"].items())
 
 
@@ -273,8 +295,10 @@ def test_learned_variance_trains(tmp_path):
 
 
 def test_mixed_precision(tmp_path):
-    run = wb.train(small("dmp", ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"]), folder=tmp_path / "r")
-    assert all(v == v for v in run.metrics()["loss"]) and weights(run)[f"{PATCH_NAME}.default.prompts"].dtype == torch.float32
+    run = wb.train(small("dmp", ["train.mixed_precision=bf16", "train.gradient_checkpointing=true"]),
+                   folder=tmp_path / "r")
+    assert (all(v == v for v in run.metrics()["loss"])
+            and weights(run)[f"{PATCH_NAME}.default.prompts"].dtype == torch.float32)
 
 
 # --- data order
@@ -297,10 +321,12 @@ def test_batches_are_a_function_of_the_step_and_labels_are_dropped():
 # --- checkpoints
 
 def test_split_and_join():
-    tree = {"a": [1, {"b": torch.ones(2)}, None], "state": {0: {"step": torch.tensor(3.0)}, 11: {"step": torch.tensor(4.0)}}, "s": "text", "t": (0.9, 0.99)}
+    tree = {"a": [1, {"b": torch.ones(2)}, None],
+            "state": {0: {"step": torch.tensor(3.0)}, 11: {"step": torch.tensor(4.0)}}, "s": "text", "t": (0.9, 0.99)}
     plain, tensors = split_tensors(tree)
     back = join_tensors(json.loads(json.dumps(plain)), tensors)
-    assert torch.equal(back["a"][1]["b"], torch.ones(2)) and back["state"][11]["step"] == 4 and back["s"] == "text" and back["t"] == [0.9, 0.99] and back["a"][2] is None
+    assert (torch.equal(back["a"][1]["b"], torch.ones(2)) and back["state"][11]["step"] == 4 and back["s"] == "text"
+            and back["t"] == [0.9, 0.99] and back["a"][2] is None)
 
 
 @pytest.mark.parametrize("harm", ["truncate", "delete", "flip", "no manifest"])
@@ -312,7 +338,8 @@ def test_damaged_checkpoint_falls_back(harm, tmp_path):
     elif harm == "delete": file.unlink()
     elif harm == "flip": file.write_bytes(file.read_bytes()[:-1] + b"\xff")
     else: (folder / "manifest.json").unlink()
-    with pytest.warns(UserWarning, match="step-0000002 is damaged"): assert newest_checkpoint(tmp_path).name == "step-0000001"
+    with pytest.warns(UserWarning, match="step-0000002 is damaged"):
+        assert newest_checkpoint(tmp_path).name == "step-0000001"
 
 
 def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
@@ -320,7 +347,8 @@ def test_full_disk_keeps_older_checkpoints(tmp_path, monkeypatch):
     from dmp_wb.store import checkpoints as store_checkpoints
     def full(*a, **k): raise OSError(28, "No space left on device")
     monkeypatch.setattr(store_checkpoints, "save_file", full)
-    with pytest.raises(BadInput, match="No space.*older checkpoints are untouched"): save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
+    with pytest.raises(BadInput, match="No space.*older checkpoints are untouched"):
+        save_checkpoint(tmp_path, 2, {"model": {"w": torch.ones(3)}})
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"] and newest_checkpoint(tmp_path)
 
 
@@ -328,7 +356,8 @@ def test_pruning_never_leaves_only_damaged_ones(tmp_path):
     for step in (2000, 3000): save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}})
     (tmp_path / "checkpoints" / "step-0003000" / "model.safetensors").unlink()
     save_checkpoint(tmp_path, 2500, {"model": {"w": torch.ones(1)}}, keep_last=1)   # resumed from 2000
-    with pytest.warns(UserWarning, match="step-0003000 is damaged"): assert newest_checkpoint(tmp_path).name == "step-0002500"
+    with pytest.warns(UserWarning, match="step-0003000 is damaged"):
+        assert newest_checkpoint(tmp_path).name == "step-0002500"
 
 
 def test_keep_last(tmp_path):
@@ -340,7 +369,8 @@ def test_keep_last(tmp_path):
 def test_as_many_stay_as_asked(keep_last, tmp_path):
     for step in range(1, 13):
         save_checkpoint(tmp_path, step, {"model": {"w": torch.ones(1)}}, keep_last)
-        assert [int(p.name[-7:]) for p in list_checkpoints(tmp_path)] == list(range(max(1, step - keep_last + 1), step + 1))
+        assert [int(p.name[-7:]) for p in list_checkpoints(tmp_path)] == list(
+            range(max(1, step - keep_last + 1), step + 1))
 
 
 # --- mistakes
@@ -350,7 +380,8 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")}
     wb.train(small(), folder=tmp_path / "r")
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
-    with pytest.raises(BadInput, match="optim.lr is 0.002 there and 0.1 here"): wb.train(small(extra=["optim.lr=0.1"]), folder=tmp_path / "r")
+    with pytest.raises(BadInput, match="optim.lr is 0.002 there and 0.1 here"):
+        wb.train(small(extra=["optim.lr=0.1"]), folder=tmp_path / "r")
     assert {p: p.stat().st_mtime_ns for p in run.folder.rglob("*")} == before
 
 
@@ -380,7 +411,8 @@ def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
         calls.append(1)
         return {n: v * (float("nan") if len(calls) == 5 else 1) for n, v in original(*a, **k).items()}
     monkeypatch.setattr(loop, "diffusion_losses", poisoned)
-    with pytest.raises(FloatingPointError, match="not finite at step 4.*step-0000003"): wb.train(small(), folder=tmp_path / "r")
+    with pytest.raises(FloatingPointError, match="not finite at step 4.*step-0000003"):
+        wb.train(small(), folder=tmp_path / "r")
     assert not Run(tmp_path / "r").finished
 
 
@@ -393,7 +425,8 @@ def test_not_a_number_stops_the_run(tmp_path, monkeypatch):
 ])
 def test_command_line_mistakes_are_one_line(arguments, match, runs_folder):
     done = subprocess.run([sys.executable, "-m", "dmp_wb.training", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert (done.returncode == 2 and match in done.stderr and "Traceback" not in done.stderr
+            and len(done.stderr.strip().splitlines()) == 1)
     assert not runs_folder.exists()
 
 
@@ -451,13 +484,18 @@ def poison(monkeypatch, steps, times=10**9):
 
 def test_a_step_that_is_not_finite_stops_and_is_kept(tmp_path, monkeypatch):
     poison(monkeypatch, [5])
-    with pytest.raises(FloatingPointError, match=r"not finite at step 5 of .*its batch and timesteps are in (\S+), the newest checkpoint is .*step-0000003") as e: wb.train(small(), folder=tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"not finite at step 5 of .*its batch and timesteps are in (\S+), the "
+                       r"newest checkpoint is .*step-0000003") as e:
+        wb.train(small(), folder=tmp_path / "run")
     file = tmp_path / "run" / e.value.args[0].split("are in ")[1].split(",")[0]
     from safetensors import safe_open
     with safe_open(file, "pt") as f:
-        assert set(f.keys()) == {"images", "noise", "timesteps", "class_labels"} and len(f.get_tensor("timesteps")) == 16 and f.metadata()["step"] == "5"
+        assert (set(f.keys()) == {"images", "noise", "timesteps", "class_labels"}
+                and len(f.get_tensor("timesteps")) == 16 and f.metadata()["step"] == "5")
     monkeypatch.undo()
-    assert equal(weights(wb.train(small(), folder=tmp_path / "run")), weights(wb.train(small(), folder=tmp_path / "whole")))   # and the run goes on once the cause is gone
+    # and the run goes on once the cause is gone
+    assert equal(weights(wb.train(small(), folder=tmp_path / "run")),
+                 weights(wb.train(small(), folder=tmp_path / "whole")))
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch):
@@ -467,7 +505,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
     monkeypatch.undo()
     monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path))
     poison(monkeypatch, range(3, 8))
-    with pytest.raises(FloatingPointError, match="at step 5"): wb.train(small(extra=["train.on_nonfinite=skip", "train.nonfinite_limit=2"]), folder=tmp_path / "many")
+    with pytest.raises(FloatingPointError, match="at step 5"):
+        wb.train(small(extra=["train.on_nonfinite=skip", "train.nonfinite_limit=2"]), folder=tmp_path / "many")
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -480,7 +519,9 @@ def test_rolling_back_to_a_lower_rate(killed, tmp_path, monkeypatch):
         original = record.append_row
 
         def die(run, row):
-            if (tmp_path / "run" / "rollback.json").exists() and json.loads((tmp_path / "run" / "rollback.json").read_text())["lr_scale"] == 0.25: raise Killed
+            if ((tmp_path / "run" / "rollback.json").exists()
+                    and json.loads((tmp_path / "run" / "rollback.json").read_text())["lr_scale"] == 0.25):
+                raise Killed
             original(run, row)
         monkeypatch.setattr(loop, "append_row", die)
         with pytest.raises(Killed): wb.train(small(extra=extra), folder=tmp_path / "run")
@@ -488,9 +529,11 @@ def test_rolling_back_to_a_lower_rate(killed, tmp_path, monkeypatch):
     run = wb.train(small(extra=extra), folder=tmp_path / "run")
     lr = run.metrics()["lr"]
     plain = wb.train(small(extra=["train.log_every=1"]), folder=tmp_path / "plain").metrics()["lr"]
-    assert run.metrics()["step"] == list(range(1, 9)) and lr[:3] == plain[:3] and lr[3:] == pytest.approx([v / 4 for v in plain[3:]])
+    assert (run.metrics()["step"] == list(range(1, 9)) and lr[:3] == plain[:3]
+            and lr[3:] == pytest.approx([v / 4 for v in plain[3:]]))
     poison(monkeypatch, [4])
-    with pytest.raises(FloatingPointError, match="at step 4"): wb.train(small(extra=[*extra, "train.nonfinite_limit=3"]), folder=tmp_path / "never")
+    with pytest.raises(FloatingPointError, match="at step 4"):
+        wb.train(small(extra=[*extra, "train.nonfinite_limit=3"]), folder=tmp_path / "never")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -499,8 +542,10 @@ def test_pre_emption_saves_and_leaves(number, processes, tmp_path):
     if processes == 2 and number == signal.SIGUSR1: pytest.skip("torchrun passes on SIGTERM alone")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     settings = [*SMALL, "train.steps=100000", "train.checkpoint_every=100000", "train.log_every=5"]
-    command = [sys.executable, "-m", "dmp_wb.training"] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dmp_wb.training"]
-    process = subprocess.Popen([*command, "digits-quick", *settings, "--folder", str(tmp_path / "run")], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, "-m", "dmp_wb.training"] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dmp_wb.training"]
+    process = subprocess.Popen([*command, "digits-quick", *settings, "--folder", str(tmp_path / "run")], env=env,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.05)
         assert process.poll() is None
@@ -514,17 +559,22 @@ def test_pre_emption_saves_and_leaves(number, processes, tmp_path):
 
 def test_two_runs_cannot_write_one_folder(tmp_path):
     from dmp_wb.store.checkpoints import run_lock
-    with run_lock(tmp_path / "run"), pytest.raises(BadInput, match=rf"is being written by process {os.getpid()} on .*expected to be the only one"): wb.train(small(), folder=tmp_path / "run")
+    with run_lock(tmp_path / "run"), pytest.raises(
+            BadInput, match=rf"is being written by process {os.getpid()} on .*expected to be the only one"):
+        wb.train(small(), folder=tmp_path / "run")
     assert wb.train(small(), folder=tmp_path / "run").finished
 
 
 def test_which_checkpoints_stay(tmp_path):
-    run = wb.train(small(extra=["train.checkpoint_every=1", "train.log_every=1", "train.keep_last=2", "train.keep_every=3", "train.keep_best=loss"]), folder=tmp_path / "run")
+    run = wb.train(small(extra=["train.checkpoint_every=1", "train.log_every=1", "train.keep_last=2",
+                                "train.keep_every=3", "train.keep_best=loss"]), folder=tmp_path / "run")
     from dmp_wb.store.checkpoints import best_checkpoint
     loss = run.metrics()["loss"]
     best = 1 + loss.index(min(loss))
-    assert [int(p.name[5:]) for p in list_checkpoints(run.folder)] == sorted({3, 6, 7, 8, best}) and best_checkpoint(run.folder).name == f"step-{best:07d}"
-    with pytest.raises(BadInput, match="train.keep_every is 4: expected a multiple of train.checkpoint_every 3"): small(extra=["train.keep_every=4"])
+    assert ([int(p.name[5:]) for p in list_checkpoints(run.folder)] == sorted({3, 6, 7, 8, best})
+            and best_checkpoint(run.folder).name == f"step-{best:07d}")
+    with pytest.raises(BadInput, match="train.keep_every is 4: expected a multiple of train.checkpoint_every 3"):
+        small(extra=["train.keep_every=4"])
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -537,36 +587,46 @@ def test_a_full_disk(tmp_path, monkeypatch):
         if len(calls) > 2: raise OSError(28, "No space left on device")
         return original(path, obj)
     monkeypatch.setattr(store_checkpoints, "write_json", full)
-    with pytest.raises(BadInput, match="checkpoint of step 6 cannot be written below .*No space left on device; the older checkpoints are untouched"): wb.train(small(), folder=tmp_path / "run")
+    with pytest.raises(BadInput, match="checkpoint of step 6 cannot be written below .*No space left on device; the "
+                       "older checkpoints are untouched"):
+        wb.train(small(), folder=tmp_path / "run")
     monkeypatch.undo()
-    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-0000003"] and not list((tmp_path / "run" / "checkpoints").glob(".*"))
-    assert equal(weights(wb.train(small(), folder=tmp_path / "run")), weights(wb.train(small(), folder=tmp_path / "whole")))
+    assert [p.name for p in list_checkpoints(tmp_path / "run")] == ["step-0000003"] and not list(
+        (tmp_path / "run" / "checkpoints").glob(".*"))
+    assert equal(weights(wb.train(small(), folder=tmp_path / "run")),
+                 weights(wb.train(small(), folder=tmp_path / "whole")))
 
 
-@pytest.mark.parametrize("writer,after", [("config", 0), ("metrics", 3), ("samples", 3), ("checkpoint", 3), ("export", 8), ("summary", 8)])
+@pytest.mark.parametrize("writer,after", [("config", 0), ("metrics", 3), ("samples", 3), ("checkpoint", 3),
+                                          ("export", 8), ("summary", 8)])
 def test_every_writer_on_a_full_disk_says_what_goes_on(writer, after, tmp_path, monkeypatch):
-    "One line that names the file and the step to go on from, whoever writes; with room again the run is what it would have been."
+    """One line that names the file and the step to go on from, whoever writes;
+    with room again the run is what it would have been."""
     from dmp_wb.core import files
     from dmp_wb.models import dit as models_dit
     exp = small(extra=[*STEADY, "train.sample_every=4", "train.sample_images=4", "train.sample_steps=2"])
     whole = wb.train(exp, folder=tmp_path / "whole")
     place = {"config": "config.yaml", "metrics": "metrics.jsonl", "samples": "step-0000004.png",
              "checkpoint": "step-0000006", "export": "", "summary": "summary.json"}[writer]
-    subject, goes_on = "the checkpoint of step 6" if writer == "checkpoint" else place, f"step {after}" if after else "the beginning"
+    subject, goes_on = ("the checkpoint of step 6" if writer == "checkpoint" else place,
+                        f"step {after}" if after else "the beginning")
     fsync, append, save_pretrained = os.fsync, record.append_row, models_dit.DiT.save_pretrained
 
     def sync(fd):
         name = os.readlink(f"/proc/self/fd/{fd}")
-        if writer != "export" and place in name and ("checkpoints" in name) == (writer == "checkpoint"): raise OSError(28, "No space left on device")
+        if writer != "export" and place in name and ("checkpoints" in name) == (writer == "checkpoint"):
+            raise OSError(28, "No space left on device")
         fsync(fd)
 
     def row(run, values):
         if writer == "metrics" and values["step"] == 4:
-            monkeypatch.setattr(files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))   # takes no byte
+            # takes no byte
+            monkeypatch.setattr(files, "open_to_append", lambda path: os.open("/dev/full", os.O_WRONLY))
         append(run, values)
 
     def pretrained(model, folder, **more):
-        if writer == "export": raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        if writer == "export":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
         save_pretrained(model, folder, **more)
     monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(loop, "append_row", row)
@@ -588,10 +648,13 @@ def test_errors_that_are_no_full_disk_stay_what_they_are(tmp_path, monkeypatch):
 
 
 def test_killed_at_random_moments():
-    "Twenty kills, in pre-training and in DMP, with one process and with two. `--kills 20` kills each of the four so often."
+    """Twenty kills, in pre-training and in DMP, with one process and with two.
+    `--kills 20` kills each of the four so often."""
     drill = Path(__file__).parents[2] / "tools" / "drills" / "kill_and_resume.py"
-    done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, done.stdout + done.stderr[-3000:]
+    done = subprocess.run([sys.executable, str(drill), "--kills", "5"], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("killed 5 times") == done.stdout.count("bit-identical") == 4, (
+        done.stdout + done.stderr[-3000:])
 
 
 def test_a_base_with_classes_learns_from_data_without_by_its_null_class(tmp_path):
@@ -600,16 +663,19 @@ def test_a_base_with_classes_learns_from_data_without_by_its_null_class(tmp_path
     labels = draw_batch(exp, data, EpochOrder(len(data), 16, 0), 0, 10)["class_labels"]
     assert labels.shape == (16,) and (labels == 10).all() and labels.dtype == torch.int64
     assert wb.train(exp, folder=tmp_path / "run").finished
-    with pytest.raises(BadInput, match="set model.num_classes"): wb.train(small("pretrain", ["data.conditional=false"]), folder=tmp_path / "other")
+    with pytest.raises(BadInput, match="set model.num_classes"):
+        wb.train(small("pretrain", ["data.conditional=false"]), folder=tmp_path / "other")
 
 
 def test_a_pipeline_s_folder_is_a_base(tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
+                       norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "pipe")
     assert equal(wb.load_model(tmp_path / "pipe").state_dict(), unet.state_dict())
     shutil.rmtree(tmp_path / "pipe" / "unet")
-    with pytest.raises(BadInput, match="is a pipeline without a backbone: expected a folder transformer or unet"): wb.load_model(tmp_path / "pipe")
+    with pytest.raises(BadInput, match="is a pipeline without a backbone: expected a folder transformer or unet"):
+        wb.load_model(tmp_path / "pipe")
 
 
 # --- interrupted by Ctrl-C, made longer, gone on with differently
@@ -617,7 +683,8 @@ def test_a_pipeline_s_folder_is_a_base(tmp_path):
 def interrupt_at(run, step, times=1):
     "Ctrl-C in this process once a run has logged a step."
     def press():
-        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step: time.sleep(0.01)
+        while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < step:
+            time.sleep(0.01)
         for _ in range(times):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
@@ -629,8 +696,10 @@ def test_the_first_ctrl_c_saves_and_says_so_and_the_run_goes_on_to_the_bit(tmp_p
     interrupt_at(tmp_path / "run", 5)
     with pytest.raises(KeyboardInterrupt): wb.train(exp, folder=tmp_path / "run")
     step, said = load_checkpoint(newest_checkpoint(tmp_path / "run"))["step"], capfd.readouterr()
-    assert step >= 5 and Run(tmp_path / "run").metrics()["step"] == list(range(1, step + 1)) and not Run(tmp_path / "run").finished
-    assert "once more stops at once" in said.err and f"stopped by a signal at step {step}, with a checkpoint: run it again to go on" in said.out
+    assert (step >= 5 and Run(tmp_path / "run").metrics()["step"] == list(range(1, step + 1))
+            and not Run(tmp_path / "run").finished)
+    assert ("once more stops at once" in said.err
+            and f"stopped by a signal at step {step}, with a checkpoint: run it again to go on" in said.out)
     assert equal(weights(wb.train(exp, folder=tmp_path / "run")), weights(wb.train(exp, folder=tmp_path / "whole")))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -660,17 +729,22 @@ def test_more_steps_make_a_finished_run_longer_as_if_it_had_been_so_from_the_sta
     assert first.finished and first.steps_done == 8
     run = wb.train(long, folder=tmp_path / "run")
     whole = wb.train(long, folder=tmp_path / "whole")
-    assert run.finished and run.summary["steps"] == 12 and equal(weights(run), weights(whole)) and run.metrics()["loss"] == whole.metrics()["loss"]
-    assert run.experiment.train.steps == 12 and "# from step 8 on, train.steps is 12; it was 8" in (run.folder / "config.yaml").read_text()
+    assert (run.finished and run.summary["steps"] == 12 and equal(weights(run), weights(whole))
+            and run.metrics()["loss"] == whole.metrics()["loss"])
+    assert (run.experiment.train.steps == 12
+            and "# from step 8 on, train.steps is 12; it was 8" in (run.folder / "config.yaml").read_text())
     assert json.loads((run.folder / "summary-step-0000008.json").read_text())["steps"] == 8
     capsys.readouterr()
     assert wb.train(long, folder=tmp_path / "run").finished and "nothing to do" in capsys.readouterr().out
-    with pytest.raises(BadInput, match="train.steps is 8: expected at least 12, which .* has done already"): wb.train(short, folder=tmp_path / "run")
+    with pytest.raises(BadInput, match="train.steps is 8: expected at least 12, which .* has done already"):
+        wb.train(short, folder=tmp_path / "run")
     shutil.rmtree(run.folder / "checkpoints")
-    with pytest.raises(BadInput, match="finished at 12, has no checkpoint to go on from"): wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=tmp_path / "run")
+    with pytest.raises(BadInput, match="finished at 12, has no checkpoint to go on from"):
+        wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=tmp_path / "run")
     assert run.finished and run.summary["steps"] == 12
     for folder in list_checkpoints(whole.folder): (folder / "model.safetensors").write_bytes(b"torn")
-    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(BadInput, match="no checkpoint to go on from: expected a whole one"):
+    with (pytest.warns(UserWarning, match="is damaged"),
+          pytest.raises(BadInput, match="no checkpoint to go on from: expected a whole one")):
         wb.train(small(extra=[*STEADY, "train.steps=15"]), folder=whole.folder)
     assert whole.finished and whole.metrics()["step"][-1] == 12 and (whole.folder / "model").is_dir()
 
@@ -683,7 +757,8 @@ def test_a_run_that_is_killed_while_it_is_made_longer_goes_on(tmp_path, monkeypa
     monkeypatch.undo()
     assert not run.finished and run.experiment.train.steps == 8
     run = wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "run")
-    assert run.finished and equal(weights(run), weights(wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "whole")))
+    assert run.finished and equal(weights(run),
+                                  weights(wb.train(small(extra=[*STEADY, "train.steps=9"]), folder=tmp_path / "whole")))
 
 
 def test_a_schedule_that_depends_on_the_length_says_what_it_does(tmp_path, capsys):
@@ -692,20 +767,26 @@ def test_a_schedule_that_depends_on_the_length_says_what_it_does(tmp_path, capsy
     capsys.readouterr()
     run = wb.train(small(extra=[*cosine, "train.steps=16"]), folder=tmp_path / "run")
     lr = small(extra=cosine).optim.lr
-    assert f"the cosine schedule of the learning rate, which ended at step 8, now ends at 16: it goes on at {lr / 2:.3g}" in capsys.readouterr().out
+    assert (f"the cosine schedule of the learning rate, which ended at step 8, now ends at 16: it goes on at "
+            f"{lr / 2:.3g}" in capsys.readouterr().out)
     want = [lr * (1 + math.cos(math.pi * s / 16)) / 2 for s in range(8, 16)]
     assert run.metrics()["lr"][8:] == pytest.approx(want)
 
 
 def test_keys_that_change_no_figure_may_change_when_a_run_goes_on(tmp_path):
-    changes = [*STEADY, "train.keep_last=5", "train.checkpoint_every=2", "train.log_every=2", "train.log_with=null", "data.num_workers=1", "train.sample_images=4", "train.on_nonfinite=skip"]
+    changes = [*STEADY, "train.keep_last=5", "train.checkpoint_every=2", "train.log_every=2", "train.log_with=null",
+               "data.num_workers=1", "train.sample_images=4", "train.on_nonfinite=skip"]
     wb.train(small(extra=[*STEADY, "train.steps=3", "train.log_with=tensorboard"]), folder=tmp_path / "run")
     run = wb.train(small(extra=changes), folder=tmp_path / "run")
-    assert equal(weights(run), weights(wb.train(small(extra=STEADY), folder=tmp_path / "whole"))) and {p.name for p in list_checkpoints(run.folder)} >= {"step-0000003", "step-0000004", "step-0000006", "step-0000008"}
+    assert (equal(weights(run), weights(wb.train(small(extra=STEADY), folder=tmp_path / "whole")))
+            and {p.name for p in list_checkpoints(run.folder)} >= {"step-0000003", "step-0000004", "step-0000006",
+                                                                   "step-0000008"})
     e = run.experiment
-    assert (e.train.keep_last, e.train.checkpoint_every, e.train.log_every, e.train.log_with, e.data.num_workers, e.train.on_nonfinite) == (5, 2, 2, None, 1, "skip")
+    assert (e.train.keep_last, e.train.checkpoint_every, e.train.log_every, e.train.log_with, e.data.num_workers,
+            e.train.on_nonfinite) == (5, 2, 2, None, 1, "skip")
     for other in ("optim.lr=0.5", "seed=3", "train.batch_size=4", "train.ema_decay=0.5"):
-        with pytest.raises(BadInput, match=f"holds another experiment: {other.partition('=')[0]} is"): wb.train(small(extra=[*STEADY, other]), folder=tmp_path / "run")
+        with pytest.raises(BadInput, match=f"holds another experiment: {other.partition('=')[0]} is"):
+            wb.train(small(extra=[*STEADY, other]), folder=tmp_path / "run")
 
 
 # --- what a kill leaves
@@ -714,7 +795,8 @@ def test_what_killed_processes_left_is_gone_after_the_next_start_and_nothing_els
     run = wb.train(small(extra=[*STEADY, "train.keep_last=3"]), folder=tmp_path / "run").folder
     kept = {p.name for p in list_checkpoints(run)}
     (run / "samples").mkdir(exist_ok=True)
-    left = [".metrics.jsonl.ab12cd34.tmp", ".summary.json.ab12cd34.tmp", ".config.yaml.ab12cd34.tmp", "samples/.step-0000003.png.ab12cd34.tmp"]
+    left = [".metrics.jsonl.ab12cd34.tmp", ".summary.json.ab12cd34.tmp", ".config.yaml.ab12cd34.tmp",
+            "samples/.step-0000003.png.ab12cd34.tmp"]
     mine = [".notes.txt.tmp", ".model.txt", "samples/.mine.png.ab12cd34.tmp", ".model.mine"]
     for name in (*left, *mine): (run / name).write_text("x")
     for name in (".model.ab12cd34.tmp", ".patch.ab12cd34.tmp", ".model.ab12cd34.old"): (run / name).mkdir()
@@ -736,4 +818,5 @@ def test_an_error_leaves_no_worker_that_reads_ahead(tmp_path, monkeypatch):
     before = {p.pid for p in psutil.Process().children(recursive=True)}
     try: wb.train(small(extra=["data.num_workers=2"]), folder=tmp_path / "run")
     except ZeroDivisionError as e: held = e   # as a notebook holds its newest traceback
-    assert held.__traceback__ and {p.pid for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE} <= before
+    assert held.__traceback__ and {p.pid for p in psutil.Process().children(recursive=True)
+                                   if p.status() != psutil.STATUS_ZOMBIE} <= before

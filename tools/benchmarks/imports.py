@@ -1,4 +1,5 @@
-"""What importing costs, beside `import torch, diffusers`: processor seconds of a fresh interpreter, the best of a few, all in one run.
+"""What importing costs, beside `import torch, diffusers`:
+processor seconds of a fresh interpreter, the best of a few, all in one run.
 
     python tools/benchmarks/imports.py            # a table
     python tools/benchmarks/imports.py --rounds 5
@@ -31,8 +32,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
-    cases = {"import dmp_wb": "import dmp_wb", "dmp-wb --version": COMMAND.format("--version"), "dmp-wb --help": COMMAND.format("--help"),
-             **{f"import dmp_wb; dmp_wb.{name}": f"import dmp_wb; dmp_wb.{name}" for name in NAMES}, **{f"import dmp_wb.{module}": f"import dmp_wb.{module}" for module in dmp_wb._MODULES}}
+    cases = {"import dmp_wb": "import dmp_wb", "dmp-wb --version": COMMAND.format("--version"),
+             "dmp-wb --help": COMMAND.format("--help"),
+             **{f"import dmp_wb; dmp_wb.{name}": f"import dmp_wb; dmp_wb.{name}" for name in NAMES},
+             **{f"import dmp_wb.{module}": f"import dmp_wb.{module}" for module in dmp_wb._MODULES}}
     base = seconds(BASE, rounds)
     print(f"{BASE:34} {base:6.2f} s")
     ratios = {}
@@ -40,7 +43,8 @@ def main():
         spent = seconds(code, rounds)
         ratios[name] = spent / base
         print(f"{name:34} {spent:6.2f} s  {spent / base:5.2f} ×", flush=True)
-    if ratios["import dmp_wb"] > LIMIT: sys.exit(f"error: import dmp_wb costs {ratios['import dmp_wb']:.2f} × {BASE!r}: expected at most {LIMIT}")
+    if ratios["import dmp_wb"] > LIMIT:
+        sys.exit(f"error: import dmp_wb costs {ratios['import dmp_wb']:.2f} × {BASE!r}: expected at most {LIMIT}")
 
 
 if __name__ == "__main__": main()

@@ -1,6 +1,7 @@
 """What a patch and a route cost: `python tools/benchmarks/overhead.py [--model DiT-B/2] [--batch 8] [--rounds 15]`.
 
-Times are taken in turn, one round after another in one process; the ratio is the median of the rounds' ratios, with their quartiles beside it: the machines are
+Times are taken in turn, one round after another in one process;
+the ratio is the median of the rounds' ratios, with their quartiles beside it: the machines are
 noisy, and what slows one slows its neighbours.
 Peak memory is that of the process (on a GPU, of the allocator), each in a process of its own.
 """
@@ -36,7 +37,8 @@ def build(name, kind):
 def stepper(name, batch, kind):
     "A function that does the thing once."
     model = build(name, kind)
-    x, t, y = torch.randn(batch, 4, 32, 32, device=DEVICE), torch.randint(1000, (batch,), device=DEVICE), torch.randint(1000, (batch,), device=DEVICE)
+    x, t, y = (torch.randn(batch, 4, 32, 32, device=DEVICE), torch.randint(1000, (batch,), device=DEVICE),
+               torch.randint(1000, (batch,), device=DEVICE))
     if not kind.endswith("step"):
         @torch.no_grad()
         def once(): model(x, t, y)
@@ -107,23 +109,30 @@ def main():
     a = parser.parse_args()
     if a.peak: return print(peak(a.model, a.batch, a.peak))
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{a.model}, batch {a.batch}, float32, {device}, torch {torch.__version__}, medians of {a.rounds} rounds in turn")
+    print(f"{a.model}, batch {a.batch}, float32, {device}, torch {torch.__version__}, medians of {a.rounds} rounds in "
+          "turn")
     rows = []
-    for base, kinds in {"plain forward": ["patched forward", "routed forward"], "full fine-tuning step": ["DMP step"]}.items():
+    for base, kinds in {"plain forward": ["patched forward", "routed forward"],
+                        "full fine-tuning step": ["DMP step"]}.items():
         taken = in_turn(a.model, a.batch, [base, *kinds], a.rounds)
         rows.append((base, statistics.median(taken[base]), "s", None, ""))
         for k in kinds:
-            low, middle, high = statistics.quantiles([x / y for x, y in zip(taken[k], taken[base])], n=4)   # what slowed a round slowed both
+            # what slowed a round slowed both
+            low, middle, high = statistics.quantiles([x / y for x, y in zip(taken[k], taken[base])], n=4)
             rows.append((k, statistics.median(taken[k]), "s", middle, f"rounds: {low:.3f} to {high:.3f}"))
     memory = {}
     for kind in ("full fine-tuning step", "DMP step"):
-        out = subprocess.run([sys.executable, __file__, "--model", a.model, "--batch", str(a.batch), "--peak", kind], capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, __file__, "--model", a.model, "--batch", str(a.batch), "--peak", kind],
+                             capture_output=True, text=True, check=True)
         memory[kind] = int(out.stdout.split()[-1]) / 2**30
     rows.append(("full fine-tuning step, peak memory", memory["full fine-tuning step"], "GiB", None, ""))
-    rows.append(("DMP step, peak memory", memory["DMP step"], "GiB", memory["DMP step"] / memory["full fine-tuning step"], ""))
+    rows.append(("DMP step, peak memory", memory["DMP step"], "GiB",
+                 memory["DMP step"] / memory["full fine-tuning step"], ""))
     print(f"{'':36}{'measured':>14}{'ratio':>9}{'target':>9}")
     for name, value, unit, ratio, note in rows:
-        print(f"{name:36}{value:10.3f} {unit:3}" + ("" if ratio is None else f"{ratio:9.3f}{'≤ ' + format(TARGETS[name], '.2f'):>9}  {'met' if ratio <= TARGETS[name] else 'MISSED':8}{note}".rstrip()))
+        print(f"{name:36}{value:10.3f} {unit:3}"
+              + ("" if ratio is None else f"{ratio:9.3f}{'≤ ' + format(TARGETS[name], '.2f'):>9}  "
+                 f"{'met' if ratio <= TARGETS[name] else 'MISSED':8}{note}".rstrip()))
 
 
 if __name__ == "__main__": main()

@@ -1,7 +1,9 @@
 """What a sweep costs: `python tools/benchmarks/sweeps.py [--runs 12] [--steps 600]`.
 
-The same trainings three ways, each with its own folders: a plain loop, which executes the code of the run notebook in one process that has imported everything
-once; `dmp-wb run` with one job; and with two. Each process has one thread, so that a second job has a core to itself. Wants a quiet machine.
+The same trainings three ways, each with its own folders:
+a plain loop, which executes the code of the run notebook in one process that has imported everything
+once; `dmp-wb run` with one job; and with two. Each process has one thread, so that a second job has a core to itself.
+Wants a quiet machine.
 """
 import argparse
 import json
@@ -14,14 +16,16 @@ import time
 from pathlib import Path
 
 THREADS = {"OMP_NUM_THREADS": "1"}
-SMALL = {"num_samples": 20, "num_inference_steps": 10, "model.hidden_size": 32, "model.num_layers": 2, "model.num_attention_heads": 2, "train.batch_size": 32, "train.cpu": "true"}
+SMALL = {"num_samples": 20, "num_inference_steps": 10, "model.hidden_size": 32, "model.num_layers": 2,
+         "model.num_attention_heads": 2, "train.batch_size": 32, "train.cpu": "true"}
 
 LOOP = """
 import json, os, sys, time
 import nbformat
 from dmp_wb.sweeps import find_notebook, plan
 os.environ.setdefault("MPLBACKEND", "agg")
-notebook, seeds, folder, fixed = find_notebook("pretrain"), json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+notebook, folder = find_notebook("pretrain"), sys.argv[2]
+seeds, fixed = json.loads(sys.argv[1]), json.loads(sys.argv[3])
 cells = [c for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
 for p in plan("pretrain", fixed, {"seed": seeds}):
     os.environ["DMP_WB_RUN"] = f"{folder}/{p.name}"
@@ -55,11 +59,16 @@ def main():
         words = ["pretrain", *(w for k, v in fixed.items() for w in ("-p", k, str(v))), "-p", "seed", *map(str, seeds)]
         times = {}
         for jobs in (1, 2):
-            times[jobs], cpu = seconds([sys.executable, "-m", "dmp_wb", "run", *words, "--folder", f"{d}/jobs-{jobs}", "--jobs", str(jobs)])
-            print(f"dmp-wb run, {jobs} job{'s' if jobs > 1 else ' '}         {times[jobs]:7.1f} s   processors {cpu:7.1f} s", flush=True)
-        same = all((Path(d) / "loop" / f"seed={s}/model").exists() and (Path(d) / "loop" / f"seed={s}/model/diffusion_pytorch_model.safetensors").read_bytes()
-                   == (Path(d) / f"jobs-2/seed={s}/model/diffusion_pytorch_model.safetensors").read_bytes() for s in seeds)
-    print(f"{a.runs} runs: 2 jobs take {times[2] / times[1]:.2f} × the time of 1 job; a run costs {(times[1] - loop) / a.runs:+.1f} s over the plain loop; weights {'equal' if same else 'DIFFER'}")
+            times[jobs], cpu = seconds([sys.executable, "-m", "dmp_wb", "run", *words, "--folder", f"{d}/jobs-{jobs}",
+                                        "--jobs", str(jobs)])
+            print(f"dmp-wb run, {jobs} job{'s' if jobs > 1 else ' '}         {times[jobs]:7.1f} s   processors "
+                  f"{cpu:7.1f} s", flush=True)
+        same = all((Path(d) / "loop" / f"seed={s}/model").exists()
+                   and (Path(d) / "loop" / f"seed={s}/model/diffusion_pytorch_model.safetensors").read_bytes()
+                   == (Path(d) / f"jobs-2/seed={s}/model/diffusion_pytorch_model.safetensors").read_bytes()
+                   for s in seeds)
+    print(f"{a.runs} runs: 2 jobs take {times[2] / times[1]:.2f} × the time of 1 job; a run costs "
+          f"{(times[1] - loop) / a.runs:+.1f} s over the plain loop; weights {'equal' if same else 'DIFFER'}")
     return 0 if same else 1
 
 

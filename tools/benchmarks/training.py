@@ -1,8 +1,11 @@
 """How fast the training loop is: what each ingredient of DMP training brings, and what the loop costs beyond its step.
 
-`python tools/benchmarks/training.py ingredients [--rounds 3]`: the same loop with the backbone fine-tuned or frozen, images encoded at every step or latents
-cached, float32 or bfloat16, compiled or not. DiT-S/2 on 256 × 256 images through a VAE of Stable Diffusion's size; random weights, which cost the same time.
-`python tools/benchmarks/training.py loop [--rounds 20]`: steps of `train` and steps of a bare PyTorch loop, in turn in one process.
+`python tools/benchmarks/training.py ingredients [--rounds 3]`:
+the same loop with the backbone fine-tuned or frozen, images encoded at every step or latents
+cached, float32 or bfloat16, compiled or not. DiT-S/2 on 256 × 256 images through a VAE of Stable Diffusion's size;
+random weights, which cost the same time.
+`python tools/benchmarks/training.py loop [--rounds 20]`:
+steps of `train` and steps of a bare PyTorch loop, in turn in one process.
 Figures are ratios within one run: these machines are noisy.
 """
 import argparse
@@ -42,20 +45,27 @@ def prepare(root, images):
     "Images, a VAE, a base and a cache."
     rng = np.random.default_rng(0)
     (root / "images").mkdir(parents=True)
-    for i in range(images): Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(root / "images" / f"{i:03d}.png")
+    for i in range(images):
+        Image.fromarray(rng.integers(0, 255, (SIZE, SIZE, 3), dtype=np.uint8)).save(root / "images" / f"{i:03d}.png")
     torch.manual_seed(0)
-    AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512], layers_per_block=2, sample_size=SIZE).save_pretrained(root / "vae")
+    AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+                  block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+                  sample_size=SIZE).save_pretrained(root / "vae")
     wb.DiT.from_name("DiT-S/2", num_classes=None).save_pretrained(root / "base")
-    write_cache(DataConfig(name=str(root / "images"), size=SIZE, vae=str(root / "vae"), num_workers=0), root / "cache", batch_size=4)
+    write_cache(DataConfig(name=str(root / "images"), size=SIZE, vae=str(root / "vae"), num_workers=0), root / "cache",
+                batch_size=4)
 
 
 def one(root, name, batch, steps):
     "Images per second of each step but the first three, and peak memory of this process, as JSON."
     method, cached, extra = VARIANTS[name]
     exp = wb.load_experiment(wb.Experiment(name="bench", method=method, base=str(root / "base")),
-                             [f"data.name={root / ('cache' if cached else 'images')}", f"data.vae={'null' if cached else root / 'vae'}", f"data.size={SIZE}", f"train.batch_size={batch}", f"train.steps={steps}",
+                             [f"data.name={root / ('cache' if cached else 'images')}",
+                              f"data.vae={'null' if cached else root / 'vae'}", f"data.size={SIZE}",
+                              f"train.batch_size={batch}", f"train.steps={steps}",
                               "train.log_every=1", "train.log_with=null", "data.num_workers=0", *extra])
-    with tempfile.TemporaryDirectory() as d: rates = wb.train(exp, folder=Path(d) / "run").metrics()["images_per_second"][3:]
+    with tempfile.TemporaryDirectory() as d:
+        rates = wb.train(exp, folder=Path(d) / "run").metrics()["images_per_second"][3:]
     print(json.dumps({"rates": rates, "memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 
 
@@ -66,24 +76,33 @@ def ingredients(rounds, batch, steps):
         found = {name: [] for name in VARIANTS}
         for r in range(rounds):
             for name in VARIANTS:
-                done = subprocess.run([sys.executable, __file__, "one", "--root", str(root), "--name", name, "--batch", str(batch), "--steps", str(steps)], capture_output=True, text=True)
+                done = subprocess.run([sys.executable, __file__, "one", "--root", str(root), "--name", name, "--batch",
+                                       str(batch), "--steps", str(steps)], capture_output=True, text=True)
                 if done.returncode: raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"round {r + 1}: {name:32} {statistics.median(found[name][-1]['rates']):7.3f} img/s", file=sys.stderr, flush=True)
+                print(f"round {r + 1}: {name:32} {statistics.median(found[name][-1]['rates']):7.3f} img/s",
+                      file=sys.stderr, flush=True)
     rate = {name: [statistics.median(x["rates"]) for x in runs] for name, runs in found.items()}
     first, torch_threads = next(iter(VARIANTS)), torch.get_num_threads()
-    print(f"DiT-S/2, {SIZE} × {SIZE} images, batch {batch}, CPU, {torch_threads} threads, {rounds} rounds of {steps - 3} steps; ratios to the first line of the same round")
+    print(f"DiT-S/2, {SIZE} × {SIZE} images, batch {batch}, CPU, {torch_threads} threads, {rounds} rounds of "
+          f"{steps - 3} steps; ratios to the first line of the same round")
     print("| | images/s | ratio | lowest–highest | peak memory |\n|---|---|---|---|---|")
     for name, rates in rate.items():
         ratios = [a / b for a, b in zip(rates, rate[first], strict=True)]
-        print(f"| {name} | {statistics.median(rates):.2f} | {statistics.median(ratios):.2f} | {min(ratios):.2f}–{max(ratios):.2f} | {max(x['memory_gib'] for x in found[name]):.2f} GiB |")
+        print(f"| {name} | {statistics.median(rates):.2f} | {statistics.median(ratios):.2f} | "
+              f"{min(ratios):.2f}–{max(ratios):.2f} | {max(x['memory_gib'] for x in found[name]):.2f} GiB |")
 
 
 def loop(rounds, batch, per_round=4):
-    "The loop's iterator of batches is where its steps can be timed without touching it: every few steps, as many bare ones are run in between."
+    """The loop's iterator of batches is where its steps can be timed without touching it:
+    every few steps, as many bare ones are run in between."""
     g = torch.Generator().manual_seed(0)
-    DATASETS["bench"] = lambda: ImageData(torch.randn(512, 4, 32, 32, generator=g), torch.randint(10, (512,), generator=g), list("0123456789"))
-    exp = wb.load_experiment(wb.Experiment(name="bench"), ["data.name=bench", "model.name=DiT-S/2", "model.num_classes=10", "model.learn_sigma=false", f"train.batch_size={batch}", f"train.steps={(rounds + 1) * per_round + 1}", "train.log_every=25"])
+    DATASETS["bench"] = lambda: ImageData(torch.randn(512, 4, 32, 32, generator=g),
+                                          torch.randint(10, (512,), generator=g), list("0123456789"))
+    exp = wb.load_experiment(wb.Experiment(name="bench"),
+                             ["data.name=bench", "model.name=DiT-S/2", "model.num_classes=10",
+                              "model.learn_sigma=false", f"train.batch_size={batch}",
+                              f"train.steps={(rounds + 1) * per_round + 1}", "train.log_every=25"])
     bare, ratios = bare_loop(batch), []
     original = batches.batches
 
@@ -102,7 +121,9 @@ def loop(rounds, batch, per_round=4):
     batches.batches = timed
     with tempfile.TemporaryDirectory() as d: wb.train(exp, folder=Path(d) / "run")
     q = statistics.quantiles(ratios, n=4)
-    print(f"the loop's step against a bare one, DiT-S/2, 4 × 32 × 32 latents, batch {batch}, {torch.get_num_threads()} threads, {len(ratios)} rounds of {per_round} steps in turn: median {q[1]:.3f} ×, quartiles {q[0]:.3f}–{q[2]:.3f}")
+    print(f"the loop's step against a bare one, DiT-S/2, 4 × 32 × 32 latents, batch {batch}, {torch.get_num_threads()} "
+          f"threads, {len(ratios)} rounds of {per_round} steps in turn: median {q[1]:.3f} ×, quartiles "
+          f"{q[0]:.3f}–{q[2]:.3f}")
 
 
 def bare_loop(batch):
@@ -111,7 +132,8 @@ def bare_loop(batch):
     torch.manual_seed(0)
     model = wb.DiT.from_name("DiT-S/2", num_classes=10, learn_sigma=False).train()
     params = list(model.parameters())
-    optimizer, average = torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True), [p.detach().clone() for p in params]
+    optimizer, average = (torch.optim.AdamW(params, lr=1e-4, weight_decay=0.0, fused=True),
+                          [p.detach().clone() for p in params])
     alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0)
     while True:
         for indices in torch.randperm(len(data)).split(batch):
@@ -119,7 +141,8 @@ def bare_loop(batch):
             x, y, t = data.images[indices], data.labels[indices], torch.randint(1000, (batch,))
             y = torch.where(torch.rand(batch) < 0.1, 10, y)
             noise, a = torch.randn_like(x), alphas[t].view(-1, 1, 1, 1)
-            loss = (model(a.sqrt() * x + (1 - a).sqrt() * noise, timestep=t, class_labels=y).sample - noise).square().mean()
+            loss = (model(a.sqrt() * x + (1 - a).sqrt() * noise, timestep=t, class_labels=y).sample
+                    - noise).square().mean()
             loss.backward()
             torch.nn.utils.get_total_norm([p.grad for p in params])
             optimizer.step()

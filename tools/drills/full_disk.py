@@ -1,8 +1,12 @@
-"""Fill the disk under every command that writes, at many moments, and see that nothing old is lost, one line is said, and that it goes on later.
+"""Fill the disk under every command that writes, at many moments, and see
+that nothing old is lost, one line is said, and that it goes on later.
 
-`python tools/drills/full_disk.py [--points 6]` (as root: it mounts a small tmpfs in a mount namespace of its own). For each command the drill
-first learns how many bytes it writes, then lets it meet a full disk at several places on the way. Right is: a status that is not 0, one line on
-stderr (and no traceback), files that were there before with the same bytes, and, once there is room, the same result as on a large disk.
+`python tools/drills/full_disk.py [--points 6]` (as root: it mounts a small tmpfs in a mount namespace of its own).
+For each command the drill
+first learns how many bytes it writes, then lets it meet a full disk at several places on the way. Right is:
+a status that is not 0, one line on
+stderr (and no traceback), files that were there before with the same
+bytes, and, once there is room, the same result as on a large disk.
 """
 import argparse
 import os
@@ -34,9 +38,13 @@ class Case:
     result: Callable[[Path], dict] = lambda disk: {}   # what has to be equal on a large disk and after a full one
 
 
-def weights(folder: Path) -> dict[str, bytes]: return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.safetensors")) if "checkpoints" not in f.parts}
-def pictures(folder: Path) -> dict[str, bytes]: return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}
-def figures(folder: Path) -> dict: return {f"{f.relative_to(folder)}": len(f.read_text().splitlines()) for f in folder.rglob("metrics.jsonl")}
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes()
+            for f in sorted(folder.rglob("*.safetensors")) if "checkpoints" not in f.parts}
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*.png"))}
+def figures(folder: Path) -> dict:
+    return {f"{f.relative_to(folder)}": len(f.read_text().splitlines()) for f in folder.rglob("metrics.jsonl")}
 
 
 def copy_run(disk: Path):
@@ -44,21 +52,32 @@ def copy_run(disk: Path):
     shutil.copytree(assets_folder() / "digits-dmp", disk / "old")
 
 
-TRAINING = ["train.steps=9", "train.checkpoint_every=3", "train.log_every=1", "train.batch_size=8", "train.cpu=true", "train.sample_every=3", "train.sample_steps=2", "train.sample_images=4"]
+TRAINING = ["train.steps=9", "train.checkpoint_every=3", "train.log_every=1", "train.batch_size=8", "train.cpu=true",
+            "train.sample_every=3", "train.sample_steps=2", "train.sample_images=4"]
 
 
 def cases(inputs: Path) -> list[Case]:
     small = ["model.hidden_size=16", "model.num_layers=1", "model.num_attention_heads=2"]
     return [
-        Case("train, from scratch", ["train", "digits-quick", *TRAINING, *small, "--folder", "{disk}/run"], result=lambda d: weights(d / "run") | figures(d / "run")),
-        Case("train, DMP", ["train", "digits-dmp", *TRAINING, "--folder", "{disk}/run"], result=lambda d: weights(d / "run") | figures(d / "run")),
-        Case("sample", ["sample", "digits-base", "12", "--folder", "{disk}/samples", "--sampler", "ddim", "--steps", "2", "--batch-size", "4", "--cpu"], result=lambda d: pictures(d / "samples")),
-        Case("latents", ["latents", f"{inputs}/photos", "{disk}/cache", "--vae", f"{inputs}/vae", "--size", "16", "--images-per-shard", "16", "--num-workers", "0", "--cpu"], result=lambda d: weights(d / "cache")),
-        Case("evaluate", ["evaluate", "{disk}/old", "--num-images", "32", "--num-inference-steps", "2", "--metrics", "fid"], copy_run),
-        Case("guidance", ["guidance", "{disk}/old", "1", "2", "--num-images", "16", "--num-inference-steps", "2", "--metrics", "fid", "--figure", "{disk}/curves.png"], copy_run),
-        Case("new", ["new", "{disk}/project"], result=lambda d: {str(f.relative_to(d)): f.stat().st_size for f in sorted((d / "project").rglob("*")) if f.is_file()}),
-        Case("run", ["run", "gates", "-p", "model", "digits-dmp", "--folder", "{disk}/gates"], result=lambda d: {"page": (d / "gates" / "run.html").is_file()}),
-        Case("compare", ["compare", "digits-dmp", "digits-base", "--num-images", "4", "--num-inference-steps", "2", "--output", "{disk}/compare.html"], result=lambda d: {"page": (d / "compare.html").is_file()}),
+        Case("train, from scratch", ["train", "digits-quick", *TRAINING, *small, "--folder", "{disk}/run"],
+             result=lambda d: weights(d / "run") | figures(d / "run")),
+        Case("train, DMP", ["train", "digits-dmp", *TRAINING, "--folder", "{disk}/run"],
+             result=lambda d: weights(d / "run") | figures(d / "run")),
+        Case("sample", ["sample", "digits-base", "12", "--folder", "{disk}/samples", "--sampler", "ddim", "--steps",
+                        "2", "--batch-size", "4", "--cpu"], result=lambda d: pictures(d / "samples")),
+        Case("latents", ["latents", f"{inputs}/photos", "{disk}/cache", "--vae", f"{inputs}/vae", "--size", "16",
+                         "--images-per-shard", "16", "--num-workers", "0", "--cpu"],
+             result=lambda d: weights(d / "cache")),
+        Case("evaluate", ["evaluate", "{disk}/old", "--num-images", "32", "--num-inference-steps", "2", "--metrics",
+                          "fid"], copy_run),
+        Case("guidance", ["guidance", "{disk}/old", "1", "2", "--num-images", "16", "--num-inference-steps", "2",
+                          "--metrics", "fid", "--figure", "{disk}/curves.png"], copy_run),
+        Case("new", ["new", "{disk}/project"], result=lambda d: {
+            str(f.relative_to(d)): f.stat().st_size for f in sorted((d / "project").rglob("*")) if f.is_file()}),
+        Case("run", ["run", "gates", "-p", "model", "digits-dmp", "--folder", "{disk}/gates"],
+             result=lambda d: {"page": (d / "gates" / "run.html").is_file()}),
+        Case("compare", ["compare", "digits-dmp", "digits-base", "--num-images", "4", "--num-inference-steps", "2",
+                         "--output", "{disk}/compare.html"], result=lambda d: {"page": (d / "compare.html").is_file()}),
     ]
 
 
@@ -71,7 +90,8 @@ def call(words: list[str], disk: Path) -> tuple[int, str]: # status, stderr
         try:
             os.environ.update(DMP_WB_RUNS=str(disk / "runs"), TMPDIR=str(disk.parent / "tmp"))
             tempfile.tempdir = None
-            for stream, to in ((1, os.devnull), (2, str(log))): os.dup2(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+            for stream, to in ((1, os.devnull), (2, str(log))):
+                os.dup2(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
             sys.argv = ["dmp-wb", *words]
             from dmp_wb.cli import main
             main()
@@ -110,7 +130,8 @@ class Disk:
     def empty(self): (self.folder / "ballast").unlink()
 
 
-def old_files(disk: Path) -> dict[str, bytes]: return {str(f): f.read_bytes() for f in sorted((disk / "old").rglob("*")) if f.is_file()}
+def old_files(disk: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted((disk / "old").rglob("*")) if f.is_file()}
 
 
 def drill(case: Case, points: int, work: Path) -> list[str]: # what was wrong, one entry a situation
@@ -131,15 +152,18 @@ def drill(case: Case, points: int, work: Path) -> list[str]: # what was wrong, o
             status, stderr = call(words, disk.folder)
             lines = said(stderr)
             if "Traceback" in stderr: faults.append("a traceback: " + stderr.strip().splitlines()[-1][:200])
-            elif status and len(lines) != 1: faults.append(f"{len(lines)} lines: {' | '.join(lines)[:300] or stderr[-300:]}")
+            elif status and len(lines) != 1:
+                faults.append(f"{len(lines)} lines: {' | '.join(lines)[:300] or stderr[-300:]}")
             elif status == 0 and case.result(disk.folder) != want: faults.append("status 0 without its result")
-            changed = [f for f, data in old.items() if not Path(f).is_file() or not Path(f).name == "summary.json" and Path(f).read_bytes() != data]
+            changed = [f for f, data in old.items()
+                       if not Path(f).is_file() or not Path(f).name == "summary.json" and Path(f).read_bytes() != data]
             if changed: faults.append(f"{changed[0]} is lost or changed")
             disk.empty()
             status, stderr = call(words, disk.folder)
             if status: faults.append(f"with room again, status {status}: {' | '.join(said(stderr))[-300:]}")
             elif case.result(disk.folder) != want: faults.append("with room again, another result")
-            if left := [str(f.relative_to(disk.folder)) for f in disk.folder.rglob("*.tmp")]: faults.append(f"left over: {left[0]}")
+            if left := [str(f.relative_to(disk.folder)) for f in disk.folder.rglob("*.tmp")]:
+                faults.append(f"left over: {left[0]}")
         if faults: wrong.append(f"at {i}/{points}: " + "; ".join(faults))
     return wrong
 
@@ -150,9 +174,11 @@ def main() -> int:
     parser.add_argument("--only", default="", help="commands that begin with one of these, separated by commas")
     a = parser.parse_args()
     if "DMP_WB_OWN_MOUNTS" not in os.environ:
-        if os.geteuid() or not shutil.which("unshare"): sys.exit("full_disk.py needs root and unshare: it mounts a small disk in a mount namespace of its own")
+        if os.geteuid() or not shutil.which("unshare"):
+            sys.exit("full_disk.py needs root and unshare: it mounts a small disk in a mount namespace of its own")
         os.execvpe("unshare", ["unshare", "-m", sys.executable, *sys.argv], {**os.environ, "DMP_WB_OWN_MOUNTS": "1"})
-    for module in ("training", "sampling", "metrics", "compare", "sweeps", "runs", "viz", "patching", "projects"): __import__(f"dmp_wb.{module}")
+    for module in ("training", "sampling", "metrics", "compare", "sweeps", "runs", "viz", "patching", "projects"):
+        __import__(f"dmp_wb.{module}")
     __import__("papermill"), __import__("sklearn.datasets"), __import__("torch.utils.tensorboard")
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as d:
@@ -167,8 +193,10 @@ def main() -> int:
             begun = time.monotonic()
             wrong = drill(case, a.points, work)
             situations, faults = situations + a.points, faults + len(wrong)
-            print(f"{case.name:20} {a.points - len(wrong)} of {a.points} right ({time.monotonic() - begun:.0f} s)" + "".join(f"\n    {w}" for w in wrong), flush=True)
-    print(f"{situations - faults} of {situations} full disks: one line, nothing old lost, the same result once there is room")
+            print(f"{case.name:20} {a.points - len(wrong)} of {a.points} right ({time.monotonic() - begun:.0f} s)"
+                  + "".join(f"\n    {w}" for w in wrong), flush=True)
+    print(f"{situations - faults} of {situations} full disks: one line, nothing old lost, the same result once there "
+          "is room")
     return min(faults, 1)
 
 

@@ -1,6 +1,8 @@
-"""Kill a sweep at random moments, start it again each time, and compare its runs with those of a sweep that nobody touched.
+"""Kill a sweep at random moments, start it again each time,
+and compare its runs with those of a sweep that nobody touched.
 
-`python tools/drills/kill_a_sweep.py [--kills 10] [--jobs 2]`: four short trainings by `dmp-wb run pretrain`. SIGKILL hits the sweep alone, so that its
+`python tools/drills/kill_a_sweep.py [--kills 10] [--jobs 2]`: four short trainings by `dmp-wb run pretrain`.
+SIGKILL hits the sweep alone, so that its
 children have to find out, or every process of it at once, as when a machine goes down.
 """
 import argparse
@@ -18,21 +20,25 @@ import psutil
 from dmp_wb.batch.state import FINISHED, read_state
 
 GRID = ["-p", "optim.lr", "1e-3", "2e-3", "-p", "seed", "0", "1"]
-SMALL = {"num_samples": 10, "num_inference_steps": 4, "model.hidden_size": 16, "model.num_layers": 2, "model.num_attention_heads": 2, "train.batch_size": 16,
-         "train.steps": 600, "train.checkpoint_every": 20, "train.log_every": 20, "train.cpu": "true", "train.log_with": "null"}
+SMALL = {"num_samples": 10, "num_inference_steps": 4, "model.hidden_size": 16, "model.num_layers": 2,
+         "model.num_attention_heads": 2, "train.batch_size": 16,
+         "train.steps": 600, "train.checkpoint_every": 20, "train.log_every": 20, "train.cpu": "true",
+         "train.log_with": "null"}
 TRAINING = ["pretrain", *GRID, *(w for k, v in SMALL.items() for w in ("-p", k, str(v)))]
 TIMES = ("images_per_second", "memory_gib", "versions")   # what may differ between two runs that do the same
 
 
 def start(words, folder, jobs):
-    return subprocess.Popen([sys.executable, "-m", "dmp_wb", "run", *words, "--folder", str(folder), "--jobs", str(jobs)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-m", "dmp_wb", "run", *words, "--folder", str(folder), "--jobs",
+                             str(jobs)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def left_behind(folder):
     "Processes that still work in a folder."
     found = []
     for p in psutil.process_iter(["cmdline", "status"]):
-        if str(folder) in " ".join(p.info["cmdline"] or []) and p.info["status"] != psutil.STATUS_ZOMBIE: found.append(p)
+        if str(folder) in " ".join(p.info["cmdline"] or []) and p.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(p)
     return found
 
 
@@ -60,14 +66,16 @@ def drill(words, kills, folder, jobs=2, seed=0):
     def look():   # a run that is finished must never be executed again
         for name, run in runs_of(broken).items():
             state = read_state(run)
-            mark = (state.started, state.attempts, (run / "run.ipynb").stat().st_mtime_ns) if state.status == FINISHED else None
+            mark = (state.started, state.attempts,
+                    (run / "run.ipynb").stat().st_mtime_ns) if state.status == FINISHED else None
             if name in seen and mark != seen[name]: wrong.append(f"{name} was finished, and executed again")
             if mark: seen[name] = mark
 
     for kill in range(kills):
         process = start(words, broken, jobs)
         time.sleep(draw.uniform(0, 0.6 * life))
-        everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+        everyone = [psutil.Process(process.pid),
+                    *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
         over = process.poll() is not None
         for p in everyone if kill % 2 else everyone[:1]:
             try: p.kill()
@@ -83,7 +91,8 @@ def drill(words, kills, folder, jobs=2, seed=0):
     if runs_of(broken).keys() != runs_of(folder / "whole").keys(): wrong.append("there are not the same runs")
     for name, run in runs_of(folder / "whole").items():
         if name not in seen: wrong.append(f"{name} is not finished")
-        elif figures(run) != figures(broken / name): wrong.append(f"{name} has other figures than in the unbroken sweep")
+        elif figures(run) != figures(broken / name):
+            wrong.append(f"{name} has other figures than in the unbroken sweep")
     end = time.monotonic() + 5
     while left_behind(folder) and time.monotonic() < end: time.sleep(0.1)
     wrong += [f"process {p.pid} was left behind" for p in left_behind(folder)]
@@ -100,7 +109,9 @@ def main():
     with tempfile.TemporaryDirectory() as d:
         begun = time.monotonic()
         hits, wrong = drill(TRAINING, a.kills, d, a.jobs, a.seed)
-    print(f"killed {len(hits)} times; runs finished at each: {' '.join(hits)}; {'every run finished exactly once, summaries, metrics and weights equal' if not wrong else 'WRONG: ' + '; '.join(wrong)} "
+    found = ("WRONG: " + "; ".join(wrong) if wrong
+             else "every run finished exactly once, summaries, metrics and weights equal")
+    print(f"killed {len(hits)} times; runs finished at each: {' '.join(hits)}; {found} "
           f"({time.monotonic() - begun:.0f} s)")
     return len(wrong)
 

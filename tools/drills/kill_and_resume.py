@@ -1,6 +1,7 @@
 """Kill a run at random moments, resume it each time, and compare it with one that nobody touched.
 
-`python tools/drills/kill_and_resume.py [--kills 20]`: pre-training and DMP, in one process and in two. Children are forked from a parent that has
+`python tools/drills/kill_and_resume.py [--kills 20]`: pre-training and DMP, in one process and in two.
+Children are forked from a parent that has
 imported everything, so that a life lasts about a second and most of it is training, saving and loading.
 """
 import argparse
@@ -26,8 +27,10 @@ import dmp_wb.training.state  # noqa: F401
 from dmp_wb.store.checkpoints import list_checkpoints, load_checkpoint, newest_checkpoint
 from dmp_wb.store.run import Run
 
-SETTINGS = ["train.batch_size=16", "train.steps=600", "train.checkpoint_every=3", "train.log_every=3", "train.keep_last=3", "train.ema_decay=0.9"]
-EXPERIMENTS = {"pre-training": ("digits-quick", ["model.hidden_size=32", "model.num_layers=2", "model.num_attention_heads=2"]), "DMP": ("digits-dmp", [])}
+SETTINGS = ["train.batch_size=16", "train.steps=600", "train.checkpoint_every=3", "train.log_every=3",
+            "train.keep_last=3", "train.ema_decay=0.9"]
+EXPERIMENTS = {"pre-training": ("digits-quick", ["model.hidden_size=32", "model.num_layers=2",
+                                                 "model.num_attention_heads=2"]), "DMP": ("digits-dmp", [])}
 
 
 def free_port():
@@ -46,7 +49,9 @@ def start(name, folder, processes):
             status = 1
             try:
                 for stream in (1, 2): os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-                if processes > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+                if processes > 1:
+                    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
                 warnings.simplefilter("ignore")
                 torch.set_num_threads(1)
                 wb.train(experiment, [*SETTINGS, *extra, "train.cpu=true"], folder)
@@ -63,7 +68,8 @@ def wait(children):
 
 
 def drill(name, processes, kills, folder, seed=0):
-    "Kill a run `kills` times and let it finish; returns the kills that hit, and whether its weights equal those of an unbroken run and nothing is left over."
+    """Kill a run `kills` times and let it finish;
+    returns the kills that hit, and whether its weights equal those of an unbroken run and nothing is left over."""
     draw, folder = random.Random(seed), Path(folder)
     begun, hits, starts = time.perf_counter(), 0, []
     assert wait(start(name, folder / "whole", processes)), (folder / "whole.error-0").read_text()
@@ -75,7 +81,8 @@ def drill(name, processes, kills, folder, seed=0):
         else:   # in the steps and saves after a new checkpoint
             while steps() == before and not Run(folder / "broken").finished: time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.12))
-        for pid in children if draw.random() < 0.5 else children[:1]: os.kill(pid, signal.SIGKILL)   # all at once, or the first and the rest find out
+        # all at once, or the first and the rest find out
+        for pid in children if draw.random() < 0.5 else children[:1]: os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
         for pid in children[1:]:
             if os.waitpid(pid, os.WNOHANG) == (0, 0): os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
@@ -85,8 +92,10 @@ def drill(name, processes, kills, folder, seed=0):
         starts.append(load_checkpoint(newest)["step"] if newest else 0)
     assert wait(start(name, folder / "broken", processes)), [p.read_text() for p in folder.glob("broken.error-*")]
     whole, broken = (load_checkpoint(newest_checkpoint(folder / n)) for n in ("whole", "broken"))
-    same = whole["model"].keys() == broken["model"].keys() and all(torch.equal(w, broken["model"][k]) for k, w in whole["model"].items())
-    same = same and all(torch.equal(a, b) for a, b in zip(whole["ema"]["shadow_params"], broken["ema"]["shadow_params"], strict=True))
+    same = whole["model"].keys() == broken["model"].keys() and all(torch.equal(w, broken["model"][k])
+                                                                   for k, w in whole["model"].items())
+    same = same and all(torch.equal(a, b)
+                        for a, b in zip(whole["ema"]["shadow_params"], broken["ema"]["shadow_params"], strict=True))
     lines = Run(folder / "broken").metrics()["step"] == Run(folder / "whole").metrics()["step"]
     left = [str(p.relative_to(folder)) for p in (folder / "broken").rglob(".*") if p.suffix in (".tmp", ".old")]
     if left: print(f"left over: {', '.join(left)}", flush=True)
@@ -104,8 +113,10 @@ def main():
             with tempfile.TemporaryDirectory() as d:
                 begun = time.perf_counter()
                 hits, starts, same = drill(name, processes, a.kills, d)
-                print(f"{name:13} {processes} process{'es' if processes > 1 else '  '}  killed {hits} times; newest checkpoint after each: {' '.join(map(str, starts))}; "
-                      f"{'weights, averages and metrics bit-identical' if same else 'DIFFERENT'} ({time.perf_counter() - begun:.0f} s)", flush=True)
+                print(f"{name:13} {processes} process{'es' if processes > 1 else '  '}  killed {hits} times; newest "
+                      f"checkpoint after each: {' '.join(map(str, starts))}; "
+                      f"{'weights, averages and metrics bit-identical' if same else 'DIFFERENT'} "
+                      f"({time.perf_counter() - begun:.0f} s)", flush=True)
                 different += not same
     return different
 

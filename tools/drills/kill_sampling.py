@@ -1,7 +1,10 @@
-"""Kill `dmp-wb sample` and `dmp-wb latents` at random moments, start them again, and compare the folders with those of a job that nobody touched.
+"""Kill `dmp-wb sample` and `dmp-wb latents` at random moments, start them
+again, and compare the folders with those of a job that nobody touched.
 
-`python tools/drills/kill_sampling.py [--kills 20]`: each command in one process and in two. Children are forked from a parent that has imported
-everything; SIGKILL hits one of them or all at once. Every file must have the same bytes in the end, and nothing else may be left in the folder.
+`python tools/drills/kill_sampling.py [--kills 20]`: each command in one process and in two.
+Children are forked from a parent that has imported
+everything; SIGKILL hits one of them or all at once.
+Every file must have the same bytes in the end, and nothing else may be left in the folder.
 """
 import argparse
 import contextlib
@@ -38,14 +41,17 @@ def make_inputs(folder: Path):
     draw = np.random.default_rng(0)
     for i in range(IMAGES):
         (folder / "photos" / f"class {i % 4}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / "photos" / f"class {i % 4}" / f"{i:03d}.png")
+        Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(
+            folder / "photos" / f"class {i % 4}" / f"{i:03d}.png")
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+    AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+                  up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
                   latent_channels=4, sample_size=16).save_pretrained(folder / "vae")
 
 
 def sample(inputs: Path, folder: Path, rank: int, world: int):
-    sample_run("digits-dmp", IMAGES, folder, num_inference_steps=6, sampler="ddim", batch_size=4, part=(rank, world), device="cpu", quiet=True)
+    sample_run("digits-dmp", IMAGES, folder, num_inference_steps=6, sampler="ddim", batch_size=4, part=(rank, world),
+               device="cpu", quiet=True)
 
 
 def latents(inputs: Path, folder: Path, rank: int, world: int):
@@ -79,10 +85,12 @@ def wait(children: list[int]) -> bool: return all([os.waitpid(pid, 0)[1] == 0 fo
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in NOT_COMPARED}
+    return {str(f.relative_to(folder)): f.read_bytes()
+            for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in NOT_COMPARED}
 
 
-def drill(name: str, world: int, kills: int, folder: Path, seed: int = 0) -> tuple[list[int], list[str]]: # files there after each kill, what is wrong
+def drill(name: str, world: int, kills: int, folder: Path,
+          seed: int = 0) -> tuple[list[int], list[str]]:   # files there after each kill, what is wrong
     draw, (job, last) = random.Random(f"{seed} {name} {world}"), JOBS[name]
     begun = time.monotonic()
     if not wait(start(job, folder, folder / "whole", world)): raise RuntimeError((folder / "whole.error").read_text())
@@ -105,8 +113,9 @@ def drill(name: str, world: int, kills: int, folder: Path, seed: int = 0) -> tup
 def difference(folder: Path, broken: Path) -> list[str]:
     "What is not as in the job that nobody touched."
     whole, found = contents(folder / "whole"), contents(broken)
-    return [f"{f} is left over" for f in found.keys() - whole.keys()] + [f"{f} is missing" for f in whole.keys() - found.keys()] + [
-        f"{f} has other bytes" for f in whole.keys() & found.keys() if whole[f] != found[f]]
+    return ([f"{f} is left over" for f in found.keys() - whole.keys()]
+            + [f"{f} is missing" for f in whole.keys() - found.keys()] + [
+                f"{f} has other bytes" for f in whole.keys() & found.keys() if whole[f] != found[f]])
 
 
 def main() -> int:
@@ -121,8 +130,10 @@ def main() -> int:
                 begun = time.monotonic()
                 make_inputs(Path(d))
                 seen, wrong = drill(name, world, a.kills, Path(d), a.seed)
-                print(f"{name:8} {world} process{'es' if world > 1 else '  '}  killed {len(seen)} times; files there after each: {' '.join(map(str, seen))}; "
-                      f"{'every file has the same bytes, nothing is left over' if not wrong else 'WRONG: ' + '; '.join(wrong)} ({time.monotonic() - begun:.0f} s)", flush=True)
+                found = ("WRONG: " + "; ".join(wrong) if wrong
+                         else "every file has the same bytes, nothing is left over")
+                print(f"{name:8} {world} process{'es' if world > 1 else '  '}  killed {len(seen)} times; files there "
+                      f"after each: {' '.join(map(str, seen))}; {found} ({time.monotonic() - begun:.0f} s)", flush=True)
                 faults += bool(wrong)
     return faults
 

@@ -1,6 +1,7 @@
 """Train for many steps and move every explorer's slider many times, and see how the memory of the process grows.
 
-`python tools/drills/memory.py [--steps 20000] [--moves 500]`. What grows after the first tenth of the steps, or the first fifth of the moves,
+`python tools/drills/memory.py [--steps 20000] [--moves 500]`.
+What grows after the first tenth of the steps, or the first fifth of the moves,
 when caches and allocators are warm, is a leak: more than 32 MiB is an error.
 """
 import argparse
@@ -24,7 +25,8 @@ import dmp_wb as wb
 from dmp_wb.look import explore as look_explore
 
 MOST = 32.0   # MiB that may come and go
-SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.num_attention_heads=2", "train.batch_size=4", "train.cpu=true", "train.log_every=100", "train.checkpoint_every=1000"]
+SMALL = ["model.hidden_size=16", "model.num_layers=1", "model.num_attention_heads=2", "train.batch_size=4",
+         "train.cpu=true", "train.log_every=100", "train.checkpoint_every=1000"]
 
 
 def mib() -> float: return psutil.Process().memory_info().rss / 2**20
@@ -43,7 +45,9 @@ def explorers(folder: Path):
         (folder / name / "config.yaml").write_text("name: x\n")
         (folder / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0, "mse": 2.0}\n')
         Image.new("L", (64, 64), 100).save(folder / name / "samples" / "step-0000003.png")
-    gate, route, walk, runs = look_explore.GateExplorer("digits-dmp"), look_explore.RoutingExplorer(), look_explore.DenoiseExplorer("digits-dmp"), look_explore.RunExplorer([folder / "a", folder / "b"])
+    gate, route, walk, runs = (look_explore.GateExplorer("digits-dmp"), look_explore.RoutingExplorer(),
+                               look_explore.DenoiseExplorer("digits-dmp"),
+                               look_explore.RunExplorer([folder / "a", folder / "b"]))
     yield "gates", lambda n: setattr(gate.timestep, "value", 37 * n % 1000)
     yield "routing", lambda n: setattr(route.alpha, "value", 2 ** (n % 40 / 10 - 1))
     yield "denoising", lambda n: setattr(walk.step, "value", n % (walk.step.max + 1))
@@ -62,7 +66,8 @@ def main() -> int:
     def tell(name: str, what: str, first: float, last: float, begun: float):
         nonlocal faults
         faults += last - first > MOST
-        print(f"{name:10} {what}: {first:.0f} MiB, then {last:.0f} MiB{'' if last - first <= MOST else ': IT GROWS'} ({time.monotonic() - begun:.0f} s)", flush=True)
+        print(f"{name:10} {what}: {first:.0f} MiB, then {last:.0f} MiB{'' if last - first <= MOST else ': IT GROWS'} "
+              f"({time.monotonic() - begun:.0f} s)", flush=True)
     with tempfile.TemporaryDirectory() as d:
         for name, move in explorers(Path(d)):
             begun = time.monotonic()

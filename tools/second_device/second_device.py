@@ -3,7 +3,8 @@
     from second_device import DEVICE, counts, reset    # torch.device("emu:0"); what was counted since `reset`
 
 Importing it builds `second_device.cpp` once (a C++ compiler and half a minute) and registers the device for the whole
-process, where `torch.accelerator` then finds it: so it is for a process of its own, as `tests/test_second_device.py` has.
+process, where `torch.accelerator` then finds it:
+so it is for a process of its own, as `tests/test_second_device.py` has.
 """
 import hashlib
 import importlib.util
@@ -39,7 +40,8 @@ def build() -> Path:
     links = [f"-L{p}" for p in library_paths()] + ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     command = [compiler() or "c++", *flags, str(SOURCE), "-o", str(made), *links]
     try: subprocess.run(command, check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError as e: raise RuntimeError(f"{SOURCE.name} does not compile:\n{e.stderr[-2000:]}") from None
+    except subprocess.CalledProcessError as e:
+        raise RuntimeError(f"{SOURCE.name} does not compile:\n{e.stderr[-2000:]}") from None
     os.replace(made, target)   # whole or not at all, whoever else builds it
     return target
 
