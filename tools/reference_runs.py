@@ -1,10 +1,10 @@
 """Short runs through public names and commands, and their weights, metrics and samples as digests in one JSON file.
 
     python tools/reference_runs.py figures.json                       # record, with whatever `dmp_wb` is imported
-    python tools/reference_runs.py now.json --compare figures.json    # record and compare; exit status 1 if anything differs
+    python tools/reference_runs.py now.json --compare figures.json    # and compare; exit status 1 if anything differs
 
-Equal to the bit on one machine with one version of torch. Experiments are written as files of format 1, which every later
-version reads. Two minutes on two cores; no GPU, no network.
+Equal to the bit on one machine with one version of torch. Experiments are written as files of format 1, which every
+later version reads. Two minutes on two cores; no GPU, no network.
 """
 import argparse
 import contextlib
@@ -36,7 +36,7 @@ OF_THE_MACHINE = ("images_per_second", "memory_gib", "time", "seconds", "when")
 LR = 0.01
 
 
-# ---------------------------------------------------------------------------------------------------------------- digests
+# ---------------------------------------------------------------------------------------------------------- digests
 def digest(tensor: torch.Tensor) -> str:
     "Of a tensor's dtype, shape and bytes."
     t = tensor.detach().cpu().contiguous()
@@ -48,6 +48,9 @@ def file_digest(file: Path) -> str:
     "Of the tensors of a safetensors file with their names; how the file orders them does not count."
     tensors = load_file(file)
     return hashlib.sha256("".join(f"{name} {digest(tensors[name])}\n" for name in sorted(tensors)).encode()).hexdigest()
+
+
+def image_digest(file: Path) -> str: return digest(torch.from_numpy(np.array(Image.open(file))))
 
 
 def plain(value):
@@ -65,24 +68,26 @@ def rows_of(run: "wb.Run") -> list[dict]:
 
 
 def figures_of(run: "wb.Run") -> dict:
-    """What a run has left: exported weights, lines of metrics, grids of samples, and the tensors of its newest checkpoint.
+    """What a run has left: exported weights, lines of metrics, grids of samples, tensors of its newest checkpoint.
 
     A checkpoint's tensors are counted without their names, which are no promise to anybody.
     """
     exported = sorted(f for part in ("model", "patch") for f in run.folder.glob(f"{part}/**/*.safetensors"))
     newest = max(run.folder.glob("checkpoints/step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     held = [digest(t) for file in sorted(newest.glob("*.safetensors")) for t in load_file(file).values()]
-    grids = {f.name: digest(torch.from_numpy(np.array(Image.open(f)))) for f in sorted(run.folder.glob("samples/*.png"))}
-    summary = {k: run.summary.get(k) for k in ("status", "steps", "loss", "mse", "trained_parameters", "base_fingerprint")}
+    grids = {f.name: image_digest(f) for f in sorted(run.folder.glob("samples/*.png"))}
+    kept = ("status", "steps", "loss", "mse", "trained_parameters", "base_fingerprint")
+    summary = {k: run.summary.get(k) for k in kept}
     return {"weights": {str(f.relative_to(run.folder)): file_digest(f) for f in exported}, "metrics": rows_of(run),
             "checkpoint": {"step": newest.name, "tensors": sorted(held)}, "grids": grids, "summary": summary}
 
 
-# ------------------------------------------------------------------------------------------------------------ experiments
+# ------------------------------------------------------------------------------------------------------ experiments
 def merged(*trees: dict) -> dict:
     out: dict = {}
     for tree in trees:
-        for k, v in tree.items(): out[k] = merged(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
+        for k, v in tree.items():
+            out[k] = merged(out[k], v) if isinstance(v, dict) and isinstance(out.get(k), dict) else v
     return out
 
 
@@ -123,7 +128,8 @@ EXPERIMENTS = {
     "uw-dmp-dtr": merged(DMP, TOP_K, {"multitask": {"method": "uw", "k": 4, "clusters": "uniform"},
                                       "routing": {"sharing_ratio": 0.8}}),
     "aggregator": merged(PRETRAIN, {"multitask": {"method": "PCGrad", "k": 3}, "train": {"batch_size": 18}}),
-    "aggregator-with-memory": merged(PRETRAIN, {"multitask": {"method": "GradVac", "k": 3}, "train": {"batch_size": 18}}),
+    "aggregator-with-memory": merged(PRETRAIN, {"multitask": {"method": "GradVac", "k": 3},
+                                                "train": {"batch_size": 18}}),
     "aggregator-dmp": merged(DMP, TOP_K, {"multitask": {"method": "PCGrad", "k": 3}, "train": {"batch_size": 18}}),
 }
 # Two processes each: name → what is trained, and after how many steps it is ended and launched again.
@@ -153,7 +159,7 @@ def wait_for_steps(folder: Path, steps: int, limit: float = 120) -> bool:
     return False
 
 
-def train_all(runs: Path, only: list[str]) -> dict:
+def train_all(only: list[str]) -> dict:
     figures = {}
     for name, tree in EXPERIMENTS.items():
         if only and name not in only: continue
@@ -194,7 +200,8 @@ def resumed(runs: Path) -> dict:
     figures["killed"] = figures_of(wb.train(killed))
 
     stopped = write("stopped", tree)
-    watcher = threading.Thread(target=lambda: wait_for_steps(runs / "stopped", 17) and os.kill(os.getpid(), signal.SIGTERM))
+    stop = lambda: wait_for_steps(runs / "stopped", 17) and os.kill(os.getpid(), signal.SIGTERM)
+    watcher = threading.Thread(target=stop)
     watcher.start()
     run = wb.train(stopped)
     watcher.join()
@@ -208,7 +215,7 @@ def resumed(runs: Path) -> dict:
     return figures
 
 
-# -------------------------------------------------------------------------------------------------------- models, samples
+# -------------------------------------------------------------------------------------------------- models, samples
 def samples() -> dict:
     figures: dict = {}
     labels = [3, 7, 1]
@@ -217,20 +224,18 @@ def samples() -> dict:
         model = wb.load_model(name)
         for sampler in ("ddpm", "ddim", "dpmsolver++", "unipc", "heun"):
             for scale in (1.0, 2.0):
-                images = wb.sample(model, class_labels=labels, guidance_scale=scale, sampler=sampler, num_inference_steps=5,
-                                   seed=11, quiet=True)
+                images = wb.sample(model, class_labels=labels, guidance_scale=scale, sampler=sampler,
+                                   num_inference_steps=5, seed=11, quiet=True)
                 figures[f"{name}/{sampler}/g{scale:g}"] = digest(images)
     told("samples")
-    flow = wb.load_model("flow")
-    figures["flow/flow-euler"] = digest(wb.sample(flow, class_labels=labels, sampler="flow-euler", num_inference_steps=5,
-                                                  prediction_type="flow_prediction", quiet=True))
-    figures["v-p2/ddim"] = digest(wb.sample(wb.load_model("v-p2"), 3, prediction_type="v_prediction", num_inference_steps=5,
-                                            quiet=True))
-    sigma = wb.load_model("learn-sigma-min-snr")
-    figures["learn-sigma/ddpm"] = digest(wb.sample(sigma, 3, sampler="ddpm", num_inference_steps=5, schedule="cosine",
-                                                   guidance_channels=1, quiet=True))
-    figures["interval"] = digest(wb.sample(wb.load_model("pretrain"), 4, num_inference_steps=6, batch_size=3, first=2,
-                                           guidance_scale=3.0, guidance_interval=(200, 700), quiet=True))
+    drawn = lambda name, n, **settings: digest(wb.sample(wb.load_model(name), n, quiet=True, **settings))
+    figures["flow/flow-euler"] = drawn("flow", 3, class_labels=labels, sampler="flow-euler", num_inference_steps=5,
+                                       prediction_type="flow_prediction")
+    figures["v-p2/ddim"] = drawn("v-p2", 3, prediction_type="v_prediction", num_inference_steps=5)
+    figures["learn-sigma/ddpm"] = drawn("learn-sigma-min-snr", 3, sampler="ddpm", num_inference_steps=5,
+                                        schedule="cosine", guidance_channels=1)
+    figures["interval"] = drawn("pretrain", 4, num_inference_steps=6, batch_size=3, first=2, guidance_scale=3.0,
+                                guidance_interval=(200, 700))
     figures["plain"] = digest(wb.sample(wb.load_model("dmp", patched=False), 4, num_inference_steps=4, quiet=True))
     figures["trajectory"] = [[s.step, float(s.timestep), digest(s.x_t), digest(s.pred_x0)]
                              for s in wb.sample_trajectory(wb.load_model("dmp"), 2, num_inference_steps=3)]
@@ -248,16 +253,17 @@ def looks() -> dict:
         model = wb.load_model(name)
         patch = wb.get_patch(model)
         condition = {"class_labels": labels} if name == "dmp-condition" else {}
+        answer = lambda model=model: digest(model(x, timestep=t, class_labels=labels).sample)
         figures[name] = {"gates": plain(patch.gates(t, **condition)), "entropy": plain(patch.entropy(t, **condition)),
-                         "answer": plain(model(x, timestep=t, class_labels=labels).sample)}
+                         "answer": answer()}
         if not condition:
-            with patch.baked(t): figures[name]["baked"] = plain(model(x, timestep=t, class_labels=labels).sample)
-        with wb.patch_disabled(model): figures[name]["disabled"] = plain(model(x, timestep=t, class_labels=labels).sample)
+            with patch.baked(t): figures[name]["baked"] = answer()
+        with wb.patch_disabled(model): figures[name]["disabled"] = answer()
         wb.save_patch(model, f"{name}-patch")
         figures[name]["saved"] = file_digest(Path(f"{name}-patch/adapter_model.safetensors"))
         wb.unpatch(model)
         wb.load_patch(model, f"{name}-patch")
-        figures[name]["loaded"] = plain(model(x, timestep=t, class_labels=labels).sample)
+        figures[name]["loaded"] = answer()
     for settings in ({}, {"sharing_ratio": 0.5, "alpha": 1.5}, {"kind": "random", "seed": 5, "sharing_ratio": 0.5},
                      {"num_train_timesteps": 50}):
         figures[f"mask {settings}"] = plain(wb.routing_mask(torch.arange(0, 50, 7), 64, **settings))
@@ -266,8 +272,8 @@ def looks() -> dict:
     for weighting in ("constant", "min-snr", "p2"):
         for kind in ("epsilon", "sample", "v_prediction", "flow_prediction"):
             answer = out[:, :1] if kind == "flow_prediction" else out
-            figures[f"losses {weighting} {kind}"] = plain(wb.diffusion_losses(answer, x.clamp(-1, 1), noise, t, "linear",
-                                                                              weighting, kind))
+            losses = wb.diffusion_losses(answer, x.clamp(-1, 1), noise, t, "linear", weighting, kind)
+            figures[f"losses {weighting} {kind}"] = plain(losses)
     figures["posterior"] = plain(wb.posterior(out, x, t, "cosine", True))
     figures["clusters"] = plain(wb.timestep_clusters(torch.linspace(9, -4, 200) ** 3, 5))
     with torch.enable_grad():
@@ -279,11 +285,12 @@ def looks() -> dict:
 
 def other_backbones() -> dict:
     from diffusers import DiTTransformer2DModel, UNet2DModel
-    dit = lambda: DiTTransformer2DModel(sample_size=8, in_channels=1, out_channels=1, num_layers=2, num_attention_heads=4,
-                                        attention_head_dim=8, norm_num_groups=1, num_embeds_ada_norm=10)
-    unet = lambda: UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 16), norm_num_groups=4,
+    dit = lambda: DiTTransformer2DModel(sample_size=8, in_channels=1, out_channels=1, num_layers=2,
+                                        num_attention_heads=4, attention_head_dim=8, norm_num_groups=1,
+                                        num_embeds_ada_norm=10)
+    unet = lambda: UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(16, 16),
                                down_block_types=("DownBlock2D", "AttnDownBlock2D"), layers_per_block=1,
-                               up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11)
+                               up_block_types=("AttnUpBlock2D", "UpBlock2D"), num_class_embeds=11, norm_num_groups=4)
     return {"DiTTransformer2DModel": dit, "UNet2DModel": unet}
 
 
@@ -313,14 +320,16 @@ def latents(runs: Path) -> dict:
         Path(f"photos/{i % 3}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (18, 16, 3), np.uint8)).save(f"photos/{i % 3}/{i}.png")
     torch.manual_seed(0)
-    AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=16,
-                  down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).save_pretrained("vae")
+    vae = AutoencoderKL(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+                        sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2,
+                        up_block_types=("UpDecoderBlock2D",) * 2)
+    vae.save_pretrained("vae")
     tree = merged(PRETRAIN, {"model": {"in_channels": 4, "num_classes": 3},
                              "data": {"name": "photos", "size": 16, "vae": "vae", "flip": True, "num_workers": 0},
                              "train": {"batch_size": 8, "steps": 4, "sample_every": 4}})
     figures = {"latents": figures_of(wb.train(write("latents", tree)))}
-    subprocess.run([sys.executable, "-m", "dmp_wb", "latents", "photos", "cache", "--vae", "vae", "--size", "16"], check=True,
-                   stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "dmp_wb", "latents", "photos", "cache", "--vae", "vae", "--size", "16"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     cached = merged(tree, {"data": {"name": "cache", "size": None, "vae": None}})
     figures["latents-cached"] = figures_of(wb.train(write("latents-cached", cached)))
     told("latents")
@@ -332,18 +341,19 @@ def measured() -> dict:
     figures = {"run": plain(wb.evaluate_run("dmp", bootstrap=5, kid_subsets=5, **settings)),
                "routed": plain(wb.evaluate_run("dtr", metrics="fid,kid", kid_subsets=5, **settings)),
                "sweep": plain(wb.guidance_sweep("pretrain", [1.0, 2.0], metrics="fid", **settings))}
-    said = subprocess.run([sys.executable, "-m", "dmp_wb", "evaluate", "finetune", "--num-images", "40", "--metrics", "fid,is",
-                           "--num-inference-steps", "3"], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, "-m", "dmp_wb", "evaluate", "finetune", "--num-images", "40", "--metrics", "fid,is",
+               "--num-inference-steps", "3"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     figures["command"] = json.loads(said[said.index("{\n"):])
     folder = wb.sample_run("dmp-on-dtr", 6, "files", num_inference_steps=4, quiet=True)
-    figures["files"] = {f.name: digest(torch.from_numpy(np.array(Image.open(f)))) for f in sorted(Path(folder).glob("*.png"))}
+    figures["files"] = {f.name: image_digest(f) for f in sorted(Path(folder).glob("*.png"))}
     found, faults = wb.list_runs(sort="name")
     figures["list"] = {r.name: [r.method, r.state, r.step, r.steps, r.loss] for r in found} | {"faults": faults}
     told("measured")
     return figures
 
 
-# -------------------------------------------------------------------------------------------------- recording, comparing
+# --------------------------------------------------------------------------------------------- recording, comparing
 def told(what: str): print(f"{time.perf_counter() - START:6.1f} s  {what}", file=sys.stderr, flush=True)
 
 
@@ -356,9 +366,9 @@ def record(save_runs: Path | None, only: list[str], processes: bool) -> dict:
     os.chdir(work)
     try:
         import diffusers
-        figures: dict = {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "dmp_wb": wb.__version__},
-                         "runs": train_all(runs, only)}
-        if only: figures["runs"] |= train_two([n for n in only if n in LAUNCHED]) if set(only) & set(LAUNCHED) else {}
+        figures: dict = {"versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+                         "runs": train_all(only)}
+        if only: figures["runs"] |= train_two(only)
         else:
             figures["runs"] |= latents(runs)
             figures["resumed"] = resumed(runs)
@@ -368,9 +378,7 @@ def record(save_runs: Path | None, only: list[str], processes: bool) -> dict:
         return figures
     finally:
         os.chdir(before)
-        if save_runs:
-            shutil.rmtree(save_runs, ignore_errors=True)
-            shutil.copytree(runs, save_runs)
+        if save_runs: shutil.copytree(runs, save_runs)
         shutil.rmtree(work, ignore_errors=True)
 
 
@@ -390,7 +398,7 @@ def differences(old, new, where: str = "") -> list[str]:
             else: lines += differences(old[k], new[k], here)
         return lines
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new)) for line in differences(*pair, f"{where}[{i}]")]
+        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{where}[{i}]")]
     return [] if old == new or old != old and new != new else [f"{where}: {str(old)[:60]} → {str(new)[:60]}"]
 
 
@@ -398,16 +406,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, help="where the figures go")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="print what differs from these figures")
-    parser.add_argument("--save-runs", type=Path, metavar="FOLDER", help="keep the run folders there; what is there goes")
+    parser.add_argument("--save-runs", type=Path, metavar="FOLDER", help="keep the run folders in a new folder")
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="only these runs, their bases named too")
     parser.add_argument("--one-process", action="store_true", help="leave the runs of two processes out")
     args = parser.parse_args()
     file, keep = args.file.resolve(), args.save_runs and args.save_runs.resolve()
+    if keep and keep.exists(): parser.error(f"{args.save_runs} is there: expected a new folder")
+    print(f"dmp_wb of {Path(wb.__file__).parent}", flush=True)
     old = json.loads(args.compare.read_text()) if args.compare else None
     figures = json.loads(json.dumps(record(keep, args.only, not args.one_process)))
     file.write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{len(figures['runs'])} runs in {time.perf_counter() - START:.0f} s: {file}")
     if old is None: return 0
+    old["versions"].pop("dmp_wb", None)   # may differ
     if args.only: old = {"versions": old["versions"], "runs": {k: v for k, v in old["runs"].items() if k in args.only}}
     if args.one_process: old["runs"] = {k: v for k, v in old["runs"].items() if k not in LAUNCHED}
     lines = differences(old, figures)
