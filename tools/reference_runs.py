@@ -398,7 +398,8 @@ def differences(old, new, where: str = "") -> list[str]:
             else: lines += differences(old[k], new[k], here)
         return lines
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for i, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{where}[{i}]")]
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for i, pair in pairs for line in differences(*pair, f"{where}[{i}]")]
     return [] if old == new or old != old and new != new else [f"{where}: {str(old)[:60]} → {str(new)[:60]}"]
 
 

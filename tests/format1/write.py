@@ -3,8 +3,8 @@
     python tests/format1/write.py      # not again: a later version writes later formats
 
 `runs/` holds finished runs without their checkpoints. `killed/` holds the same runs as a kill after step 6 of 8
-leaves them: the checkpoint of step 4, metrics to step 6, no summary and no exported weights. `patches/` holds what `save_patch`
-wrote. `experiment.yaml` and `sweep.yaml` are by hand.
+leaves them: the checkpoint of step 4, metrics to step 6, no summary and no exported weights. `patches/` holds what
+`save_patch` wrote. `experiment.yaml` and `sweep.yaml` are by hand.
 """
 import json
 import os
