@@ -23,7 +23,7 @@ MOVED = {
     "metrics": ("evaluation.evaluate", "evaluation"),
     "multitask": ("tasks", "core.settings"),
     "objectives": ("diffusion.objectives", "core.settings"),
-    "patching": ("methods.dmp", "methods.gates", "methods.settings"),
+    "patching": ("methods.dmp", "methods.gates", "methods.weights", "methods.settings"),
     "projects": ("batch.projects",),
     "routing": ("methods.dtr", "methods.settings"),
     "runs": ("batch.engine", "batch"),

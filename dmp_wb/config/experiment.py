@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'LR_SCHEDULERS', 'PRECISIONS', 'ON_NONFINITE', 'CONFIG_FORMAT', 'need', 'OptimConfig', 'TrainConfig',
            'Experiment']
 
-# %% ../../nbs/source/config/00_experiment.ipynb #3d0676df
+# %% ../../nbs/source/config/00_experiment.ipynb #04de4818
 import dataclasses
 import math
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from typing import Any
 from ..core.errors import BadInput, unknown
 from ..core.settings import DataConfig, ModelConfig, MultitaskConfig, ObjectiveConfig, ScheduleConfig
 from ..methods.older import newer_methods, older_attribute
-from ..methods.registry import method_entry
+from ..methods.registry import main_method, method_entry, methods_label
 
 # %% ../../nbs/source/config/00_experiment.ipynb #9a595eb7
 OPTIMIZERS = ("adamw", "adamw-8bit", "schedule-free")
@@ -107,7 +107,7 @@ class TrainConfig:
         if self.on_nonfinite not in ON_NONFINITE: raise unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         need(self.nonfinite_limit >= 1, "train.nonfinite_limit", self.nonfinite_limit, "at least 1")
 
-# %% ../../nbs/source/config/00_experiment.ipynb #e7c95504
+# %% ../../nbs/source/config/00_experiment.ipynb #003b54d8
 CONFIG_FORMAT = 2   # grows when a key changes its meaning; format 1 is read as well
 
 @dataclass
@@ -129,13 +129,12 @@ class Experiment:
     @property
     def method(self) -> str:
         "What is trained: the method that freezes the backbone, else finetune or pretrain."
-        frozen = [name for name in self.methods if method_entry(name).freezes]
-        return frozen[0] if frozen else "pretrain" if self.base is None else "finetune"
+        return main_method(self.methods, self.base)
 
     @property
     def label(self) -> str:
         "`method`, and with a plus the methods beside it."
-        return " + ".join([self.method, *(name for name in self.methods if name != self.method)])
+        return methods_label(self.methods, self.base)
 
     def __getattr__(self, name):
         if name.startswith("_"): raise AttributeError(name)

@@ -22,7 +22,8 @@ from ..data.folders import SkippedImages
 from ..data.load import load_data
 from ..data.sources import EpochOrder
 from ..diffusion.objectives import diffusion_losses, make_tables
-from ..methods.dmp import fingerprint, get_patch, patches_of
+from ..methods.dmp import get_patch, patches_of
+from ..methods.weights import fingerprint
 from ..methods.hooks import hooks_of
 from ..models.anatomy import model_inputs
 from ..models.backbones import anatomy_of
