@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST', 'printable', 'BadInput', 'MissingFile', 'unknown', 'said', 'whole_number', 'real_number', 'yes_or_no',
-           'system_error', 'system_errors', 'one_line_errors']
+           'system_error', 'system_errors', 'cannot', 'writing', 'one_line_errors']
 
 # %% ../../nbs/source/core/00_errors.ipynb #7b118415
 import contextlib
@@ -132,6 +132,26 @@ def system_errors():
     try: yield
     except BadInput: raise
     except OSError as e: raise system_error(e) from e
+
+def cannot(
+    what,                    # a file, a folder, or words for it
+    e: BaseException,        # of the system, or of a library that writes files
+    verb: str = "written",   # or "read"
+    more: str = "",          # what follows from it, for the end of the line
+) -> BadInput:
+    "The error for something that the system did not let be written, or read: what it is, why not, what follows."
+    return BadInput(f"{what} cannot be {verb}: {getattr(e, 'strerror', None) or ' '.join(str(e).split())}{more}")
+
+@contextlib.contextmanager
+def writing(
+    what,            # what is written inside, for the message
+    more: str = "",  # as of `cannot`
+    also: tuple = (),   # further classes of errors, as libraries raise them for a full disk
+):
+    "Inside this context, what the system refuses becomes one line that names what was to be written."
+    try: yield
+    except BadInput: raise
+    except (OSError, *also) as e: raise cannot(what, e, more=more) from e
 
 def _working_folder_exists() -> bool:
     try: return bool(os.getcwd())

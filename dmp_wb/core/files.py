@@ -18,7 +18,7 @@ import stat
 import unicodedata
 from pathlib import Path
 
-from .errors import BadInput, MissingFile
+from .errors import BadInput, cannot, MissingFile
 
 # %% ../../nbs/source/core/01_files.ipynb #7e2b90c4
 def has_controls(text: str) -> bool:
@@ -140,7 +140,7 @@ def read_regular(
                 raise BadInput(f"{path} has {found.st_size:,} bytes: expected at most {limit:,}")
             return f.read(limit if tail is None else tail)
     except (FileNotFoundError, NotADirectoryError): raise MissingFile(f"no file {path}") from None
-    except OSError as e: raise BadInput(f"{path} cannot be read: {e.strerror or e}") from None
+    except OSError as e: raise cannot(path, e, "read") from None
 
 def _need_regular(path, mode: int):
     if stat.S_ISREG(mode): return

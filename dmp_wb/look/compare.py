@@ -23,6 +23,7 @@ from ..core.settings import DataConfig
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables
+from ..diffusion.predict import predict
 from ..diffusion.schedules import timestep_intervals
 from ..evaluation.distances import frechet_bootstrap
 from ..evaluation.draw import draw, Drawn
@@ -32,7 +33,6 @@ from ..evaluation.statistics import reference_statistics
 from .tables import Cell, Compared, config_in_use, html_table, written
 from ..methods.base import methods_of, Panel
 from ..models.anatomy import model_inputs
-from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run
 
 # %% ../../nbs/source/look/03_compare.ipynb #03d10fd3
@@ -103,7 +103,7 @@ def mse_by_timestep(
             g = torch.Generator().manual_seed(seed_of(seed, "mse by timestep", start, k))
             noise = torch.randn(x0.shape, generator=g).to(device)
             t = (first + torch.rand(len(index), generator=g) * (last - first + 1)).long().clamp(max=last).to(device)
-            out = backbone(tables.add_noise(x0, noise, t), timestep=tables.model_timestep(t), **{name: batch[name] for name in inputs if name in batch}).sample
+            out = predict(backbone, {**batch, "noise": noise, "timesteps": t}, tables, inputs)
             sums[k] += diffusion_losses(out, x0, noise, t, tables, "constant", exp.objective.prediction_type)["mse"].double().sum().cpu()
     return spans, (sums / n).float()
 

@@ -20,6 +20,7 @@ from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import ScheduleConfig
 from ..diffusion.objectives import diffusion_losses, make_tables
+from ..diffusion.predict import predict
 from ..diffusion.schedules import timestep_intervals
 from .intervals import interval_of
 
@@ -67,8 +68,9 @@ def task_affinity(
                 g = torch.Generator().manual_seed(seed_of(seed, "affinity", start))   # of the images, not of the group
                 noise = torch.randn(x.shape, generator=g).to(device)
                 t = (first + torch.rand(len(x), generator=g) * (last - first + 1)).long().clamp(max=last).to(device)
-                labels = {} if class_labels is None else {"class_labels": class_labels[start:start + batch_size].to(device)}
-                out = model(tables.add_noise(x, noise, t), timestep=tables.model_timestep(t), **labels).sample
+                batch = {"images": x, "noise": noise, "timesteps": t}
+                if class_labels is not None: batch["class_labels"] = class_labels[start:start + batch_size].to(device)
+                out = predict(model, batch, tables, ["class_labels"])
                 (diffusion_losses(out, x, noise, t, tables, weighting, prediction_type)["loss"].sum() / len(x0)).backward()
                 bar.update(len(x))
             grads = {n: p.grad.detach() for n, p in params.items() if p.grad is not None}
