@@ -111,10 +111,9 @@ class Router(Method):
 
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
         "A mask for each width of the model's blocks."
-        c, t = self.config, torch.as_tensor(timesteps)
-        words = f"β = {c.sharing_ratio:g}, " + (f"α = {c.alpha:g}" if c.kind == "dtr" else f"{c.kind}, seed {c.seed}")
+        t = torch.as_tensor(timesteps)
         widths = sorted({*anatomy_of(self.model).block_widths(self.model)})
-        return [Panel("mask", f"{w} channels", self.masks(t, w), t, caption=words) for w in widths]
+        return [Panel("mask", f"{w} channels", self.masks(t, w), t, caption=self.config.words) for w in widths]
 
 def route(
     model: nn.Module,                 # a supported backbone, wrapped or not; changed in place

@@ -80,7 +80,7 @@ class PromptTuningConfig(DMPConfig):
         super().check()
         if self.gate_input != "none": raise BadInput(f"gate_input is {self.gate_input!r}: expected 'none' for prompt tuning, or the method dmp")
 
-# %% ../../nbs/source/methods/00_settings.ipynb #58389725
+# %% ../../nbs/source/methods/00_settings.ipynb #6892a5f1
 KINDS = ("dtr", "random")
 
 @dataclass
@@ -102,6 +102,11 @@ class DTRConfig:
         if self.kind not in KINDS: raise unknown("kind of route", self.kind, KINDS)
         if not isinstance(self.seed, int): raise BadInput(f"seed is {self.seed!r}: expected a whole number")
         if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
+
+    @property
+    def words(self) -> str:
+        "What decides the masks, for a title."
+        return f"β = {self.sharing_ratio:g}, " + (f"α = {self.alpha:g}" if self.kind == "dtr" else f"{self.kind}, seed {self.seed}")
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."

@@ -202,7 +202,7 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_fold
 
 def test_run_colours_are_those_of_the_methods():
     colours = viz.run_colours({"a": "dmp", "b": "dmp", "c": "finetune", **{f"r{i}": "pretrain" for i in range(12)}})
-    assert (colours["a"] == viz.METHOD_COLOURS["dmp"] and colours["c"] == viz.METHOD_COLOURS["finetune"]
+    assert (colours["a"] == viz.method_colour("dmp") and colours["c"] == viz.method_colour("finetune")
             and colours["b"] != colours["a"] and len(set(colours.values())) == 11)
     assert viz.method_label("dmp") == "DMP" and viz.method_label("dmp", {"dmp": "#000"}) == "dmp"
 
