@@ -53,18 +53,18 @@ test: test-notebooks test-python  ## all tests: every notebook, then pytest
 
 test-notebooks: $(READY)  ## run every notebook as a test
 	@echo "== notebooks (nbdev_test)"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing  # two workers with two threads each would fight over two cores
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing  # two workers with two threads each would fight over two cores
 
 test-python: $(READY)  ## pytest
 	@echo "== pytest"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
 
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff and mypy are content
 	@$(BIN)/python tools/check_sources.py
 
 docs: $(READY)  ## the site, from the notebooks, in _docs/
 	@echo "== building the site"
-	@OMP_NUM_THREADS=1 $(BIN)/python docs/build.py
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/build.py
 
 serve-docs: $(READY)  ## look at the site in a browser
 	@test -d _docs || $(MAKE) --no-print-directory docs

@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from .core.errors import BadInput, one_line_errors, printable, unknown
-from .core.paths import expanded, runs_root, safe_path
+from .core.paths import expanded, passive_waiting, runs_root, safe_path
 
 # %% ../nbs/source/cli/00_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -446,5 +446,6 @@ def compare(
 # %% ../nbs/source/cli/00_cli.ipynb #1f742ad9
 def main():
     "The command line; `BadInput` becomes one line."
+    os.environ.update(passive_waiting())
     os.environ["DMP_WB_COMMAND"] = shlex.join(["dmp-wb", *sys.argv[1:]])   # for the page of a run that fails
     with one_line_errors(): app()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'PROJECT_VARIABLE', 'assets_folder', 'shipped_folder', 'foreign', 'project_root', 'short', 'named_files',
-           'runs_root', 'expanded', 'safe_path']
+           'runs_root', 'expanded', 'safe_path', 'passive_waiting']
 
 # %% ../../nbs/source/core/02_paths.ipynb #9ed04aab
 import os
@@ -113,3 +113,9 @@ def safe_path() -> dict[str, str]: # environment variables
     """For a Python process of this package's own:
     it must not take modules from the working folder, which may be anybody's, unless the package itself lies there."""
     return {} if assets_folder().parent.parent == Path.cwd() else {"PYTHONSAFEPATH": "1"}
+
+# %% ../../nbs/source/core/02_paths.ipynb #0a551fe0
+def passive_waiting() -> dict[str, str]: # environment variables
+    """For a process that is about to import torch, which reads them then: its threads sleep while they wait for each
+    other, unless the user's own environment says otherwise. Threads that spin take the cores from all other work."""
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
