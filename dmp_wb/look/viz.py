@@ -33,7 +33,8 @@ ROUTES = LinearSegmentedColormap.from_list("routes", ["#f2f0eb", "#2a6f97"])
 
 def method_words() -> dict[str, tuple[str, str]]: # name → its label and its colour
     "What each method is called on pages, and its colour; fine-tuning and the like among them."
-    return {**TRAINED, **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
+    frozen = next((n for n in method_names() if method_entry(n).freezes), None)   # what "patched" most often means
+    return {**TRAINED, **({"patched": ("patched", method_entry(frozen).colour)} if frozen else {}), **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
 
 def method_colour(name: str, index: int = 0, colours: Mapping[str, str] | None = None) -> str:
     "The colour of a method or run."
@@ -285,7 +286,7 @@ def film_strip(
     for i, (name, v) in enumerate(images.items()):
         for j in range(k): _show_image(axes[i, j], v[j])
         axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10,
-                              color=method_colour("dmp" if name == "patched" else name, i), fontweight="bold")
+                              color=method_colour(name, i), fontweight="bold")
     for j, t in enumerate(timesteps): axes[0, j].set_title(f"t = {int(t)}", fontsize=9)
     if difference:
         change = [images[difference[1]][j].mean(0) - images[difference[0]][j].mean(0) for j in range(k)]
