@@ -12,7 +12,8 @@ PACKAGE = Path(wb.__file__).parent
 WINGS = ("core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation",
          "batch", "look", "cli")
 ROOMS = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")
-         if path.name not in ("__init__.py", "_modidx.py", "_names.py") and path.parent != PACKAGE or path.name == "cli.py"}
+         if path.name not in ("__init__.py", "_modidx.py", "_names.py") and path.parent != PACKAGE
+         or path.name == "cli.py"}
 
 
 def imported(room: str, path: Path, everywhere: bool = False) -> set[str]:
@@ -49,20 +50,23 @@ def test_rooms_import_each_other_in_no_circle():
 def strings_and_names(path: Path) -> set[str]:
     "Identifiers, attributes and texts of a module's code, without its docstrings."
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
-    docs = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
+    docs = {id(node.body[0].value)
+            for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
             and node.body and isinstance(node.body[0], ast.Expr)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Name): found.add(node.id)
         elif isinstance(node, ast.Attribute): found.add(node.attr)
         elif isinstance(node, ast.ImportFrom): found |= {f"{node.module}.{a.name}" for a in node.names}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs: found.add(node.value)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            found.add(node.value)
     return found
 
 
 @pytest.mark.parametrize("wing", [w for w in WINGS if w not in ("methods", "cli")])
 def test_no_room_outside_methods_names_a_method(wing):
     names = {n for n in method_names() if method_entry(n).method.__class__ is str}
-    classes = {method_entry(n).method.partition(":")[2] for n in names} | {method_entry(n).config.__name__ for n in names}
+    classes = {method_entry(n).method.partition(":")[2] for n in names} | {method_entry(n).config.__name__
+                                                                           for n in names}
     rooms = {method_entry(n).method.partition(":")[0].rpartition(".")[2] for n in names}
     told = []
     for room, path in ROOMS.items():
