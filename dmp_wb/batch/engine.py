@@ -19,6 +19,7 @@ from .kernels import _forked_kernel
 from .page import write_page
 from ..core.files import check_plain
 from ..core.bars import mirror, PROGRESS_MIME, write_progress
+from ..core.paths import passive_waiting
 
 # %% ../../nbs/source/batch/03_engine.ipynb #5834bcf2
 RUN_VARIABLE = "DMP_WB_RUN"        # tells the kernel the folder of the output notebook
@@ -170,7 +171,8 @@ def _engine():
                         if main else {})
             before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
             try:
-                with _environment(**({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {})):
+                with _environment(**passive_waiting(),
+                                  **({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {})):
                     try: client.execute()
                     except DeadKernelError:
                         # papermill asks it for its language at the end; the cell has the error already

@@ -26,6 +26,7 @@ from .slurm import queue_again
 from .state import FAILED, read_state, RUNNING, RunState, STOPPED, WAITING, write_state
 from ..core.errors import printable
 from ..core.files import open_to_append
+from ..core.paths import passive_waiting
 from ..core.processes import locked, process_alive
 
 # %% ../../nbs/source/batch/08_worker.ipynb #77bd5220
@@ -34,6 +35,7 @@ GRACE = 30.0   # seconds that a notebook has to stop in, before it is killed
 def warm(notebook: Path):
     """Import what a notebook uses of this package, torch and diffusers
     with it, so that every kernel forked from now on has it."""
+    os.environ.update(passive_waiting())   # torch is imported here, for all kernels
     # asking whether there is a GPU must not start CUDA before the fork
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # as ipykernel does, but before matplotlib is imported

@@ -25,7 +25,8 @@ from dmp_wb.methods.files import (
 )
 from .hooks import attach, Call, hooks_of, is_offloaded, Scoped
 from dmp_wb.methods.patches import (
-    _chosen_dtype, _notice_missing, PATCH_NAME, Patches, _PATCHES, patches_of, unpatch, unwrap_for_patch, WRAPPED_METHODS,
+    _chosen_dtype, _notice_missing, PATCH_NAME, Patches, _PATCHES, patches_of, unpatch, unwrap_for_patch,
+    WRAPPED_METHODS,
 )
 from .prompts import Tables
 from .settings import DMPConfig, PromptTuningConfig
@@ -48,7 +49,8 @@ class OnPasses(Tables):
         t, table, load = call.timestep.to(call.device), self.tables.value, None
         if table is not None and not self.training: gates, prompts = self._look_up(t, table), self(None, 0, False)[2]
         else:
-            if self.training: t = t.expand(call.batch)   # in training every sample has its own noise and its part in the balance
+            # in training every sample has its own noise and its part in the balance
+            if self.training: t = t.expand(call.batch)
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
         call.state[self.key] = gates, prompts
         self.newest.left = self.threads.here.left = gates, load
@@ -59,7 +61,8 @@ class OnPasses(Tables):
         if self.config.mode == "prepend":
             others = [o for o in call.operations if isinstance(o, OnPasses) and o.config.mode == "prepend"]
             if len(others) > 1:
-                raise BadInput("two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
+                raise BadInput(
+                    "two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
             if call.leading is not None and any(isinstance(n, tuple) for n in call.leading):
                 raise BadInput("mode is 'prepend' and the texts of this batch have different lengths: "
                                "expected equal ones, or a patch with mode 'add'")
@@ -69,9 +72,12 @@ class OnPasses(Tables):
 
     def _other_size(self, grid: Size, position: int) -> BadInput:
         size = lambda g: f"{math.prod(g)} tokens ({' × '.join(map(str, g))})"
-        return BadInput(f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for {size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
+        return BadInput(
+            f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for "
+            f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
 
-    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]: # [B or 1, n, 1], [n, D], as x
+    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[
+            torch.Tensor, torch.Tensor]:   # [B or 1, n, 1], [n, D], as x
         position = self.blocks.index(index)
         gates, pools = call.state[self.key]
         n = self.counts[position]
@@ -86,13 +92,15 @@ class Adding(OnPasses):
         n, first = len(prompts), call.longest_text_before(index) + call.prompts
         grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first,)
         tokens = math.prod(grid)
-        if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]): raise self._other_size(grid, position)
+        if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]):
+            raise self._other_size(grid, position)
         if n == tokens and first == 0 and x.ndim == 3: return torch.addcmul(x, gate, prompts)
         added = gate * prompts
         if n < tokens: added = added[:, torch.arange(tokens, device=x.device) * n // tokens]
         if x.ndim == 4: return x + added.transpose(1, 2).unflatten(2, x.shape[2:])
         if isinstance(text, tuple):   # every sample's image where its own text ends
-            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin)) for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
+            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin))
+                                for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
         return x + F.pad(added, (0, 0, first, 0))
 
 # %% ../../nbs/source/methods/09_dmp.ipynb #63d07d61
@@ -106,7 +114,9 @@ class OnBlocks(Adding):
         if index in self.blocks:
             gate, prompts = self._prompts_of(index, x, call)
             lead: torch.Tensor | None = (gate * prompts).expand(len(x), -1, -1)
-        else:   # beyond the depth they go on as the last block left them; a block that a checkpoint runs again gets the same once more
+        else:
+            # beyond the depth they go on as the last block left them;
+            # a block that a checkpoint runs again gets the same once more
             if call.runs(): call.entered[index] = call.left
             lead = call.entered[index]
         call.prompts = 0 if lead is None else self.num_prompts
@@ -123,7 +133,8 @@ class OnBlocks(Adding):
 # %% ../../nbs/source/methods/09_dmp.ipynb #63d07d62
 class AsMethod(OnBlocks, Method):
     "The protocol of a method."
-    Config, freezes, folder = DMPConfig, True, "patch"   # its files in a run folder are where they have been since format 1
+    # its files in a run folder are where they have been since format 1
+    Config, freezes, folder = DMPConfig, True, "patch"
 
     def losses(self) -> dict[str, tuple[torch.Tensor, float]]:
         "The balance losses of the gate, and their weights."
@@ -144,7 +155,8 @@ class AsMethod(OnBlocks, Method):
         return self.baked(timesteps) if self.config.gate_input == "timestep" else contextlib.nullcontext(self)
 
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
-        "The gates; those of a class, where the gate looks at the class. Raises `BadInput` for a gate that looks at text."
+        """The gates; those of a class, where the gate looks at the class.
+        Raises `BadInput` for a gate that looks at text."""
         if not self.gated: return []
         t = torch.as_tensor(timesteps)
         classes = "condition" in self.config.gate_input and anatomy_of(self.model).num_classes(self.model)
@@ -203,13 +215,15 @@ class PromptPatch(AsMethod, Shared):
 
     def remove(self): unpatch(self.model, self.name)
 
-    def save(self, folder: str | Path, state_dict=None) -> Path: return save_patch(self.model, folder, state_dict, self.name)
+    def save(self, folder: str | Path, state_dict=None) -> Path:
+        return save_patch(self.model, folder, state_dict, self.name)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path) -> "PromptPatch": return load_patch(model, folder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default", **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default",
+                        **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
         "`load_patch`, under the name that the hub's users know."
         return load_patch(model, pretrained_model_name_or_path, name, **hub)
 
@@ -220,27 +234,37 @@ class PromptTuning(PromptPatch):
 
 # %% ../../nbs/source/methods/09_dmp.ipynb #63d07d65
 def patch(
-    model: nn.Module,                 # a supported backbone (see `supported_models`); changed in place
-    config: DMPConfig | None = None,  # the paper's settings if None
-    name: str = "default",            # of this patch on this model
-    dtype: torch.dtype | None = None, # of the patch's numbers; None: float32, in which small steps count, whatever the backbone's
+        model: nn.Module,   # a supported backbone (see `supported_models`); changed in place
+        config: DMPConfig | None = None,   # the paper's settings if None
+        name: str = "default",   # of this patch on this model
+        # of the patch's numbers; None: float32, in which small steps count, whatever the backbone's
+        dtype: torch.dtype | None = None,
 ) -> PromptPatch:
-    """Freeze a backbone and hang a fresh patch on it; with zero init its outputs are those of the frozen backbone, to the bit, until the patch is trained.
+    """Freeze a backbone and hang a fresh patch on it;
+    with zero init its outputs are those of the frozen backbone, to the bit, until the patch is trained.
     What peft put into the model (a LoRA) goes on training.
 
-    Raises `BadInput` if there is a patch of that name already, if the config does not fit the model, or if the model is inside a wrapper
+    Raises `BadInput` if there is a patch of that name already, if the
+    config does not fit the model, or if the model is inside a wrapper
     that has taken the parameters it trains already, as DistributedDataParallel has; the model is then as it was.
     """
     model = unwrap_for_patch(model)
-    if name in patches_of(model): raise BadInput(f"this {type(model).__name__} is patched already by a patch named {name!r}: unpatch it first, or give another name")
+    if name in patches_of(model):
+        raise BadInput(f"this {type(model).__name__} is patched already by a patch named {name!r}: unpatch it first, "
+                       "or give another name")
     patches = model._modules.get(PATCH_NAME) or Patches()
-    if not isinstance(patches, Patches): raise BadInput(f"this {type(model).__name__} has a part of its own named {PATCH_NAME!r}: expected none, patches go there")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name): raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
+    if not isinstance(patches, Patches):
+        raise BadInput(
+            f"this {type(model).__name__} has a part of its own named {PATCH_NAME!r}: expected none, patches go there")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name):
+        raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
     dtype = _chosen_dtype(dtype, model)
     config = config or DMPConfig()
     p = (PromptTuning if config.gate_input == "none" else PromptPatch)(model, config, name)
     first = next(model.parameters())
-    device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(model, "device", first.device)   # with group offloading where the model computes
+    # with group offloading where the model computes
+    device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(
+        model, "device", first.device)
     p.to(device=device, dtype=dtype)
     p.train(model.training)
     attach(model, p)
@@ -267,28 +291,37 @@ def load_patch(
     dtype: torch.dtype | None = None,  # as in `patch`
     **hub,               # for a repository: revision, token, cache_dir, local_files_only, force_download
 ) -> PromptPatch: # in eval mode
-    """Put a saved patch on a model. Raises `MissingFile` or `BadInput`, leaving the model as it was, if it does not fit or is damaged.
+    """Put a saved patch on a model. Raises `MissingFile` or `BadInput`,
+    leaving the model as it was, if it does not fit or is damaged.
 
     Warns where the model has other weights than the one that the patch was made for.
     """
     folder = _patch_folder(folder, hub)
     facts, config = read_config(folder)
     made_for, model, cls = facts["base_model"], unwrap_for_patch(model), type(unwrap_model(model)).__name__
-    here = {"class": cls} if made_for.get("class") != cls else _base_facts(model, config)   # another class may not even take the input size
-    differs = [f"{k} {_short(made_for.get(k))} there, {here[k]} here" for k in ("class", "num_blocks", "grid_size", "width", "embedding_width") if k in here and made_for.get(k) != here[k]]
+    # another class may not even take the input size
+    here = {"class": cls} if made_for.get("class") != cls else _base_facts(model, config)
+    differs = [f"{k} {_short(made_for.get(k))} there, {here[k]} here"
+               for k in ("class", "num_blocks", "grid_size", "width", "embedding_width")
+               if k in here and made_for.get(k) != here[k]]
     if differs: raise BadInput(f"{folder} was made for another backbone: {'; '.join(differs)}")
     weights = read_weights(folder / WEIGHTS_FILE)
     others = other_weights(made_for, model)
     p = _put(model, config, weights, str(folder / WEIGHTS_FILE), name, dtype)
-    if others: warnings.warn(f"the patch of {folder} was made on other weights than this {cls} has: expected those with fingerprint {others[0]}, found {others[1]}", stacklevel=2)
+    if others:
+        warnings.warn(f"the patch of {folder} was made on other weights than this {cls} has: expected those with "
+                      f"fingerprint {others[0]}, found {others[1]}", stacklevel=2)
     return p
 
-def _put(model: nn.Module, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str, name: str, dtype: torch.dtype | None) -> PromptPatch:
+def _put(model: nn.Module, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str, name: str,
+         dtype: torch.dtype | None) -> PromptPatch:
     "A patch with these weights on a model, or an error that leaves the model alone."
     model = unwrap_for_patch(model)
     with torch.device("meta"): expected = {k: v.shape for k, v in PromptPatch(model, config).state_dict().items()}
-    used = [d for d in (getattr(model, "dtype", None), _chosen_dtype(dtype, model)) if d is not None and d.is_floating_point]
-    _check_weights(weights, expected, min(used, key=lambda d: torch.finfo(d).max), origin)   # what blocks compute in, or what is kept
+    used = [d for d in (getattr(model, "dtype", None), _chosen_dtype(dtype, model))
+            if d is not None and d.is_floating_point]
+    # what blocks compute in, or what is kept
+    _check_weights(weights, expected, min(used, key=lambda d: torch.finfo(d).max), origin)
     p = patch(model, config, name, dtype).eval()
     p.load_state_dict(weights)
     return p

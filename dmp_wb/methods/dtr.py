@@ -47,7 +47,8 @@ class Routing(Method):
         self.scale = anatomy.timestep_scale(model)
         self.mask = make_mask(self.config, {*anatomy.block_widths(model)})
 
-    def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]: return list(enumerate(anatomy_of(model).routed(model)))
+    def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
+        return list(enumerate(anatomy_of(model).routed(model)))
 
     def start(self, call: Call):
         "Timesteps as the mask takes them; no mask is made before a block asks."
@@ -82,7 +83,8 @@ class Router(Routing):
     def masks(self, timesteps, width: int) -> torch.Tensor: # [T, width]
         "The masks that act in a block of this width."
         t = torch.as_tensor(timesteps).reshape(-1)
-        if not (t >= 0).all(): raise BadInput(f"timestep {t[~(t >= 0)][0].item():g} is out of range: expected 0 or more")
+        if not (t >= 0).all():
+            raise BadInput(f"timestep {t[~(t >= 0)][0].item():g} is out of range: expected 0 or more")
         of_mask = next(self.mask.parameters(), t) if isinstance(self.mask, nn.Module) else t
         with torch.no_grad(): return self.mask(t.to(of_mask.device), width).float().cpu()
 
@@ -104,7 +106,8 @@ def route(
     model: nn.Module,                 # a supported backbone, wrapped or not; changed in place
     config: DTRConfig | None = None,  # the paper's settings if None
 ) -> Router:
-    "Send every timestep through its own channels of a model's blocks. Raises `BadInput` if the model is routed already or the settings make no sense."
+    """Send every timestep through its own channels of a model's blocks.
+    Raises `BadInput` if the model is routed already or the settings make no sense."""
     model = unwrap_model(model)
     if get_router(model) is not None: raise BadInput(f"this {type(model).__name__} is routed already: unroute it first")
     config = config or DTRConfig()
@@ -117,13 +120,15 @@ def route(
 def get_router(model: nn.Module) -> Router | None:
     "The route on a model; None if there is none."
     model = unwrap_model(model)
-    return next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None) if hasattr(model, HOOKS_NAME) else None
+    return (next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None)
+            if hasattr(model, HOOKS_NAME) else None)
 
 def unroute(model: nn.Module) -> nn.Module: # as it was given
     "Take the route off: the model is what it was."
     backbone, router = unwrap_model(model), get_router(model)
     if router is None:
         inside = backbones_inside(backbone)
-        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
+        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (
+            f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
     router.remove()
     return model

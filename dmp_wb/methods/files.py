@@ -31,7 +31,8 @@ from .weights import fingerprints_by_dtype
 from ..models.backbones import anatomy_of
 
 # %% ../../nbs/source/methods/08_files.ipynb #c776555d
-CONFIG_FILE, WEIGHTS_FILE, KEPT_FILES = "adapter_config.json", "adapter_model.safetensors", ("README.md", ".gitattributes")
+CONFIG_FILE, WEIGHTS_FILE, KEPT_FILES = ("adapter_config.json", "adapter_model.safetensors",
+                                         ("README.md", ".gitattributes"))
 # settings that came after version 0.1.0: where they are as usual, files and plans are those of that version
 LATER = ("gate", "gate_hidden")
 
@@ -45,8 +46,10 @@ def settings_of(config: DMPConfig) -> dict:
 def _base_facts(model: nn.Module, config: DMPConfig) -> dict:
     "What a patch needs to fit: the class and its shapes; and which model it was, where that is known."
     a = anatomy_of(model)
-    same = lambda values: values[0] if len({str(v) for v in values}) == 1 else values   # one for all blocks, where they agree
-    facts = {"class": type(model).__name__, "num_blocks": len(a.blocks(model)), "grid_size": same([list(g) for g in a.block_grids(model, config.input_size)]),
+    # one for all blocks, where they agree
+    same = lambda values: values[0] if len({str(v) for v in values}) == 1 else values
+    facts = {"class": type(model).__name__, "num_blocks": len(a.blocks(model)),
+             "grid_size": same([list(g) for g in a.block_grids(model, config.input_size)]),
              "width": same(a.block_widths(model)), "embedding_width": a.embedding_width(model)}
     return facts | _origin(model)
 
@@ -67,20 +70,26 @@ def _short(value) -> str:
 def _check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Size], dtype: torch.dtype, origin: str):
     "Raise `BadInput` unless these are the tensors of a patch, finite in the precision they will be used in."
     if {k: v.shape for k, v in weights.items()} != expected:
-        raise BadInput(f"{origin} holds {_short({k: tuple(v.shape) for k, v in weights.items()})}: expected {_short({k: tuple(v) for k, v in expected.items()})}")
+        raise BadInput(f"{origin} holds {_short({k: tuple(v.shape) for k, v in weights.items()})}: expected "
+                       f"{_short({k: tuple(v) for k, v in expected.items()})}")
     for key, tensor in weights.items():
-        if not tensor.is_floating_point(): raise BadInput(f"{origin}: tensor {key!r} is {tensor.dtype}: expected floating point")
-        if not tensor.to(dtype).isfinite().all(): raise BadInput(f"{origin}: tensor {key!r} holds NaN or infinite values, or some beyond {dtype}")
+        if not tensor.is_floating_point():
+            raise BadInput(f"{origin}: tensor {key!r} is {tensor.dtype}: expected floating point")
+        if not tensor.to(dtype).isfinite().all():
+            raise BadInput(f"{origin}: tensor {key!r} holds NaN or infinite values, or some beyond {dtype}")
 
 # %% ../../nbs/source/methods/08_files.ipynb #3efcc914
 def _write_files(p: Any, folder: Path, weights: dict[str, torch.Tensor] | None = None):
     from dmp_wb import __version__
     with weights_loaded(p.model, *p.modules()):   # copies: memory that a hook lends is taken back
-        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
-    _check_weights(weights, {k: v.shape for k, v in type(p)(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
+        weights = {k: v.detach().to("cpu", copy=True).contiguous()
+                   for k, v in (p.state_dict() if weights is None else weights).items()}
+    _check_weights(weights, {k: v.shape for k, v in type(p)(p.model, p.config).state_dict().items()},
+                   p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **settings_of(p.config),
-                                       "base_model": _base_facts(p.model, p.config) | ({"fingerprint": known} if (known := fingerprints_by_dtype(p.model)) else {})})
+                                      "base_model": _base_facts(p.model, p.config)
+                                      | ({"fingerprint": known} if (known := fingerprints_by_dtype(p.model)) else {})})
 
 @contextlib.contextmanager
 def _one_line(folder: Path):
@@ -100,13 +109,15 @@ def save_patch(
 ) -> Path:
     """Write a patch as `adapter_config.json` and `adapter_model.safetensors`.
 
-    Raises `BadInput` for a folder that holds something else, weights that could not be loaded again, and a disk that is full or read-only;
+    Raises `BadInput` for a folder that holds something else, weights
+    that could not be loaded again, and a disk that is full or read-only;
     an older patch there is then untouched.
     """
     p, folder = get_patch(model, name), expanded(folder)
     with _one_line(folder):
         theirs = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-        if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES} or theirs and CONFIG_FILE not in theirs):
+        if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES}
+                                or theirs and CONFIG_FILE not in theirs):
             raise BadInput(f"{folder} exists and is not a patch folder: expected a new name")
         with weights_loaded(p.model, *p.modules()), atomic_folder(folder) as tmp:
             for extra in theirs & set(KEPT_FILES): shutil.copy2(folder / extra, tmp / extra)
@@ -118,21 +129,31 @@ def _patch_folder(folder: str | Path, hub: dict) -> Path:
     "A local folder, or the files of a repository on the hub."
     path = expanded(folder)
     if path.is_dir(): return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir(): raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the id of one on the hub")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir():
+        raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the "
+                          "id of one on the hub")
     try: return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
-    except (OSError, ValueError) as e: raise MissingFile(f"no patch folder {folder}, and the hub gave none of that id: {' '.join(str(e).split())[:200]}") from None
+    except (OSError, ValueError) as e:
+        raise MissingFile(f"no patch folder {folder}, and the hub gave none of that id: "
+                          f"{' '.join(str(e).split())[:200]}") from None
 
 # %% ../../nbs/source/methods/08_files.ipynb #3efcc916
 def read_config(folder: Path) -> tuple[dict, DMPConfig]:
     file = folder / CONFIG_FILE
     facts = read_json(file)
-    if not isinstance(facts, dict) or facts.get("method") != "dmp": raise BadInput(f"{file} has method {_short(repr(facts.get('method') if isinstance(facts, dict) else facts))}: expected 'dmp'")
-    if not isinstance(facts.get("base_model"), dict): raise BadInput(f"{file} has base_model {_short(repr(facts.get('base_model')))}: expected the facts of the model it was made for")
+    if not isinstance(facts, dict) or facts.get("method") != "dmp":
+        raise BadInput(f"{file} has method {_short(repr(facts.get('method') if isinstance(facts, dict) else facts))}: "
+                       "expected 'dmp'")
+    if not isinstance(facts.get("base_model"), dict):
+        raise BadInput(f"{file} has base_model {_short(repr(facts.get('base_model')))}: expected the facts of the "
+                       "model it was made for")
     names = {f.name for f in dataclasses.fields(DMPConfig)}
     for key in facts:
-        if key not in names | {"method", "dmp_wb_version", "base_model"}: raise unknown(f"key in {file}", _short(key), names)
+        if key not in names | {"method", "dmp_wb_version", "base_model"}:
+            raise unknown(f"key in {file}", _short(key), names)
     for key, value in facts.items():
-        if key in names and len(text := str(value)) > 4000: raise BadInput(f"{file}: {key} is {_short(text)}: expected a shorter value")
+        if key in names and len(text := str(value)) > 4000:
+            raise BadInput(f"{file}: {key} is {_short(text)}: expected a shorter value")
     config = DMPConfig(**{k: v for k, v in facts.items() if k in names})
     load_plugins()   # which may register its gate
     try: config.check()
@@ -143,7 +164,8 @@ def read_config(folder: Path) -> tuple[dict, DMPConfig]:
 def read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file(): raise MissingFile(f"no file {file}: expected the weights of the patch")
     try: return load_file(file)
-    except (OSError, SafetensorError, ValueError) as e: raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+    except (OSError, SafetensorError, ValueError) as e:
+        raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
 
 # %% ../../nbs/source/methods/08_files.ipynb #63d07d6e
 CARD = """---
@@ -176,12 +198,17 @@ class Shared(ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "pa
         "The README of a pushed patch: what it fits, how to load it, its settings."
         me: Any = self
         base, c = _base_facts(me.model, me.config), me.config
-        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), **({"base_model": base["id"]} if base.get("id") else {})})
-        method = {"none": "prompt tuning, the paper's baseline"}.get(c.gate_input, f"prompts in {me.num_blocks} blocks, mixed by a gate on the {c.gate_input}")
+        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(),
+                                **({"base_model": base["id"]} if base.get("id") else {})})
+        method = {"none": "prompt tuning, the paper's baseline"}.get(
+            c.gate_input, f"prompts in {me.num_blocks} blocks, mixed by a gate on the {c.gate_input}")
         repo = kwargs.get("repo_id", "owner/name")
-        return ModelCard.from_template(data, template_str=CARD, title=repo.split("/")[-1], repo=repo, method=method, base=base, parameters=f"{sum(p.numel() for p in me.parameters()):,}",
-                                       part="unet" if "UNet" in base["class"] else "transformer", settings={k: v for k, v in settings_of(c).items() if v is not None})
+        return ModelCard.from_template(data, template_str=CARD, title=repo.split("/")[-1], repo=repo, method=method,
+                                       base=base, parameters=f"{sum(p.numel() for p in me.parameters()):,}",
+                                       part="unet" if "UNet" in base["class"] else "transformer",
+                                       settings={k: v for k, v in settings_of(c).items() if v is not None})
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         "Upload the patch with its model card to a repository on the hub; see `ModelHubMixin.push_to_hub`."
-        return super().push_to_hub(repo_id, **{**kwargs, "model_card_kwargs": {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}})
+        return super().push_to_hub(
+            repo_id, **{**kwargs, "model_card_kwargs": {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}})

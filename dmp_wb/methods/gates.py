@@ -33,7 +33,8 @@ def probability_in_top_k(
     std: torch.Tensor,    # [..., n] of the noise
     k: int,               # 1…n−1
 ) -> torch.Tensor: # [..., n]
-    "The probability of each entry to be among the k largest if its own noise were drawn again (1701.06538, appendix A)."
+    """The probability of each entry to be among the k largest if
+    its own noise were drawn again (1701.06538, appendix A)."""
     top = noisy.topk(k + 1, dim=-1).values
     first_out, last_in = top[..., k:], top[..., k - 1:k]
     others = torch.where(noisy > first_out, first_out, last_in)   # the k-th largest of the other entries
@@ -100,7 +101,8 @@ class MLPGate(Gate):
     def __init__(self, width: int, prompts: int, config: DMPConfig | None = None):
         super().__init__(width, prompts, config)
         hidden = (config or DMPConfig()).gate_hidden
-        self.hidden_weight, self.hidden_bias = nn.Parameter(torch.zeros(hidden, width)), nn.Parameter(torch.zeros(hidden))
+        self.hidden_weight, self.hidden_bias = (nn.Parameter(torch.zeros(hidden, width)),
+                                                nn.Parameter(torch.zeros(hidden)))
         self.weight, self.bias = nn.Parameter(torch.zeros(prompts, hidden + 1)), nn.Parameter(torch.zeros(prompts))
 
     def reset_parameters(self, random: bool = False):

@@ -90,5 +90,6 @@ def routing_mask(
     if not (t >= 0).all(): raise BadInput(f"timestep {t[~(t >= 0)][0].item():g} is out of range: expected 0 or more")
     if channels < 1: raise BadInput(f"channels is {channels}: expected at least 1")
     if learned_mask(config):
-        raise BadInput(f"the mask {config.kind!r} is learned: expected the router of a model, as get_router(model).masks gives")
+        raise BadInput(
+            f"the mask {config.kind!r} is learned: expected the router of a model, as get_router(model).masks gives")
     return make_mask(config)(t, channels).float()

@@ -32,7 +32,8 @@ class Patches(nn.ModuleDict):
 
     def __init__(self):
         super().__init__()
-        self.was_trainable: set[str] = set()   # by name: FSDP puts others in the place of parameters, and these would stay in memory
+        # by name: FSDP puts others in the place of parameters, and these would stay in memory
+        self.was_trainable: set[str] = set()
         self.handles: list = []
 
 # %% ../../nbs/source/methods/07_patches.ipynb #5b1c0b11
@@ -49,8 +50,10 @@ def get_patch(
     there, title = patches_of(model), f"this {type(unwrap_model(model)).__name__}"
     if not there:
         inside = backbones_inside(unwrap_model(model))
-        raise BadInput(f"{title} is not patched: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.patch or dmp_wb.load_patch first"))
-    if name is None and len(there) > 1: raise BadInput(f"{title} has the patches {', '.join(there)}: expected the name of one")
+        raise BadInput(f"{title} is not patched: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?"
+                                                      if inside else "call dmp_wb.patch or dmp_wb.load_patch first"))
+    if name is None and len(there) > 1:
+        raise BadInput(f"{title} has the patches {', '.join(there)}: expected the name of one")
     if name is not None and name not in there: raise unknown("patch", name, there)
     return there[name or next(iter(there))]
 
@@ -67,12 +70,15 @@ WRAPPED_METHODS = {"save_pretrained": left_out, "add_adapter": _kept_learning, "
 
 # %% ../../nbs/source/methods/07_patches.ipynb #5b1c0b14
 def _notice_missing(model, state_dict, prefix, *found):
-    "Before a state dict is loaded: a warning where it is a whole one of the model without its patch. Whether that is an error as well is for PyTorch to say."
+    """Before a state dict is loaded: a warning where it is a whole one of the model without its patch.
+    Whether that is an error as well is for PyTorch to say."""
     here = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
-    if not {n for n, _ in model.named_parameters() if not n.startswith(f"{PATCH_NAME}.")} <= here: return   # a LoRA's tensors, or FSDP's pieces
+    # a LoRA's tensors, or FSDP's pieces
+    if not {n for n, _ in model.named_parameters() if not n.startswith(f"{PATCH_NAME}.")} <= here: return
     missing = [name for name in patches_of(model) if not any(k.startswith(f"{PATCH_NAME}.{name}.") for k in here)]
     if missing:
-        warnings.warn(f"the state dict holds no patch {', '.join(map(repr, missing))} of this {type(model).__name__}, which stays as it is: "
+        warnings.warn(f"the state dict holds no patch {', '.join(map(repr, missing))} of this {type(model).__name__}, "
+                      "which stays as it is: "
                       "expected one with it, or load_state_dict(…, strict=False) for a plain model's", stacklevel=6)
 
 # %% ../../nbs/source/methods/07_patches.ipynb #5b1c0b03
@@ -82,15 +88,19 @@ def _chosen_dtype(dtype: torch.dtype | None, model: nn.Module) -> torch.dtype:
         own = getattr(model, "dtype", None) or next(model.parameters()).dtype
         return torch.promote_types(own, torch.float32) if own.is_floating_point and own.itemsize > 1 else torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise BadInput(f"dtype is {dtype!r}: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, or None for what trains well")
+        raise BadInput(f"dtype is {dtype!r}: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, "
+                       "or None for what trains well")
     return dtype
 
 # %% ../../nbs/source/methods/07_patches.ipynb #bbcc9645
 def unwrap_for_patch(model: nn.Module) -> nn.Module:
-    "The backbone to put a patch on. Raises `BadInput` for a model that is none, and for a wrapper that has taken the parameters it trains already."
+    """The backbone to put a patch on. Raises `BadInput` for a model that is
+    none, and for a wrapper that has taken the parameters it trains already."""
     for layer in wrappers_of(model):
-        if {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"} & {cls.__name__ for cls in type(layer).__mro__}:
-            raise BadInput(f"this {type(layer).__name__} has taken the parameters that it trains already: patch the model first, then wrap it")
+        if {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"} & {
+                cls.__name__ for cls in type(layer).__mro__}:
+            raise BadInput(f"this {type(layer).__name__} has taken the parameters that it trains already: patch the "
+                           "model first, then wrap it")
     model = unwrap_model(model)
     anatomy_of(model)
     return model
@@ -100,19 +110,26 @@ _PATCHES: weakref.WeakSet = weakref.WeakSet()      # all of this process, on a m
 _OPTIMIZERS: weakref.WeakSet = weakref.WeakSet()   # those that were looked at
 
 def _tell_idle(optimizer: torch.optim.Optimizer, args, kwargs):
-    "After the first step of any optimiser: a warning if it holds a patch that got no gradient, or nothing but what a patch froze, and so learns nothing."
+    """After the first step of any optimiser:
+    a warning if it holds a patch that got no gradient, or nothing but what a patch froze, and so learns nothing."""
     if optimizer in _OPTIMIZERS: return
     _OPTIMIZERS.add(optimizer)
     held = {id(w): w for group in optimizer.param_groups for w in group["params"]}
     for p in list(_PATCHES):
         mine = [held[id(w)] for w in p.parameters() if id(w) in held]
-        if not mine and not any(w.requires_grad for w in held.values()) and any(id(w) in held for w in p.model.parameters()):   # it was made before the patch
-            warnings.warn(f"an optimiser holds parameters of a patched {type(p.model).__name__}, all of them frozen: expected those of the patch, as patch.parameters() gives", stacklevel=3)
+        # it was made before the patch
+        if not mine and not any(w.requires_grad for w in held.values()) and any(id(w) in held
+                                                                                for w in p.model.parameters()):
+            warnings.warn(f"an optimiser holds parameters of a patched {type(p.model).__name__}, all of them frozen: "
+                          "expected those of the patch, as patch.parameters() gives", stacklevel=3)
             return
         if not mine or any(w.grad is not None for w in mine): continue
-        why = ("its parameters are frozen, as peft's get_peft_model leaves them: expected patch.requires_grad_(True) before the optimiser is made"
-               if not any(w.requires_grad for w in mine) else "it is not on its model any more: expected an optimiser of the patch that is"
-               if p not in patches_of(p.model).values() else "the loss does not depend on it: expected a pass in which it is enabled")
+        why = ("its parameters are frozen, as peft's get_peft_model leaves them: expected patch.requires_grad_(True) "
+               "before the optimiser is made"
+               if not any(w.requires_grad for w in mine)
+               else "it is not on its model any more: expected an optimiser of the patch that is"
+               if p not in patches_of(p.model).values()
+               else "the loss does not depend on it: expected a pass in which it is enabled")
         warnings.warn(f"an optimiser holds the patch {p.name!r}, which learns nothing: {why}", stacklevel=3)
 
 register_optimizer_step_post_hook(_tell_idle)
@@ -122,7 +139,8 @@ def unpatch(
     model: nn.Module,
     name: str | None = None,  # of one patch; all if None
 ) -> nn.Module: # as it was given
-    """Take patches off. With the last one the hooks are gone, and the backbone's parameters that the first patch froze train again,
+    """Take patches off. With the last one the hooks are gone, and
+    the backbone's parameters that the first patch froze train again,
     unless peft has frozen them meanwhile for a LoRA that is still there."""
     gone = [get_patch(model, name)] if name is not None else list(patches_of(model).values()) or [get_patch(model)]
     backbone = unwrap_model(model)
@@ -136,12 +154,14 @@ def unpatch(
         del backbone._modules[PATCH_NAME]
         if parts_of_methods(backbone): leave_out(backbone)
         if not adapter_parameters(backbone):
-            for n, w in backbone.named_parameters(): w.requires_grad_(plain_name(n) in patches.was_trainable or w.requires_grad)
+            for n, w in backbone.named_parameters():
+                w.requires_grad_(plain_name(n) in patches.was_trainable or w.requires_grad)
     return model
 
 # %% ../../nbs/source/methods/07_patches.ipynb #bbcc9644
 def use_patches(model: nn.Module, *names: str):
-    """Switch: exactly the patches of these names act from now on, in all threads; a forward pass that is under way goes on as it began.
+    """Switch: exactly the patches of these names act from now on, in all threads;
+    a forward pass that is under way goes on as it began.
 
     Raises `BadInput` for an unknown name or a model without patches, and changes nothing then.
     """
@@ -154,7 +174,8 @@ def patch_disabled(
     model: nn.Module,
     name: str | None = None,  # of one patch; all if None
 ):
-    "Inside this context the model acts as if it were not patched: for the thread or asyncio task that is inside, as with `torch.no_grad`."
+    """Inside this context the model acts as if it were not patched:
+    for the thread or asyncio task that is inside, as with `torch.no_grad`."""
     off = [get_patch(model, name)] if name is not None else list(patches_of(model).values()) or [get_patch(model)]
     with contextlib.ExitStack() as stack:
         for p in off: stack.enter_context(p.off.set(True))

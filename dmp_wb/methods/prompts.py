@@ -51,7 +51,8 @@ def layout(model: nn.Module, config: DMPConfig) -> Layout:
     counts = [config.num_prompts or math.prod(grids[i]) for i in blocks]
     found = Layout(blocks, [grids[i] for i in blocks], counts, [widths[i] for i in blocks])
     if config.mode == "prepend" and not anatomy.any_length:
-        raise BadInput(f"mode is 'prepend': expected 'add', the blocks of {type(model).__name__} take a fixed number of tokens")
+        raise BadInput(
+            f"mode is 'prepend': expected 'add', the blocks of {type(model).__name__} take a fixed number of tokens")
     for i, tokens, n in zip(blocks, found.tokens, counts):
         if config.mode == "add" and n > tokens:
             raise BadInput(f"num_prompts is {n}: expected at most {tokens}, the tokens of block {i}, in add mode")
@@ -72,8 +73,9 @@ def _as_they_are(p: torch.Tensor) -> torch.Tensor:
 def make_prompts(shapes: Sequence[tuple[int, int]]) -> nn.Parameter | Prompts:
     "Prompts of these shapes, zero: one tensor where all are alike. Raises `BadInput` for more than any memory holds."
     if (numbers := sum(n * width for n, width in shapes)) > LARGEST:
-        raise BadInput(f"the prompts of {len(shapes)} blocks would be {numbers:,} numbers: expected at most {LARGEST:,}; "
-                       "num_prompts sets how many a block has")
+        raise BadInput(
+            f"the prompts of {len(shapes)} blocks would be {numbers:,} numbers: expected at most {LARGEST:,}; "
+            "num_prompts sets how many a block has")
     if len(set(shapes)) == 1: return nn.Parameter(torch.zeros(len(shapes), *shapes[0]))
     return Prompts(torch.zeros(*shape) for shape in shapes)
 
@@ -82,7 +84,8 @@ class Pool(nn.Module):
     """The parameters of a patch.
 
     `prompts` [patched blocks, prompts, D] (a list of [prompts, D] where blocks differ), those of the gate, which are
-    `gate.weight` [prompts, D_t + 1] and `gate.bias` [prompts] where it is linear, and with noisy gating `w_noise` [D_t, prompts].
+    `gate.weight` [prompts, D_t + 1] and `gate.bias` [prompts] where
+    it is linear, and with noisy gating `w_noise` [D_t, prompts].
     """
     def __init__(
         self,
@@ -96,7 +99,8 @@ class Pool(nn.Module):
         plan = layout(model, self.config)
         self.blocks, self.grids, self.tokens, self.counts = plan.blocks, plan.grids, plan.tokens, plan.counts
         self.prompts = make_prompts([*zip(plan.counts, plan.widths)])
-        self.groups = {n: [p for p, m in enumerate(self.counts) if m == n] for n in sorted({*self.counts}, reverse=True)}
+        self.groups = {n: [p for p, m in enumerate(self.counts) if m == n]
+                       for n in sorted({*self.counts}, reverse=True)}
         ends = [0, *accumulate(self.groups)]
         self.rows = {n: slice(a, b) for n, a, b in zip(self.groups, ends, ends[1:])}
         width = anatomy_of(model).embedding_width(model) * len(self.config.gate_input.split("+"))
@@ -190,7 +194,8 @@ class Gating(Seeing):
         batch: int,
         noisy: bool,
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor]]:
-        "By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss; and the prompts [prompts, D] of every patched block."
+        """By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss;
+        and the prompts [prompts, D] of every patched block."""
         prompts = self.prompts() if isinstance(self.prompts, Prompts) else _as_they_are(self.prompts)
         device = prompts[0].device if u is None else u.device
         with torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext():
@@ -203,7 +208,8 @@ class Gating(Seeing):
         if u is None: return {n: like.new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
         every = self.gate(u, torch.tensor(self.blocks, dtype=torch.float32, device=u.device))   # [B, P, prompts]
         std = None
-        if noisy and self.w_noise is not None: std = F.softplus(u.to(every) @ _wide(self.w_noise).to(every)) + NOISE_FLOOR
+        if noisy and self.w_noise is not None:
+            std = F.softplus(u.to(every) @ _wide(self.w_noise).to(every)) + NOISE_FLOOR
         gates, loads, k = {}, [], self.config.top_k
         for n, group in self.groups.items():
             logits = every if len(self.groups) == 1 else torch.stack([every[:, p, self.rows[n]] for p in group], dim=1)
@@ -217,18 +223,21 @@ class Gating(Seeing):
 
     def _stack(self, gates: dict[int, torch.Tensor]) -> torch.Tensor: # [B, patched blocks, prompts]
         if len(gates) == 1: return next(iter(gates.values()))
-        by_block = {p: F.pad(gates[n][:, slot], (0, self.num_prompts - n)) for n, group in self.groups.items() for slot, p in enumerate(group)}
+        by_block = {p: F.pad(gates[n][:, slot], (0, self.num_prompts - n)) for n, group in self.groups.items()
+                    for slot, p in enumerate(group)}
         return torch.stack([by_block[p] for p in range(self.num_blocks)], dim=1)
 
 # %% ../../nbs/source/methods/06_prompts.ipynb #3d2bf20b
 class Readable(Gating):
     "Gates without running the backbone."
+    # [B, patched blocks, prompts], in the patch's dtype; rows sum to 1.
+    # Zero beyond a block's prompts where blocks differ
     def gates(
-        self,
-        timesteps,           # [B] integers or floats in 0…T−1 (0…T for flow matching), or one number
-        class_labels=None,   # [B] or one number, where the gate looks at a condition with classes
-        **inputs,            # other inputs of the model that its condition looks at, e.g. pooled_projections
-    ) -> torch.Tensor: # [B, patched blocks, prompts], in the patch's dtype; rows sum to 1. Zero beyond a block's prompts where blocks differ
+            self,
+            timesteps,   # [B] integers or floats in 0…T−1 (0…T for flow matching), or one number
+            class_labels=None,   # [B] or one number, where the gate looks at a condition with classes
+            **inputs,   # other inputs of the model that its condition looks at, e.g. pooled_projections
+    ) -> torch.Tensor:
         """The gate weights at any timesteps, without running the backbone. Prompt tuning has no gate: all ones.
 
         Raises `BadInput` for a timestep out of range, and for a condition that needs inputs that were not given.
@@ -238,10 +247,12 @@ class Readable(Gating):
         scale = anatomy.timestep_scale(self.model)
         with weights_loaded(self.model):
             t = t.to(self._device())
-            if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
+            if class_labels is not None:
+                inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
             return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
 
-    def entropy(self, timesteps, class_labels=None, **inputs) -> torch.Tensor: # [B, patched blocks], in nats; log(prompts) when the gate is uniform
+    def entropy(self, timesteps, class_labels=None,
+                **inputs) -> torch.Tensor:   # [B, patched blocks], in nats; log(prompts) when the gate is uniform
         "Entropy of the gate at each timestep and block."
         return torch.special.entr(self.gates(timesteps, class_labels, **inputs)).sum(-1)
 
@@ -268,12 +279,14 @@ class Balance(Readable):
         return {**self.__dict__, "newest": Newest()}   # tensors inside a graph can be neither copied nor pickled
 
     def _newest_pass(self) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
-        "Gates and load balance loss of this thread's newest forward pass; where it had none, as when a pool of threads runs the model, of the newest of all."
+        """Gates and load balance loss of this thread's newest forward pass;
+        where it had none, as when a pool of threads runs the model, of the newest of all."""
         return self.newest.by_replica or self.threads.here.left or self.newest.left or (None, None)
 
     @property
     def last_gates(self) -> torch.Tensor | None: # [B or 1, patched blocks, prompts]
-        "The gates of this thread's newest forward pass (of the newest of all, if it had none); one row if its batch shared the timestep."
+        """The gates of this thread's newest forward pass (of the newest of all, if it had none);
+        one row if its batch shared the timestep."""
         gates = self._newest_pass()[0]
         return None if gates is None else self._stack(gates)
 
@@ -285,7 +298,8 @@ class Balance(Readable):
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def load_loss(self) -> torch.Tensor: # scalar
-        "Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k; zero without noise, without top_k and outside training."
+        """Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k;
+        zero without noise, without top_k and outside training."""
         load = self._newest_pass()[1]
         return self._weight().new_zeros(()) if load is None else load
 
@@ -293,8 +307,10 @@ class Balance(Readable):
 class Watched(Balance):
     "What training logs of the gates."
     def gate_statistics(self) -> dict[str, torch.Tensor]: # scalars
-        """Of the newest forward pass: `gate_entropy`, in nats, mean over samples and blocks, and `prompt_use`, the share of prompts in use:
-        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike. Empty for a patch without a gate."""
+        """Of the newest forward pass: `gate_entropy`, in nats, mean over
+        samples and blocks, and `prompt_use`, the share of prompts in use:
+        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike.
+        Empty for a patch without a gate."""
         newest = self._newest_pass()[0]
         if not self.gated or newest is None: return {}
         gates = [g.detach().float() for g in newest.values()]
@@ -319,14 +335,17 @@ class Tables(Watched):
         For sampling: the timestep's embedding and the matmul fall away. A timestep outside the table is a `BadInput`.
         It holds for the thread or asyncio task that is inside; others go on without a table.
         """
-        if "condition" in self.config.gate_input: raise BadInput(f"gate_input is {self.config.gate_input!r}: expected 'timestep', a table by timestep cannot hold gates that look at more")
+        if "condition" in self.config.gate_input:
+            raise BadInput(f"gate_input is {self.config.gate_input!r}: expected 'timestep', a table by timestep cannot "
+                           "hold gates that look at more")
         anatomy = anatomy_of(self.model)
         t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten()
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
         if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
             yield self
             return
-        with torch.no_grad(), weights_loaded(self.model):   # row by row, as a forward pass with one timestep computes them
+        # row by row, as a forward pass with one timestep computes them
+        with torch.no_grad(), weights_loaded(self.model):
             asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
             asked = asked[asked.double().argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
@@ -343,5 +362,6 @@ class Tables(Watched):
             wrong = (known[place] - t).abs() > 1e-5 * t.abs()
             if wrong.any():
                 scale = anatomy_of(self.model).timestep_scale(self.model)
-                raise BadInput(f"timestep {t[wrong][0].item() * scale:g} is not in the baked table of {len(known)} timesteps: expected one of those it was made for")
+                raise BadInput(f"timestep {t[wrong][0].item() * scale:g} is not in the baked table of {len(known)} "
+                               "timesteps: expected one of those it was made for")
         return {n: g[place.to(g.device)] for n, g in table.items()}

@@ -20,31 +20,45 @@ from ..models.backbones import anatomy_of
 from ..models.weights import plain_state_dict, read_state_dict
 
 # %% ../../nbs/source/methods/10_reference.ipynb #1cbc4b26
-REFERENCE_NAMES = {"prompt_embeddings": "prompts", "gate.weight": "gate.weight", "gate.bias": "gate.bias", "w_noise": "w_noise"}
+REFERENCE_NAMES = {"prompt_embeddings": "prompts", "gate.weight": "gate.weight", "gate.bias": "gate.bias",
+                   "w_noise": "w_noise"}
 
 def load_reference_patch(
-    model: nn.Module,               # a DiT of the sizes that the checkpoint was trained with
-    path_or_state_dict: str | Path | dict,  # a checkpoint of the released training script, or its content
-    mode: str = "add",
-    gate_input: str | None = None,  # None: as in the released code, "condition" in add mode and "timestep" in prepend mode
-    top_k: int | None = None,       # prompts that a gate keeps; the released code's `topk` is a share, of which it takes int(topk * prompts)
-    name: str = "default",
-    allow_pickled_code: bool = False,  # True runs whatever code the file's pickle names: only for a file you made yourself
-    dtype: torch.dtype | None = None,  # as in `patch`
-) -> PromptPatch: # in eval mode
-    "Put the patch of a checkpoint that the paper's code wrote on a model. A checkpoint without a gate is prompt tuning. Raises `BadInput`, leaving the model as it was, if it does not fit."
+        model: nn.Module,   # a DiT of the sizes that the checkpoint was trained with
+        path_or_state_dict: str | Path | dict,   # a checkpoint of the released training script, or its content
+        mode: str = "add",
+        # None: as in the released code, "condition" in add mode and "timestep" in prepend mode
+        gate_input: str | None = None,
+        # prompts that a gate keeps; the released code's `topk` is a share, of which it takes int(topk * prompts)
+        top_k: int | None = None,
+        name: str = "default",
+        # True runs whatever code the file's pickle names: only for a file you made yourself
+        allow_pickled_code: bool = False,
+        dtype: torch.dtype | None = None,   # as in `patch`
+) -> PromptPatch:   # in eval mode
+    """Put the patch of a checkpoint that the paper's code wrote on a model.
+    A checkpoint without a gate is prompt tuning. Raises `BadInput`, leaving the model as it was, if it does not fit."""
     given = isinstance(path_or_state_dict, dict)
     origin = "the state dict" if given else str(path_or_state_dict)
-    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
+    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict)
+                             else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
     weights = {ours: found[theirs] for theirs, ours in REFERENCE_NAMES.items() if theirs in found}
-    if "prompts" not in weights: raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found e.g. {sorted(found)[:3]}")
-    if weights["prompts"].ndim != 3: raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, prompts, width]")
+    if "prompts" not in weights:
+        raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found "
+                       f"e.g. {sorted(found)[:3]}")
+    if weights["prompts"].ndim != 3:
+        raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, "
+                       "prompts, width]")
     model = unwrap_for_patch(model)
     anatomy, gated = anatomy_of(model), "gate.weight" in weights
-    weights["prompts"] = weights["prompts"][:len(anatomy.blocks(model))]   # the released code ignores what is beyond the last block
+    # the released code ignores what is beyond the last block
+    weights["prompts"] = weights["prompts"][:len(anatomy.blocks(model))]
     depth, num_prompts, _ = weights["prompts"].shape
     tokens = math.prod(anatomy.block_grids(model)[0])
-    if mode == "add" and num_prompts not in (1, tokens): raise BadInput(f"{origin} has {num_prompts} prompts a block and the model {tokens} tokens: expected mode='prepend', or a model of the input size it was trained with")
-    config = DMPConfig(mode=mode, gate_input=(gate_input or {"prepend": "timestep"}.get(mode, "condition")) if gated else "none", num_prompts=num_prompts, depth=depth,
+    if mode == "add" and num_prompts not in (1, tokens):
+        raise BadInput(f"{origin} has {num_prompts} prompts a block and the model {tokens} tokens: expected "
+                       "mode='prepend', or a model of the input size it was trained with")
+    config = DMPConfig(mode=mode, gate_input=(gate_input or {"prepend": "timestep"}.get(mode, "condition")) if gated
+                       else "none", num_prompts=num_prompts, depth=depth,
                        top_k=top_k if gated else None, noisy_gating="w_noise" in weights and gated)
     return _put(model, config, weights, origin, name, dtype)

@@ -23,7 +23,7 @@ import dmp_wb as wb
 from dmp_wb.models.anatomy import unwrap_model
 from dmp_wb.core.errors import BadInput
 from dmp_wb.models.dit import DiT
-from dmp_wb.methods.dmp import PATCH_NAME, patches_of
+from dmp_wb.methods.patches import PATCH_NAME, patches_of
 from dmp_wb.methods.weights import adapter_parameters, fingerprint
 
 
