@@ -222,8 +222,9 @@ class PromptPatch(AsMethod, Shared):
     def load(cls, model: nn.Module, folder: str | Path) -> "PromptPatch": return load_patch(model, folder)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default",
-                        **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
+    def from_pretrained(   # type: ignore[override]  # a patch needs its model
+        cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default", **hub,
+    ) -> "PromptPatch":
         "`load_patch`, under the name that the hub's users know."
         return load_patch(model, pretrained_model_name_or_path, name, **hub)
 

@@ -99,7 +99,7 @@ class LearnedRouter(Router, ModuleMethod):
     @classmethod
     def attach_to(cls, model: nn.Module, config: DTRConfig) -> "LearnedRouter":   # type: ignore[override]
         "Put it on a model; the backbone goes on learning."
-        return ModuleMethod.attach_to.__func__(cls, model, config)   # type: ignore[attr-defined]
+        return ModuleMethod.attach_to.__func__(cls, model, config)
 
 # %% ../../nbs/source/methods/12_dtr.ipynb #acfdd878
 def route(
