@@ -97,9 +97,9 @@ class Router(Routing):
 class LearnedRouter(Router, ModuleMethod):
     "A route whose mask has parameters."
     @classmethod
-    def attach_to(cls, model: nn.Module, config: DTRConfig) -> "LearnedRouter":   # type: ignore[override]
+    def attach_to(cls, model: nn.Module, config: DTRConfig) -> "LearnedRouter":
         "Put it on a model; the backbone goes on learning."
-        return ModuleMethod.attach_to.__func__(cls, model, config)
+        return ModuleMethod.attach_to.__func__(cls, model, config)   # type: ignore[attr-defined]
 
 # %% ../../nbs/source/methods/12_dtr.ipynb #acfdd878
 def route(
