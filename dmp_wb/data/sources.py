@@ -17,7 +17,8 @@ from ..core.seeds import seed_of
 
 # %% ../../nbs/source/data/00_sources.ipynb #8f7c5b09
 class Source:
-    "What a training loop asks of data. Batches are made on the CPU, perhaps in workers; `encode` does on the device what is left to do."
+    """What a training loop asks of data. Batches are made on the CPU, perhaps in workers;
+    `encode` does on the device what is left to do."""
     shape: tuple[int, int, int]           # [C, H, W] of what the model sees
     class_names: list[str]                # empty for unlabelled data
     workers = 0                           # processes it is worth reading with
@@ -73,7 +74,8 @@ class ImageData(Source):
     def __post_init__(self): self.shape = tuple(self.images.shape[1:])
 
     def batch(self, indices, flip=None, noise=None, drop=None):
-        return {"images": _flipped(self.images[indices], flip), **({} if self.labels is None else {"class_labels": self.labels[indices]})}
+        return {"images": _flipped(self.images[indices], flip),
+                **({} if self.labels is None else {"class_labels": self.labels[indices]})}
 
 def _flipped(images: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
     return images if flip is None or not flip.any() else torch.where(flip[:, None, None, None], images.flip(-1), images)
@@ -96,7 +98,8 @@ class EpochOrder:
         batch_size: int,   # images a step, over all processes
         seed: int,
     ):
-        if num_images < batch_size: raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images")
+        if num_images < batch_size:
+            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images")
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self._epochs: dict[int, torch.Tensor] = {}
 
@@ -112,5 +115,6 @@ class EpochOrder:
         first = step * self.batch_size
         epoch, offset = divmod(first, self.num_images)
         indices = self._epoch(epoch)[offset:offset + self.batch_size]
-        if len(indices) < self.batch_size: indices = torch.cat([indices, self._epoch(epoch + 1)[:self.batch_size - len(indices)]])
+        if len(indices) < self.batch_size:
+            indices = torch.cat([indices, self._epoch(epoch + 1)[:self.batch_size - len(indices)]])
         return indices

@@ -32,7 +32,8 @@ def sample_decoder(
     channels: int,       # of what it draws
     vae: str | None,     # in place of what the run was trained with
 ) -> tuple[Callable | None, str | None]:
-    "What makes images of what a model draws, and the fingerprint of its VAE; None and None where that is images already. Raises `BadInput` for latents that nothing decodes."
+    """What makes images of what a model draws, and the fingerprint of its VAE;
+    None and None where that is images already. Raises `BadInput` for latents that nothing decodes."""
     data = run.experiment.data if run else DataConfig()
     if vae is None and any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
@@ -40,7 +41,10 @@ def sample_decoder(
     if name := vae or data.vae:
         coder = load_vae(name)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
-    if channels not in (1, 3): raise BadInput((f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here" if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
+    if channels not in (1, 3):
+        raise BadInput(
+            (f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here"
+             if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
     return None, None
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #1d21a553
@@ -74,14 +78,18 @@ def draw(
     backbone: nn.Module | None = None,  # the loaded model, if it is at hand
     quiet: bool = False,
 ) -> Drawn:
-    "Sample images from a model, decoded. Raises `BadInput` for a run without a model, and for latents that nothing decodes."
+    """Sample images from a model, decoded.
+    Raises `BadInput` for a run without a model, and for latents that nothing decodes."""
     exp, backbone = _experiment(model), load_model(model) if backbone is None else backbone
     objective, device = exp.objective if exp else ObjectiveConfig(), next(backbone.parameters()).device
     decode, _ = sample_decoder(open_run(model) if exp else None, input_size(backbone)[0], vae)
-    if exp is None and set(model_inputs(backbone)) - {"class_labels"}: raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
+    if exp is None and set(model_inputs(backbone)) - {"class_labels"}:
+        raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
     labels = balanced_labels(num_images, anatomy_of(backbone).num_classes(backbone))
-    images = sample(backbone, num_images, labels, guidance_scale, usual_sampler(objective, sampler), num_inference_steps, schedule or (exp.schedule if exp else "linear"), seed, batch_size,
-                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None, texts=captions_of(backbone, exp.data) if exp else None)
+    images = sample(backbone, num_images, labels, guidance_scale, usual_sampler(objective, sampler),
+                    num_inference_steps, schedule or (exp.schedule if exp else "linear"), seed, batch_size,
+                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None,
+                    texts=captions_of(backbone, exp.data) if exp else None)
     if decode is not None:
         with torch.no_grad(): images = torch.cat([decode(z.to(device)).cpu() for z in images.split(16)]).clamp(-1, 1)
     return Drawn(images, labels)

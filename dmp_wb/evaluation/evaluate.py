@@ -33,68 +33,99 @@ from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run, Run
 
 # %% ../../nbs/source/evaluation/08_evaluate.ipynb #679495bf
-_EVERYTHING = Statistics(None, None, Moments(), Moments(), torch.empty(0))   # stands for a reference that is not read yet
-METRICS = {"fid": "features", "sfid": "spatial", "kid": "features", "is": "logits", "precision": "features", "recall": "features", "density": "features", "coverage": "features"}  # metric → what it needs of the extractor
+# stands for a reference that is not read yet
+_EVERYTHING = Statistics(None, None, Moments(), Moments(), torch.empty(0))
+# metric → what it needs of the extractor
+METRICS = {"fid": "features", "sfid": "spatial", "kid": "features", "is": "logits", "precision": "features",
+           "recall": "features", "density": "features", "coverage": "features"}
 
 def _chosen(metrics: str | Sequence[str] | None, extractor: Extractor, reference: Statistics | None) -> list[str]:
     "The metrics to compute; raises `BadInput` for one that is unknown or cannot be had."
-    has = lambda m: m == "is" or reference is not None and getattr(reference, {"fid": "moments", "sfid": "spatial"}.get(m, "rows")) is not None
+    has = (lambda m: m == "is" or reference is not None
+           and getattr(reference, {"fid": "moments", "sfid": "spatial"}.get(m, "rows")) is not None)
     possible = [m for m, need in METRICS.items() if need in extractor.gives and has(m)]
-    if metrics is None and not possible: raise BadInput(f"extractor {extractor.name} gives {', '.join(extractor.gives)} and there is no reference: expected real images")
+    if metrics is None and not possible:
+        raise BadInput(f"extractor {extractor.name} gives {', '.join(extractor.gives)} and there is no reference: "
+                       "expected real images")
     if metrics is None: return possible
     wanted = metrics.replace(",", " ").split() if isinstance(metrics, str) else list(metrics)
     if not wanted: raise BadInput(f"no metrics are named: expected some of {', '.join(possible)}")
     for m in wanted:
         if m not in METRICS: raise unknown("metric", m, METRICS)
-        if METRICS[m] not in extractor.gives: raise BadInput(f"metric {m} needs {METRICS[m]}{'' if METRICS[m] != 'spatial' else ' features'}, which extractor {extractor.name} does not give: expected some of {', '.join(possible)}")
-        if not has(m): raise BadInput(f"metric {m} needs {'a reference' if reference is None else 'real images, and the reference holds only their mean and covariance'}: expected some of {', '.join(possible) or 'is'}")
+        if METRICS[m] not in extractor.gives:
+            raise BadInput(f"metric {m} needs {METRICS[m]}{'' if METRICS[m] != 'spatial' else ' features'}, which "
+                           f"extractor {extractor.name} does not give: expected some of {', '.join(possible)}")
+        if not has(m):
+            raise BadInput(
+                f"metric {m} needs "
+                f"{'a reference' if reference is None else 'real images, and the reference holds only their mean and covariance'}: expected some of {', '.join(possible) or 'is'}")
     return list(dict.fromkeys(wanted))
 
+# metric → value; kid_std, is_std; "intervals" {metric: [low, high]} with `bootstrap`, none for sfid;
+# num_images, num_reference, extractor
 def evaluate(
-    samples: torch.Tensor | str | Path | Images,     # [N, C, H, W] in [−1, 1] or uint8, a folder of images, or an ADM .npz
-    reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None,  # real images: a data set, a folder, an .npz, a tensor; or what `reference_statistics` gave; None: only the Inception Score
-    extractor: str | nn.Module = "digits",
-    metrics: str | Sequence[str] | None = None,      # of `METRICS`; None: all that can be had
-    *,
-    k: int = 3,                     # neighbours of precision and recall
-    k_density: int = 5,             # neighbours of density and coverage
-    splits: int = 10,               # of the Inception Score
-    kid_subsets: int = 100,
-    kid_subset_size: int | None = None,  # None: 1000, or as many images as there are
-    bootstrap: int = 0,             # rounds for the intervals; 0: none. FID costs one eigendecomposition a round
-    level: float = 0.95,            # of the intervals
-    strata: torch.Tensor | None = None,  # [N] class of each sample, if they are class-balanced by design
-    seed: int = 0,                  # of subsets, parts and resamples
-    batch_size: int = 64,
-    cache: bool = True,             # of the real images' statistics
-    quiet: bool = False,
-) -> dict: # metric → value; kid_std, is_std; "intervals" {metric: [low, high]} with `bootstrap`, none for sfid; num_images, num_reference, extractor
+        # [N, C, H, W] in [−1, 1] or uint8, a folder of images, or an ADM .npz
+        samples: torch.Tensor | str | Path | Images,
+        # real images: a data set, a folder, an .npz, a tensor; or what `reference_statistics` gave; None:
+        # only the Inception Score
+        reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None,
+        extractor: str | nn.Module = "digits",
+        metrics: str | Sequence[str] | None = None,   # of `METRICS`; None: all that can be had
+        *,
+        k: int = 3,   # neighbours of precision and recall
+        k_density: int = 5,   # neighbours of density and coverage
+        splits: int = 10,   # of the Inception Score
+        kid_subsets: int = 100,
+        kid_subset_size: int | None = None,   # None: 1000, or as many images as there are
+        bootstrap: int = 0,   # rounds for the intervals; 0: none. FID costs one eigendecomposition a round
+        level: float = 0.95,   # of the intervals
+        strata: torch.Tensor | None = None,   # [N] class of each sample, if they are class-balanced by design
+        seed: int = 0,   # of subsets, parts and resamples
+        batch_size: int = 64,
+        cache: bool = True,   # of the real images' statistics
+        quiet: bool = False,
+) -> dict:
     """How far samples are from real images.
 
-    Raises `BadInput` for an unknown metric, one that the extractor or the reference cannot give, too few images for k, and samples of another size than the real images. Warns when there are fewer images than features.
+    Raises `BadInput` for an unknown metric, one that the extractor or the reference cannot give, too few images
+    for k, and samples of another size than the real images. Warns when there are fewer images than features.
     """
-    k, k_density, splits, kid_subsets = (whole_number(n, v) for n, v in (("k", k), ("k_density", k_density), ("splits", splits), ("kid_subsets", kid_subsets)))
+    k, k_density, splits, kid_subsets = (whole_number(n, v) for n, v in (
+        ("k", k), ("k_density", k_density), ("splits", splits), ("kid_subsets", kid_subsets)))
     if kid_subset_size is not None: kid_subset_size = whole_number("kid_subset_size", kid_subset_size)
-    bootstrap, level, seed, batch_size = whole_number("bootstrap", bootstrap), real_number("level", level), whole_number("seed", seed), whole_number("batch_size", batch_size, 1)
+    bootstrap, level, seed, batch_size = (whole_number("bootstrap", bootstrap), real_number("level", level),
+                                          whole_number("seed", seed), whole_number("batch_size", batch_size, 1))
     cache, quiet = yes_or_no("cache", cache), yes_or_no("quiet", quiet)
-    if bootstrap < 0 or not 0 < level < 1: raise BadInput(f"bootstrap is {bootstrap} and level {level}: expected rounds ≥ 0 and a level between 0 and 1")
-    if not (metrics is None or isinstance(metrics, str) or isinstance(metrics, (list, tuple)) and all(isinstance(m, str) for m in metrics)): raise BadInput(f"metrics are {said(metrics)}: expected names, as ['fid', 'is']")
+    if bootstrap < 0 or not 0 < level < 1:
+        raise BadInput(f"bootstrap is {bootstrap} and level {level}: expected rounds ≥ 0 and a level between 0 and 1")
+    if not (metrics is None or isinstance(metrics, str)
+            or isinstance(metrics, (list, tuple)) and all(isinstance(m, str) for m in metrics)):
+        raise BadInput(f"metrics are {said(metrics)}: expected names, as ['fid', 'is']")
     extractor, images = load_extractor(extractor), open_samples(samples)
     extractor.check(images.shape)
     strata = _checked_strata(strata, images.num_images)
     if not isinstance(reference, (Statistics, type(None))):
-        if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)   # a wrong name is told before hours of features
-        reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size, cache=cache, quiet=quiet)
+        # a wrong name is told before hours of features
+        if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)
+        reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size,
+                                         cache=cache, quiet=quiet)
     wanted = _chosen(metrics, extractor, reference)
     real: Any = reference or Statistics(None, None)   # without a reference, nothing is wanted that looks at it
-    if reference is not None and reference.shape not in (None, images.shape): raise BadInput(f"samples are {' × '.join(map(str, images.shape))} and the real images {' × '.join(map(str, reference.shape))}: expected the same")
-    for name, neighbours in (("k", k),) * bool({"precision", "recall"} & {*wanted}) + (("k_density", k_density),) * bool({"density", "coverage"} & {*wanted}):
-        if not 1 <= neighbours < min(images.num_images, len(real.rows)): raise BadInput(f"{name} is {neighbours}, with {images.num_images} samples and {len(real.rows)} real images: expected 1 or more, and fewer than either")
+    if reference is not None and reference.shape not in (None, images.shape):
+        raise BadInput(f"samples are {' × '.join(map(str, images.shape))} and the real images "
+                       f"{' × '.join(map(str, reference.shape))}: expected the same")
+    for name, neighbours in ((("k", k),) * bool({"precision", "recall"} & {*wanted})
+                             + (("k_density", k_density),) * bool({"density", "coverage"} & {*wanted})):
+        if not 1 <= neighbours < min(images.num_images, len(real.rows)):
+            raise BadInput(f"{name} is {neighbours}, with {images.num_images} samples and {len(real.rows)} real "
+                           "images: expected 1 or more, and fewer than either")
     rows = any(METRICS[m] == "features" and (m != "fid" or bootstrap) for m in wanted)
-    asked = {"moments": "fid" in wanted, "spatial": "sfid" in wanted, "rows": rows, "score": "is" in wanted, "logits": "is" in wanted and bootstrap}
+    asked = {"moments": "fid" in wanted, "spatial": "sfid" in wanted, "rows": rows, "score": "is" in wanted,
+             "logits": "is" in wanted and bootstrap}
     if "is" in wanted: ScoreSums(images.num_images, splits)   # a wrong number is told before the features
     if "kid" in wanted: _subset_size(min(images.num_images, len(real.rows)), kid_subsets, kid_subset_size)
-    own = collect(images, extractor, {part for part, needed in asked.items() if needed}, None, batch_size, splits, quiet)
+    own = collect(images, extractor, {part for part, needed in asked.items() if needed}, None, batch_size, splits,
+                  quiet)
     device = _device_of(extractor, torch.device("cpu"))
 
     values, terms = {}, {}   # what each figure is, to first order, the mean of
@@ -102,62 +133,87 @@ def evaluate(
         if name not in wanted: continue
         mine, theirs = getattr(own, part), getattr(real, part)
         for who, count in (("samples", own.num_images), ("real images", real.num_images)):
-            if count is not None and count <= mine.width: warnings.warn(f"{name} from {count} {who} and {mine.width} features: their covariance is singular and the distance biased upwards; expected at least {mine.width + 1}, better ten times as many", stacklevel=2)
+            if count is not None and count <= mine.width:
+                warnings.warn(
+                    f"{name} from {count} {who} and {mine.width} features: their covariance is singular and the "
+                    f"distance biased upwards; expected at least {mine.width + 1}, better ten times as many",
+                    stacklevel=2)
         values[name] = frechet_distance(mine, theirs)
-    if "kid" in wanted: values["kid"], values["kid_std"] = kernel_distance(own.rows, real.rows, kid_subsets, kid_subset_size, seed, device)
+    if "kid" in wanted:
+        values["kid"], values["kid_std"] = kernel_distance(own.rows, real.rows, kid_subsets, kid_subset_size, seed,
+                                                           device)
     if "is" in wanted: values["is"], values["is_std"] = own.score.result()
-    for pair, f, neighbours in ((("precision", "recall"), _precision_recall, k), (("density", "coverage"), _density_coverage, k_density)):
+    for pair, f, neighbours in ((("precision", "recall"), _precision_recall, k),
+                                (("density", "coverage"), _density_coverage, k_density)):
         if not {*pair} & {*wanted}: continue
         found = f(own.rows, real.rows, neighbours, device)
         values |= {name: float(v.mean()) for name, v in found.items() if name in wanted}
         terms |= {name: v for name, v in found.items() if name in wanted}
     figures = {name: values[name] for m in wanted for name in (m, f"{m}_std") if name in values}
-    facts = {"num_images": own.num_images, "num_reference": real.num_images if reference is not None else None, "extractor": extractor.name}
-    return figures | ({"intervals": _intervals(wanted, figures, terms, own, reference, device, bootstrap, level, strata, seed)} if bootstrap else {}) | facts
+    facts = {"num_images": own.num_images, "num_reference": real.num_images if reference is not None else None,
+             "extractor": extractor.name}
+    return figures | ({"intervals": _intervals(wanted, figures, terms, own, reference, device, bootstrap, level, strata,
+                                               seed)} if bootstrap else {}) | facts
 
 def _intervals(wanted, figures, terms, own, reference, device, rounds, level, strata, seed) -> dict[str, list[float]]:
     out = {}
     for m in wanted:
         if m == "sfid": continue   # its rows are not kept: 2023 numbers an image more
-        if m == "fid": out[m] = frechet_bootstrap({m: own.rows}, reference.moments, strata=strata, rounds=rounds, seed=seed, level=level)[m]["interval"]; out[m][0] = max(0.0, out[m][0]); continue
+        if m == "fid":
+            out[m] = frechet_bootstrap({m: own.rows}, reference.moments, strata=strata, rounds=rounds, seed=seed,
+                                       level=level)[m]["interval"]
+            out[m][0] = max(0.0, out[m][0])
+            continue
         if m == "kid": v = _kid_terms(own.rows, reference.rows, device)
         elif m == "is": v = _score_terms(own.logits)
         else: v = terms[m]
-        low, high = (x - float(v.mean()) for x in bootstrap_mean(v, max(rounds, 200), seed, level, strata if m in ("kid", "is", "precision", "density") else None))
+        low, high = (x - float(v.mean()) for x in bootstrap_mean(
+            v, max(rounds, 200), seed, level, strata if m in ("kid", "is", "precision", "density") else None))
         out[m] = [figures[m] * float(np.exp(x)) if m == "is" else figures[m] + x for x in (low, high)]
     return out
 
 # %% ../../nbs/source/evaluation/08_evaluate.ipynb #3266faad
+# one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed",
+# "reference", "settings" that are not the default ones, and what `evaluate` gives
 def guidance_sweep(
-    model: str | Path | nn.Module,        # a run, or a backbone that makes images
-    scales: Sequence[float] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0),  # guidance scales, each ≥ 0; 1 is none
-    num_images: int = 1000,               # at each scale, balanced over the classes
-    reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None = None,  # real images; None: those the run trained on
-    extractor: str | nn.Module = "digits",
-    metrics: str | Sequence[str] | None = None,
-    *,
-    sampler: str = "ddim",                # flow-euler for models that predict flow
-    num_inference_steps: int = 50,
-    seed: int = 0,                        # of the images and the metrics
-    batch_size: int = 64,                 # images sampled and measured at once
-    note: bool = True,                    # write the rows to the run's summary; runs that ship with the package are never written to. What cannot be written is a warning
-    tell: Callable[[dict], None] | None = None,  # gets each row as soon as it is measured, before it is noted
-    quiet: bool = False,
-    sampling: dict | None = None,         # further arguments of `sample`, as schedule and prediction_type; a run has its own
-    **settings,                           # of `evaluate`
-) -> list[dict]: # one row a scale: "guidance_scale", "sampler", "num_inference_steps", "seed", "reference", "settings" that are not the default ones, and what `evaluate` gives
-    "Samples from the same seeds at each guidance scale, and their metrics. A text-conditioned run draws the captions of its data. Raises `BadInput` without scales."
-    if isinstance(scales, str) or not isinstance(scales, Iterable): raise BadInput(f"scales are {said(scales)}: expected guidance scales, as [1, 1.5, 2]")
+        model: str | Path | nn.Module,   # a run, or a backbone that makes images
+        scales: Sequence[float] = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0),   # guidance scales, each ≥ 0; 1 is none
+        num_images: int = 1000,   # at each scale, balanced over the classes
+        # real images; None: those the run trained on
+        reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None = None,
+        extractor: str | nn.Module = "digits",
+        metrics: str | Sequence[str] | None = None,
+        *,
+        sampler: str = "ddim",   # flow-euler for models that predict flow
+        num_inference_steps: int = 50,
+        seed: int = 0,   # of the images and the metrics
+        batch_size: int = 64,   # images sampled and measured at once
+        # write the rows to the run's summary; runs that ship with the package are never written to.
+        # What cannot be written is a warning
+        note: bool = True,
+        tell: Callable[[dict], None] | None = None,   # gets each row as soon as it is measured, before it is noted
+        quiet: bool = False,
+        # further arguments of `sample`, as schedule and prediction_type; a run has its own
+        sampling: dict | None = None,
+        **settings,   # of `evaluate`
+) -> list[dict]:
+    """Samples from the same seeds at each guidance scale, and their metrics.
+    A text-conditioned run draws the captions of its data. Raises `BadInput` without scales."""
+    if isinstance(scales, str) or not isinstance(scales, Iterable):
+        raise BadInput(f"scales are {said(scales)}: expected guidance scales, as [1, 1.5, 2]")
     given, scales = list(scales), []
     for s in given:
         try: scales.append(real_number("guidance scale", s, 0))
         except BadInput: raise BadInput(f"guidance scale {said(s)}: expected a number ≥ 0") from None
     if not scales: raise BadInput("scales are empty: expected guidance scales, as 1 1.5 2")
-    num_images, batch_size, seed, note = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1), whole_number("seed", seed), yes_or_no("note", note)
+    num_images, batch_size, seed, note = (whole_number("num_images", num_images, 1),
+                                          whole_number("batch_size", batch_size, 1), whole_number("seed", seed),
+                                          yes_or_no("note", note))
     run, decode, given = None, lambda x: x, {"prediction_type": "epsilon", **(sampling or {})}
     extractor = load_extractor(extractor)
     if isinstance(model, nn.Module): backbone = model
-    elif not isinstance(model, (str, Path)): raise BadInput(f"model is {said(model)}: expected a run, or a backbone that makes images")
+    elif not isinstance(model, (str, Path)):
+        raise BadInput(f"model is {said(model)}: expected a run, or a backbone that makes images")
     else:
         run = open_run(model)
         backbone, exp = load_model(run.folder), run.experiment
@@ -165,37 +221,55 @@ def guidance_sweep(
         if source.random_latents:
             source.to(next(backbone.parameters()).device)
             decode = torch.no_grad()(lambda x: source.decode(x.to(next(backbone.parameters()).device)).cpu())
-        given = {"schedule": exp.schedule, "prediction_type": exp.objective.prediction_type, "clamp": not source.random_latents, "texts": captions_of(backbone, source), **(sampling or {})}
+        given = {"schedule": exp.schedule, "prediction_type": exp.objective.prediction_type,
+                 "clamp": not source.random_latents, "texts": captions_of(backbone, source), **(sampling or {})}
         sampler = usual_sampler(exp.objective, sampler)
         if reference is None: reference = exp.data
-    if reference is None and metrics is None: raise BadInput("reference is None: expected the real images that the model's samples are compared with")
-    draw = lambda scale, count, first: decode(sample(backbone, count, guidance_scale=scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed, batch_size=batch_size, first=first, quiet=True, **given))
+    if reference is None and metrics is None:
+        raise BadInput("reference is None: expected the real images that the model's samples are compared with")
+    draw = lambda scale, count, first: decode(
+        sample(backbone, count, guidance_scale=scale, sampler=sampler, num_inference_steps=num_inference_steps,
+               seed=seed, batch_size=batch_size, first=first, quiet=True, **given))
     shape = tuple(decode(torch.zeros(1, *input_size(unwrap_model(backbone)))).shape[1:])
     extractor.check(shape)
-    named = str(reference.name) if isinstance(reference, DataConfig) else str(reference) if isinstance(reference, (str, Path)) else type(reference).__name__
-    if metrics is not None: _chosen(metrics, extractor, reference if isinstance(reference, (Statistics, type(None))) else _EVERYTHING)
-    if reference is not None and not isinstance(reference, Statistics): reference = reference_statistics(reference, extractor, shape[-1], shape[0], batch_size=batch_size, cache=settings.pop("cache", True), quiet=quiet)
+    named = (str(reference.name) if isinstance(reference, DataConfig)
+             else str(reference) if isinstance(reference, (str, Path)) else type(reference).__name__)
+    if metrics is not None:
+        _chosen(metrics, extractor, reference if isinstance(reference, (Statistics, type(None))) else _EVERYTHING)
+    if reference is not None and not isinstance(reference, Statistics):
+        reference = reference_statistics(reference, extractor, shape[-1], shape[0], batch_size=batch_size,
+                                         cache=settings.pop("cache", True), quiet=quiet)
     inside, rows = unwrap_model(backbone), []
     classes = anatomy_of(inside).num_classes(inside)
-    special = {k: v for k, v in settings.items() if k in ("k", "k_density", "splits", "kid_subsets", "kid_subset_size")} | {k: str(v) for k, v in (sampling or {}).items()}
+    special = (
+        {k: v for k, v in settings.items() if k in ("k", "k_density", "splits", "kid_subsets", "kid_subset_size")}
+        | {k: str(v) for k, v in (sampling or {}).items()})
     for scale in scales:
-        batches = lambda size, scale=scale: (draw(scale, min(size, num_images - first), first) for first in range(0, num_images, size))
-        figures = evaluate(Images(f"samples at guidance {scale:g}", num_images, shape, batches), reference, extractor, metrics, seed=seed, batch_size=batch_size, quiet=quiet,
+        batches = lambda size, scale=scale: (draw(scale, min(size, num_images - first), first)
+                                             for first in range(0, num_images, size))
+        figures = evaluate(Images(f"samples at guidance {scale:g}", num_images, shape, batches), reference, extractor,
+                           metrics, seed=seed, batch_size=batch_size, quiet=quiet,
                            **{"strata": balanced_labels(num_images, classes), **settings})
-        rows.append({"guidance_scale": scale, "sampler": sampler, "num_inference_steps": num_inference_steps, "seed": seed, "reference": named, **({"settings": special} if special else {}), **figures})
+        rows.append({"guidance_scale": scale, "sampler": sampler, "num_inference_steps": num_inference_steps,
+                     "seed": seed, "reference": named, **({"settings": special} if special else {}), **figures})
         if tell is not None: tell(rows[-1])
         if run is not None and note:
             try: note_evaluation(run, rows[-1])
-            except BadInput as e: warnings.warn(f"the figures are not noted: {e}", stacklevel=2)   # hours of measuring are worth more than the note
+            except BadInput as e:
+                # hours of measuring are worth more than the note
+                warnings.warn(f"the figures are not noted: {e}", stacklevel=2)
     return rows
 
 def note_evaluation(run: Run, row: dict):
-    """Put a row into `evaluations` of a run's summary; it replaces one with the same settings, whose other metrics stay. Several processes may note at once.
+    """Put a row into `evaluations` of a run's summary;
+    it replaces one with the same settings, whose other metrics stay. Several processes may note at once.
 
     Nothing is written to a run that ships with the package. Raises `BadInput` where it cannot be written.
     """
     if run.folder.resolve().is_relative_to(assets_folder().resolve()): return
-    same = lambda old: isinstance(old, dict) and all(old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images", "reference", "num_reference", "extractor", "settings"))
+    same = lambda old: isinstance(old, dict) and all(
+        old.get(k) == row.get(k) for k in ("guidance_scale", "sampler", "num_inference_steps", "seed", "num_images",
+                                           "reference", "num_reference", "extractor", "settings"))
 
     def change(summary: dict) -> dict:
         rows = summary.get("evaluations", [])
@@ -204,14 +278,15 @@ def note_evaluation(run: Run, row: dict):
     run.revise(change)
 
 def evaluate_run(
-    run: str | Path,                      # a finished run: its folder, or its name
-    num_images: int = 1000,               # balanced over the classes
-    reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None = None,  # None: the data it trained on
-    extractor: str | nn.Module = "digits",
-    metrics: str | Sequence[str] | None = None,
-    *,
-    guidance_scale: float = 1.5,
-    **settings,                           # of `guidance_sweep` and `evaluate`
+        run: str | Path,   # a finished run: its folder, or its name
+        num_images: int = 1000,   # balanced over the classes
+        # None: the data it trained on
+        reference: str | Path | DataConfig | torch.Tensor | Images | Statistics | None = None,
+        extractor: str | nn.Module = "digits",
+        metrics: str | Sequence[str] | None = None,
+        *,
+        guidance_scale: float = 1.5,
+        **settings,   # of `guidance_sweep` and `evaluate`
 ) -> dict:
     "Sample from a run, measure the samples, and note the row in its summary."
     return guidance_sweep(run, [guidance_scale], num_images, reference, extractor, metrics, **settings)[0]

@@ -29,26 +29,35 @@ _CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757771
 
 class VisionFeatures(Extractor):
     "A vision transformer of transformers. Raises `BadInput` for a model that cannot be loaded or is of another family."
-    FAMILIES = {"dinov2": ("facebook/dinov2-large", ("dinov2", "dinov2_with_registers"), _IMAGENET, 224), "clip": ("openai/clip-vit-large-patch14", ("clip", "clip_vision_model"), _CLIP, None)}
+    FAMILIES = {"dinov2": ("facebook/dinov2-large", ("dinov2", "dinov2_with_registers"), _IMAGENET, 224),
+                "clip": ("openai/clip-vit-large-patch14", ("clip", "clip_vision_model"), _CLIP, None)}
 
     def __init__(self, family: str, model: str | Path | None = None):
         super().__init__()
         try: import transformers
-        except ImportError: raise BadInput(f"extractor {family} needs the package transformers: pip install transformers") from None
+        except ImportError:
+            raise BadInput(f"extractor {family} needs the package transformers: pip install transformers") from None
         usual, kinds, (mean, std), size = self.FAMILIES[family]
         self.name, model = f"{family}:{model}" if model else family, str(model or usual)
         try:
             config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
             if config.model_type not in kinds: raise ValueError(f"found a {config.model_type}")
             cls = transformers.CLIPVisionModelWithProjection if family == "clip" else transformers.AutoModel
-            self.network, info = cls.from_pretrained(model, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-            if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
+            self.network, info = cls.from_pretrained(model, use_safetensors=True, dtype=torch.float32,
+                                                     output_loading_info=True)
+            if info["missing_keys"]:
+                raise ValueError(
+                    f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
         except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-            where = f"{model!r}, a folder" if Path(model).is_dir() else f"{model!r}, no folder here and not on the hub, or the hub cannot be reached; get it with: hf download {model} --local-dir data/{Path(model).name}, and name it {family}:data/{Path(model).name}"
-            raise BadInput(f"extractor {family} cannot be loaded from {where}: {' '.join(str(e).split())[:200]}") from None
+            where = (f"{model!r}, a folder" if Path(model).is_dir() else f"{model!r}, no folder here and not on the "
+                     f"hub, or the hub cannot be reached; get it with: hf download {model} --local-dir "
+                     f"data/{Path(model).name}, and name it {family}:data/{Path(model).name}")
+            raise BadInput(f"extractor {family} cannot be loaded from {where}: "
+                           f"{' '.join(str(e).split())[:200]}") from None
         try: processor = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(model)[0]
         except OSError: processor = {}
-        side = processor.get("crop_size") or processor.get("size") or size or getattr(config, "vision_config", config).image_size
+        side = (processor.get("crop_size") or processor.get("size") or size
+                or getattr(config, "vision_config", config).image_size)
         self.size = side if isinstance(side, int) else side.get("height") or side["shortest_edge"]
         self.mean, self.std = processor.get("image_mean") or mean, processor.get("image_std") or std
         self.family, self.width = family, self.network.config.projection_dim if family == "clip" else config.hidden_size
@@ -56,7 +65,8 @@ class VisionFeatures(Extractor):
         self.weights = f"{fingerprint(self.network)} {self.size} {self.mean} {self.std}"
 
     def forward(self, images):
-        x = F.interpolate((images.float() + 1) / 2, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1).expand(-1, 3, -1, -1)
+        x = F.interpolate((images.float() + 1) / 2, (self.size, self.size), mode="bicubic",
+                          antialias=True).clamp(0, 1).expand(-1, 3, -1, -1)
         x = (x - x.new_tensor(self.mean).view(3, 1, 1)) / x.new_tensor(self.std).view(3, 1, 1)
         out = self.network(pixel_values=x)
         return {"features": out.image_embeds if self.family == "clip" else out.last_hidden_state[:, 0]}
@@ -66,31 +76,38 @@ EXTRACTORS: dict[str, Callable[[str | None], Extractor]] = {
     "dinov2": lambda model: VisionFeatures("dinov2", model), "clip": lambda model: VisionFeatures("clip", model)}
 
 def load_extractor(
-    extractor: str | nn.Module = "digits",   # digits, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or a network of your own
-    device: str | torch.device = "auto",     # "auto": the GPU if there is one
+        # digits, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or a network of your own
+        extractor: str | nn.Module = "digits",
+        device: str | torch.device = "auto",   # "auto": the GPU if there is one
 ) -> Extractor:
     "An extractor in eval mode. Raises `BadInput` for an unknown name and for missing weights."
     place = usual_device(device)
-    if not isinstance(extractor, (str, nn.Module)): raise BadInput(f"extractor is a {type(extractor).__name__}: expected one of {', '.join(EXTRACTORS)}, or an nn.Module")
+    if not isinstance(extractor, (str, nn.Module)):
+        raise BadInput(
+            f"extractor is a {type(extractor).__name__}: expected one of {', '.join(EXTRACTORS)}, or an nn.Module")
     if isinstance(extractor, str):
         name, _, weights = extractor.partition(":")
         if name not in EXTRACTORS: raise unknown("extractor", name, EXTRACTORS)
-        if weights and name == "digits": raise BadInput(f"extractor is {extractor!r}: expected digits, whose weights ship with the package")
+        if weights and name == "digits":
+            raise BadInput(f"extractor is {extractor!r}: expected digits, whose weights ship with the package")
         extractor = EXTRACTORS[name](weights or None)
     return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(place)
 
 @torch.no_grad()
 def extract(
-    extractor: str | nn.Module,  # a name, or a network with a method `features`, or one that is called directly; on any device
-    images: torch.Tensor,        # [N, C, H, W] in [−1, 1], on any device
-    batch_size: int = 512,
-) -> torch.Tensor: # [N, D] float32 on the images' device
+        # a name, or a network with a method `features`, or one that is called directly; on any device
+        extractor: str | nn.Module,
+        images: torch.Tensor,   # [N, C, H, W] in [−1, 1], on any device
+        batch_size: int = 512,
+) -> torch.Tensor:   # [N, D] float32 on the images' device
     "Features of images, in batches."
     if isinstance(extractor, str): extractor = load_extractor(extractor, images.device)
     f: Any = getattr(extractor, "features", extractor)
-    return torch.cat([f(part.to(_device_of(extractor, images.device))).to(images.device) for part in images.split(whole_number("batch_size", batch_size, 1))]).float()
+    return torch.cat([f(part.to(_device_of(extractor, images.device))).to(images.device)
+                      for part in images.split(whole_number("batch_size", batch_size, 1))]).float()
 
-def _device_of(network, otherwise) -> torch.device: return next((p.device for p in network.parameters()), otherwise) if isinstance(network, nn.Module) else otherwise
+def _device_of(network, otherwise) -> torch.device:
+    return next((p.device for p in network.parameters()), otherwise) if isinstance(network, nn.Module) else otherwise
 
 @torch.no_grad()
 def classifier_accuracy(
@@ -100,14 +117,16 @@ def classifier_accuracy(
     "Share of samples that the shipped classifier reads as the class they were asked to show."
     if len(images) != len(labels): raise BadInput(f"{len(images)} images and {len(labels)} labels: expected as many")
     model, labels = digit_classifier().to(images.device), torch.as_tensor(labels)
-    return float((torch.cat([model(part).argmax(1) for part in images.split(512)]) == labels.to(images.device)).float().mean())
+    return float(
+        (torch.cat([model(part).argmax(1) for part in images.split(512)]) == labels.to(images.device)).float().mean())
 
 def evaluate_digits(
     images: torch.Tensor,    # [N, 1, 8, 8] in [−1, 1]
     labels: torch.Tensor,    # [N]
 ) -> dict[str, float]:
     "Fréchet distance to all 1,797 real digits, and classifier accuracy."
-    if images.ndim != 4 or images.shape[1:] != (1, 8, 8): raise BadInput(f"images have shape {tuple(images.shape)}: expected [N, 1, 8, 8]")
+    if images.ndim != 4 or images.shape[1:] != (1, 8, 8):
+        raise BadInput(f"images have shape {tuple(images.shape)}: expected [N, 1, 8, 8]")
     extractor = digit_classifier()
     return {"frechet": frechet_distance(extract(extractor, images), extract(extractor, digits().images)),
             "accuracy": classifier_accuracy(images, labels), "num_images": len(images)}
