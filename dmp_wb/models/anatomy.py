@@ -23,33 +23,52 @@ Size = tuple[int, ...]   # of an input or a token grid: rows, columns; for video
 class Anatomy:
     "What patching and routing may know about one class of backbone. Every function takes the model first."
     blocks: Callable[[nn.Module], Sequence[nn.Module]]                # the blocks, in forward order
-    grid_size: Callable[..., Size | list[Size]]                       # the token grid, row by row; a list where blocks differ. A second argument, named input_size, is a size other than the model's own
-    width: Callable[[nn.Module], int | list[int]]                     # channels D of a token; a list where blocks differ
-    embed_timestep: Callable[[nn.Module, torch.Tensor], torch.Tensor] # timesteps [B], as the model takes them → e_t [B, D_t], as inside the model
+    # the token grid, row by row; a list where blocks differ.
+    # A second argument, named input_size, is a size other than the model's own
+    grid_size: Callable[..., Size | list[Size]]
+    # channels D of a token; a list where blocks differ
+    width: Callable[[nn.Module], int | list[int]]
+    # timesteps [B], as the model takes them → e_t [B, D_t], as inside the model
+    embed_timestep: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     embedding_width: Callable[[nn.Module], int]                       # D_t
-    condition: Callable[[nn.Module, torch.Tensor, dict], torch.Tensor] | None = None  # timesteps [B] and the `condition_inputs` → c [B, D_t], all that modulates the blocks; None: e_t alone does
-    condition_inputs: tuple[str, ...] = ()                            # the arguments of the model that `condition` looks at
-    num_classes: Callable[[nn.Module], int | None] = lambda m: None   # classes the model is conditioned on, without the null class, which has this index
-    routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None  # the blocks that routing masks, each with its residuals inside; None: `blocks`
-    called_grid: Callable[[nn.Module, dict], Size] | None = None      # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
-    # by block, how many tokens of a text come before the image's in the same stream: a number, or one for each sample of the batch (a list or a tensor); None: none
+    # timesteps [B] and the `condition_inputs` → c [B, D_t], all that modulates the blocks; None: e_t alone does
+    condition: Callable[[nn.Module, torch.Tensor, dict], torch.Tensor] | None = None
+    # the arguments of the model that `condition` looks at
+    condition_inputs: tuple[str, ...] = ()
+    # classes the model is conditioned on, without the null class, which has this index
+    num_classes: Callable[[nn.Module], int | None] = lambda m: None
+    # the blocks that routing masks, each with its residuals inside; None: `blocks`
+    routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None
+    # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
+    called_grid: Callable[[nn.Module, dict], Size] | None = None
+    # by block, how many tokens of a text come before the image's in the same stream:
+    # a number, or one for each sample of the batch (a list or a tensor); None: none
     leading_tokens: Callable[[nn.Module, dict], Sequence[int | Sequence[int] | torch.Tensor]] | None = None
-    any_length: bool = False                                          # the blocks take any number of tokens, so that prompts can be prepended
-    timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0      # what the model's timestep is multiplied by to lie in 0…T
-    as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t  # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds
-    flow_matching: bool = False                                       # time is continuous in [0, T], not an integer in 0…T−1
+    # the blocks take any number of tokens, so that prompts can be prepended
+    any_length: bool = False
+    # what the model's timestep is multiplied by to lie in 0…T
+    timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0
+    # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds
+    as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t
+    # time is continuous in [0, T], not an integer in 0…T−1
+    flow_matching: bool = False
     timestep_argument: str = "timestep"                               # the model's argument that holds the timestep
-    tokens_argument: str = "hidden_states"                            # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; the first if positional
-    tokens_output: int | None = None                                  # their place in the block's output, where that is a tuple; None: as diffusers records it
+    # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; the first if positional
+    tokens_argument: str = "hidden_states"
+    # their place in the block's output, where that is a tuple; None: as diffusers records it
+    tokens_output: int | None = None
 
     def block_grids(self, model: nn.Module, input_size: Sequence[int] | None = None) -> list[Size]:
         "The token grid of every block. Raises `BadInput` where neither the model nor `input_size` fixes it."
         if input_size is not None and "input_size" not in inspect.signature(self.grid_size).parameters:
-            raise BadInput(f"input_size is {tuple(input_size)}: the anatomy of {type(model).__name__} takes none, its inputs have one size")
+            raise BadInput(f"input_size is {tuple(input_size)}: the anatomy of {type(model).__name__} takes none, its "
+                           "inputs have one size")
         if input_size is None: grid = self.grid_size(model)
         else:
             try: grid = self.grid_size(model, input_size=tuple(input_size))
-            except ValueError as e: raise BadInput(f"input_size is {tuple(input_size)}: it does not fit a {type(model).__name__}: {e}") from None
+            except ValueError as e:
+                raise BadInput(f"input_size is {tuple(input_size)}: it does not fit a {type(model).__name__}: "
+                               f"{e}") from None
         return grid if isinstance(grid, list) else [tuple(grid)] * len(self.blocks(model))
 
     def block_widths(self, model: nn.Module) -> list[int]:
@@ -65,7 +84,8 @@ class Anatomy:
         "Where in a tuple that a block returns its image tokens are."
         if self.tokens_output is not None: return self.tokens_output
         if not type(block).__module__.startswith("diffusers."): return 0
-        from diffusers.hooks._helpers import TransformerBlockRegistry   # here, because it imports every model that diffusers has
+        # here, because it imports every model that diffusers has
+        from diffusers.hooks._helpers import TransformerBlockRegistry
         try: return TransformerBlockRegistry.get(type(block)).return_hidden_states_index
         except ValueError: return 0
 
@@ -89,28 +109,33 @@ def register_backbone(
     return anatomy
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #5b1c0a72
+# package and class of what keeps a model as its `module`
 WRAPPERS = {("torch", "DataParallel"), ("torch", "DistributedDataParallel"), ("torch", "FullyShardedDataParallel"),
-            ("torch", "AveragedModel"), ("deepspeed", "DeepSpeedEngine")}   # package and class of what keeps a model as its `module`
+            ("torch", "AveragedModel"), ("deepspeed", "DeepSpeedEngine")}
 
 def _wrapped(model):
     "What a wrapper calls with the arguments it is given; None for what is no such wrapper."
-    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module): return inner   # of torch.compile, whole or by region
+    # of torch.compile, whole or by region
+    if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module): return inner
     for cls in type(model).__mro__:
         package = cls.__module__.partition(".")[0]
         if (package, cls.__name__) in WRAPPERS: return model.module
-        if package == "peft": return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", None)
+        if package == "peft":
+            return model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "model", None)
     return None
 
 def wrappers_of(model: nn.Module) -> list[nn.Module]:
     "A model, what it wraps, what that wraps: the innermost last."
     layers = [model]
-    while isinstance(layers[-1], nn.Module) and isinstance(inner := _wrapped(layers[-1]), nn.Module): layers.append(inner)
+    while isinstance(layers[-1], nn.Module) and isinstance(inner := _wrapped(layers[-1]), nn.Module):
+        layers.append(inner)
     return layers
 
 def unwrap_model(
     model: nn.Module,  # a model, or one inside any number of wrappers
 ) -> nn.Module:
-    """The model inside torch.compile, DataParallel, DistributedDataParallel, FSDP, AveragedModel, a DeepSpeed engine, a PeftModel,
+    """The model inside torch.compile, DataParallel, DistributedDataParallel,
+    FSDP, AveragedModel, a DeepSpeed engine, a PeftModel,
     or what accelerate prepared. Anything else is given back as it is."""
     return wrappers_of(model)[-1]
 
@@ -119,7 +144,8 @@ def timestep_batch(
     timestep: torch.Tensor | float | int,  # [B], [B, tokens] or a scalar: what the caller gave the model
     device: torch.device | str,
 ) -> torch.Tensor: # [B] or [1]
-    "The timesteps as a vector; one entry where the whole batch shares its timestep: a scalar, a scalar `expand`ed over the batch, or equal numbers on the CPU."
+    """The timesteps as a vector; one entry where the whole batch shares its timestep:
+    a scalar, a scalar `expand`ed over the batch, or equal numbers on the CPU."""
     t = torch.as_tensor(timestep, device=device)
     if t.ndim == 0: return t[None]
     if t.ndim > 1: t = t.flatten(1).amax(1)
@@ -142,6 +168,9 @@ def check_timesteps(
 ) -> torch.Tensor:
     "The timesteps as a tensor; raises `BadInput` that names the first one outside 0…T−1."
     t = torch.as_tensor(timesteps)
-    bad = (t < 0) | (t > num_train_timesteps - 1) | t.isnan() if t.is_floating_point() else (t < 0) | (t > num_train_timesteps - 1)
-    if bad.any(): raise BadInput(f"timestep {t[bad].flatten()[0].item():g} is out of range: expected 0 to {num_train_timesteps - 1}")
+    bad = ((t < 0) | (t > num_train_timesteps - 1) | t.isnan() if t.is_floating_point()
+           else (t < 0) | (t > num_train_timesteps - 1))
+    if bad.any():
+        raise BadInput(
+            f"timestep {t[bad].flatten()[0].item():g} is out of range: expected 0 to {num_train_timesteps - 1}")
     return t

@@ -33,28 +33,39 @@ def make_aggregator(
     name: str,  # as torchjd spells it: "PCGrad", "NashMTL", "UPGrad", …
     k: int,     # tasks
 ) -> nn.Module:
-    "An aggregator with the settings of ANT. Raises `BadInput` for an unknown one, and for one whose own packages are missing."
+    """An aggregator with the settings of ANT.
+    Raises `BadInput` for an unknown one, and for one whose own packages are missing."""
     import torchjd.aggregation as A
     if name not in aggregators(): raise unknown("aggregator", name, aggregators())
     try: return A.NashMTL(n_tasks=k, max_norm=1.0, update_weights_every=25) if name == "NashMTL" else getattr(A, name)()
-    except ImportError as e: raise BadInput(f"aggregator {name} needs more packages: {' '.join(str(e).split())}") from None
-    except TypeError as e: raise BadInput(f"aggregator {name} has settings that must be given: {e}; expected one that works without, such as PCGrad or UPGrad") from None
+    except ImportError as e:
+        raise BadInput(f"aggregator {name} needs more packages: {' '.join(str(e).split())}") from None
+    except TypeError as e:
+        raise BadInput(f"aggregator {name} has settings that must be given: {e}; expected one that works without, such "
+                       "as PCGrad or UPGrad") from None
 
 def aggregator_state(aggregator: nn.Module) -> dict: # for a checkpoint: plain values and tensors
     "What an aggregator remembers from step to step, as NashMTL and GradVac do."
-    plain = lambda v: str(v) if isinstance(v, (torch.dtype, torch.device)) else torch.from_numpy(v) if isinstance(v, np.ndarray) else v
-    keep = lambda v: isinstance(v, (torch.Tensor, np.ndarray, int, float)) or isinstance(v, tuple) and all(isinstance(x, (int, float, torch.dtype, torch.device)) for x in v)
+    plain = (lambda v: str(v) if isinstance(v, (torch.dtype, torch.device))
+             else torch.from_numpy(v) if isinstance(v, np.ndarray) else v)
+    keep = lambda v: isinstance(v, (torch.Tensor, np.ndarray, int, float)) or isinstance(v, tuple) and all(
+        isinstance(x, (int, float, torch.dtype, torch.device)) for x in v)
     from torchjd import Stateful
-    return {name: {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v) for k, v in {**vars(m), **dict(m.named_buffers(recurse=False))}.items() if keep(v)} for name, m in aggregator.named_modules() if isinstance(m, Stateful)}
+    return {name: {k: [plain(x) for x in v] if isinstance(v, tuple) else plain(v)
+                   for k, v in {**vars(m), **dict(m.named_buffers(recurse=False))}.items() if keep(v)}
+            for name, m in aggregator.named_modules() if isinstance(m, Stateful)}
 
 def restore_aggregator(aggregator: nn.Module, state: dict):
     "The inverse of `aggregator_state`, on an aggregator made with the same settings."
-    dtype_or_device = lambda v: v if not isinstance(v, str) else getattr(torch, v.removeprefix("torch.")) if v.startswith("torch.") else torch.device(v)
+    dtype_or_device = (lambda v: v if not isinstance(v, str)
+                       else getattr(torch, v.removeprefix("torch.")) if v.startswith("torch.") else torch.device(v))
     for name, m in aggregator.named_modules():
         for k, v in state.get(name, {}).items():
             old = vars(m).get(k)
-            setattr(m, k, v.numpy() if isinstance(old, np.ndarray) else tuple(map(dtype_or_device, v)) if isinstance(v, list) else v)
-        if name in state and hasattr(m, "_init_optim_problem"): m._init_optim_problem()   # NashMTL builds its problem at its first step only
+            setattr(m, k, v.numpy() if isinstance(old, np.ndarray)
+                    else tuple(map(dtype_or_device, v)) if isinstance(v, list) else v)
+        # NashMTL builds its problem at its first step only
+        if name in state and hasattr(m, "_init_optim_problem"): m._init_optim_problem()
 
 def balanced_backward(
     losses: torch.Tensor,              # [K], with a graph
@@ -78,5 +89,6 @@ def make_clusters(
     if config.clusters == "uniform": return timestep_intervals(T, config.k)
     if config.clusters == "log-snr": return timestep_clusters(tables.snr.double().clamp(min=1e-10).log(), config.k)
     affinity, groups, _ = load_affinity(config.clusters)
-    if groups[-1][1] != T - 1: raise BadInput(f"{config.clusters} covers timesteps 0 to {groups[-1][1]}: expected 0 to {T - 1}")
+    if groups[-1][1] != T - 1:
+        raise BadInput(f"{config.clusters} covers timesteps 0 to {groups[-1][1]}: expected 0 to {T - 1}")
     return timestep_clusters(spread_affinity(affinity, groups), config.k)

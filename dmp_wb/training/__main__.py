@@ -42,8 +42,9 @@ def start_cpu_processes(argv: list[str]):
     if not left_to_mpi(dict(os.environ)) or torch.accelerator.is_available(): return
     given = re.search(r"--num[-_]processes[= ](\d+)", " ".join(psutil.Process(os.getppid()).cmdline()))
     if not given:
-        raise BadInput("accelerate was asked for several CPU processes but starts one: name them with --num_processes N, "
-                       "or use torchrun --nproc_per_node N -m dmp_wb.training")
+        raise BadInput(
+            "accelerate was asked for several CPU processes but starts one: name them with --num_processes N, "
+            "or use torchrun --nproc_per_node N -m dmp_wb.training")
     for name in ("MASTER_ADDR", "MASTER_PORT"): os.environ.pop(name, None)
     if "PET_RDZV_ENDPOINT" not in os.environ:   # `launch` sets it to a file that it removes
         # a file without a name ends with torchrun

@@ -46,11 +46,14 @@ def note_skipped(run: Run, line: str):
 def count_skipped(run: Run) -> int:
     "Images that any process of any session of a run has skipped."
     file = run.folder / "skipped-images.txt"
-    return len({line.split(": ", 1)[-1] for line in file.read_text(encoding="utf-8").splitlines()}) if file.exists() else 0
+    return (len({line.split(": ", 1)[-1] for line in file.read_text(encoding="utf-8").splitlines()}) if file.exists()
+            else 0)
 
-def gradient_norm(accelerator: Accelerator, params: dict[str, nn.Parameter], limit: float | None) -> torch.Tensor: # scalar
+def gradient_norm(accelerator: Accelerator, params: dict[str, nn.Parameter],
+                  limit: float | None) -> torch.Tensor:   # scalar
     "The norm of the gradient over all processes, which is clipped to `limit`."
-    if limit is not None or accelerator.distributed_type == DistributedType.DEEPSPEED: norm = torch.as_tensor(accelerator.clip_grad_norm_(params.values(), limit or float("inf")))
+    if limit is not None or accelerator.distributed_type == DistributedType.DEEPSPEED:
+        norm = torch.as_tensor(accelerator.clip_grad_norm_(params.values(), limit or float("inf")))
     else:   # clipping to infinity would multiply every gradient by one
         accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in params.values() if p.grad is not None])
@@ -59,62 +62,78 @@ def gradient_norm(accelerator: Accelerator, params: dict[str, nn.Parameter], lim
 class Meter:
     "Means of losses since the last line, over all processes, without waiting for the device in between."
     def __init__(self, accelerator: Accelerator, num_train_timesteps: int, intervals: int):
-        self.accelerator, self.T, self.K, self.since = accelerator, num_train_timesteps, min(intervals, num_train_timesteps), time.perf_counter()
+        self.accelerator, self.T, self.K, self.since = (accelerator, num_train_timesteps,
+                                                        min(intervals, num_train_timesteps), time.perf_counter())
         self.clear()
 
-    def clear(self): self.sums, self.steps, self.by_timestep = {}, 0.0, torch.zeros(2, self.K, device=self.accelerator.device)
+    def clear(self):
+        self.sums, self.steps, self.by_timestep = {}, 0.0, torch.zeros(2, self.K, device=self.accelerator.device)
 
     def add(self, losses: dict[str, torch.Tensor], mse: torch.Tensor, timesteps: torch.Tensor, weight: float):
         "The losses of a part of a step, and the mse [B] of its samples at their timesteps [B]."
         for k, v in losses.items(): self.sums[k] = self.sums.get(k, 0) + weight * v.detach()
         self.steps += weight
         where = (timesteps * self.K // self.T).expand(2, -1)
-        self.by_timestep.scatter_add_(1, where, torch.stack([mse.detach().float(), torch.ones_like(mse, dtype=torch.float32)]))
+        self.by_timestep.scatter_add_(1, where,
+                                      torch.stack([mse.detach().float(), torch.ones_like(mse, dtype=torch.float32)]))
 
     def state(self) -> dict: # of all processes: each has its row
         names = sorted(self.sums)
-        row = torch.cat([torch.stack([self.sums[k].float() for k in names]) if names else self.by_timestep.new_zeros(0), self.by_timestep.flatten()])
+        row = torch.cat([torch.stack([self.sums[k].float() for k in names]) if names else self.by_timestep.new_zeros(0),
+                         self.by_timestep.flatten()])
         return {"names": names, "steps": self.steps, "rows": self.accelerator.gather(row[None])}
 
     def restore(self, state: dict):
         self.clear()
         rows, n = state["rows"].to(self.accelerator.device), len(state["names"])
         row = rows[self.accelerator.process_index] if len(rows) == self.accelerator.num_processes else rows.mean(0)
-        self.sums, self.steps, self.by_timestep = dict(zip(state["names"], row[:n])), state["steps"], row[n:].view(2, self.K).clone()
+        self.sums, self.steps, self.by_timestep = (dict(zip(state["names"], row[:n])), state["steps"],
+                                                   row[n:].view(2, self.K).clone())
 
     def means(self, batch_size: int, more: dict[str, torch.Tensor]) -> dict[str, float | None]:
-        "The means, those of `more` over processes, the mse of each timestep interval (None where there was no sample), and images per second; starts anew."
+        """The means, those of `more` over processes, the mse of each timestep interval
+        (None where there was no sample), and images per second; starts anew."""
         names, steps = sorted(self.sums), self.steps
-        means = [self.sums[k] / steps for k in names] + [v.float() for v in more.values()]   # none of the first if all steps were skipped
+        # none of the first if all steps were skipped
+        means = [self.sums[k] / steps for k in names] + [v.float() for v in more.values()]
         values = self.accelerator.reduce(torch.stack(means), "mean").tolist() if means else []
         total, count = self.accelerator.reduce(self.by_timestep, "sum").tolist()
         first = [-(-i * self.T // self.K) for i in range(self.K + 1)]
-        intervals = {f"mse/t{a:03d}-{b - 1:03d}": s / n if n else None for a, b, s, n in zip(first, first[1:], total, count)}
+        intervals = {f"mse/t{a:03d}-{b - 1:03d}": s / n if n else None
+                     for a, b, s, n in zip(first, first[1:], total, count)}
         now = time.perf_counter()
-        row = {**({} if names else {"loss": None, "mse": None}), **dict(zip([*names, *more], values)), **intervals, "images_per_second": steps * batch_size / (now - self.since)}
+        row = {**({} if names else {"loss": None, "mse": None}), **dict(zip([*names, *more], values)), **intervals,
+               "images_per_second": steps * batch_size / (now - self.since)}
         self.since = now
         self.clear()
         return row
 
 def memory_gib(device: torch.device) -> float:
     "Peak memory of the GPU's tensors, or what the process holds on a CPU."
-    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss) / 2**30
+    return (torch.cuda.max_memory_allocated(device) if device.type == "cuda"
+            else psutil.Process().memory_info().rss) / 2**30
 
 def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: Experiment, trackers: list, write: bool):
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
-    images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)), t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
-                    seed=exp.seed, quiet=True, prediction_type=learned, texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)
+    images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)),
+                    t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
+                    seed=exp.seed, quiet=True, prediction_type=learned,
+                    texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)
     if not write: return   # this process was needed for the forward passes
     with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
     rows = int(n**0.5)
-    grid = torch.cat([torch.cat(list(r), -1) for r in torch.cat([images, -torch.ones(-n % rows, *images.shape[1:])]).unflatten(0, (rows, -1))], -2)
+    grid = torch.cat([torch.cat(list(r), -1)
+                      for r in torch.cat([images, -torch.ones(-n % rows, *images.shape[1:])]).unflatten(0, (rows, -1))],
+                     -2)
     pixels = ((grid + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "PNG")
     write_atomic(run.folder / "samples" / f"step-{step:07d}.png", buffer.getvalue())
     for tracker in trackers:
-        if hasattr(tracker, "log_images"): tracker.log_images({"samples": np.repeat(pixels, 3 // pixels.shape[-1], -1)[None]}, step=step, **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
+        if hasattr(tracker, "log_images"):
+            tracker.log_images({"samples": np.repeat(pixels, 3 // pixels.shape[-1], -1)[None]}, step=step,
+                               **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
     "Write the averaged weights, put into the backbone, as `model/` (diffusers) or `patch/`."
