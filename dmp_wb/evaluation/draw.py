@@ -6,6 +6,7 @@
 __all__ = ['sample_decoder', 'Drawn', 'image_shape', 'draw']
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #cfcf6fa9
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..config import Experiment
 from ..core.errors import BadInput
-from ..core.settings import DataConfig, ObjectiveConfig
+from ..core.settings import DataConfig, ObjectiveConfig, SamplingConfig
 from ..data.cache_facts import CACHE_FILE, PLAN_FILE
 from ..data.encoders import load_vae
 from ..data.folders import data_path
@@ -65,18 +66,16 @@ def image_shape(model: str | Path) -> tuple[int, ...]:
     with torch.no_grad(): return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
 def draw(
-    model: str | Path,            # a run, or what `load_model` takes
-    num_images: int,              # balanced over the classes
-    guidance_scale: float = 1.5,
-    sampler: str = "dpmsolver++", # flow-euler for models that predict flow
-    num_inference_steps: int = 25,
-    seed: int = 0,
-    *,
-    schedule: str = "",           # in place of the run's
-    vae: str | None = None,       # what decodes latents, in place of the run's
-    batch_size: int = 64,
-    backbone: nn.Module | None = None,  # the loaded model, if it is at hand
-    quiet: bool = False,
+        model: str | Path,   # a run, or what `load_model` takes
+        num_images: int,   # balanced over the classes
+        *,
+        # how, or the name of a preset; the sampler of a model of flow is flow-euler
+        config: SamplingConfig | str = "fast",
+        vae: str | None = None,   # what decodes latents, in place of the run's
+        batch_size: int = 64,
+        backbone: nn.Module | None = None,   # the loaded model, if it is at hand
+        quiet: bool = False,
+        **settings,   # of `SamplingConfig`, before those of config; schedule: in place of the run's
 ) -> Drawn:
     """Sample images from a model, decoded.
     Raises `BadInput` for a run without a model, and for latents that nothing decodes."""
@@ -86,10 +85,12 @@ def draw(
     if exp is None and set(model_inputs(backbone)) - {"class_labels"}:
         raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
     labels = balanced_labels(num_images, anatomy_of(backbone).num_classes(backbone))
-    images = sample(backbone, num_images, labels, guidance_scale, usual_sampler(objective, sampler),
-                    num_inference_steps, schedule or (exp.schedule if exp else "linear"), seed, batch_size,
-                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None,
-                    texts=captions_of(backbone, exp.data) if exp else None)
+    settings["schedule"] = settings.get("schedule") or (exp.schedule if exp else "linear")
+    how = SamplingConfig.of(config, **settings)
+    how = dataclasses.replace(how, sampler=usual_sampler(objective, how.sampler),
+                              prediction_type=objective.prediction_type)
+    images = sample(backbone, num_images, labels, config=how, batch_size=batch_size, quiet=quiet,
+                    clamp=decode is None, texts=captions_of(backbone, exp.data) if exp else None)
     if decode is not None:
         with torch.no_grad(): images = torch.cat([decode(z.to(device)).cpu() for z in images.split(16)]).clamp(-1, 1)
     return Drawn(images, labels)

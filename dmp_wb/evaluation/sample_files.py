@@ -44,45 +44,61 @@ from ..store.run import load_model, open_run, Run
 SAMPLES_FORMAT, SAMPLES_PLAN, SAMPLES_FILE, DECODE_BATCH = 1, "sampling.json", "samples.npz", 16
 
 def sample_run(
-    run: str | Path,                # a run folder, or its name
-    num_images: int,
-    folder: str | Path | None = None,  # is made; one that was cut off is completed. None: samples/<sampler>-<steps>-g<guidance_scale>-<num_images> in the run's folder
-    class_labels: str | Path | list[int] | torch.Tensor | None = "balanced",  # balanced (as None), a text file with a number for each image, or a list
-    captions: str | Path | list[str] | None = None,  # of a text-conditioned run: a text file with one on each line, or a list; image i is of caption i, and of the first again when they are used up. None: those of the data it trained on
-    sampler: str | None = None,     # a name in `schedules.SAMPLERS`; None: ddpm as in the papers, flow-euler for flow matching
-    num_inference_steps: int | str | list[int] = 250,  # what `schedules.sampler` takes
-    guidance_scale: float = 1.5,    # ≥ 0; 1 is no guidance
-    seed: int = 0,
-    batch_size: int = 64,
-    part: tuple[int, int] | None = None,  # this process's number, and how many share the work; None: from $RANK and $WORLD_SIZE
-    guidance_interval: tuple[int, int] | None = None,  # first and last timestep that are guided, inclusive; None: all
-    guidance_channels: int | None = None,  # the first so many channels are guided; None: all
-    patched: bool = True,           # False: the run's base, without its patch
-    vae: str | None = None,         # what decodes latents; None: what the run was trained with
-    device: str | torch.device = "auto",   # "auto": the GPU if there is one
-    npz: bool = True,               # at the end, write the .npz that ADM's evaluator reads
-    quiet: bool = False,            # no progress bar
-) -> Path | None: # the folder; None if other processes are not done yet
-    """Write `num_images` images of a run as NNNNNN.png, 8 bits, grey or RGB, and at the end samples.npz (`arr_0`, uint8 [N, H, W, 3]).
+        run: str | Path,   # a run folder, or its name
+        num_images: int,
+        # is made; one that was cut off is completed. None:
+        # samples/<sampler>-<steps>-g<guidance_scale>-<num_images> in the run's folder
+        folder: str | Path | None = None,
+        # balanced (as None), a text file with a number for each image, or a list
+        class_labels: str | Path | list[int] | torch.Tensor | None = "balanced",
+        # of a text-conditioned run: a text file with one on each line, or a list;
+        # image i is of caption i, and of the first again when they are used up. None: those of the data it trained on
+        captions: str | Path | list[str] | None = None,
+        # a name in `schedules.SAMPLERS`; None: ddpm as in the papers, flow-euler for flow matching
+        sampler: str | None = None,
+        num_inference_steps: int | str | list[int] = 250,   # what `schedules.sampler` takes
+        guidance_scale: float = 1.5,   # ≥ 0; 1 is no guidance
+        seed: int = 0,
+        batch_size: int = 64,
+        # this process's number, and how many share the work; None: from $RANK and $WORLD_SIZE
+        part: tuple[int, int] | None = None,
+        # first and last timestep that are guided, inclusive; None: all
+        guidance_interval: tuple[int, int] | None = None,
+        guidance_channels: int | None = None,   # the first so many channels are guided; None: all
+        patched: bool = True,   # False: the run's base, without its patch
+        vae: str | None = None,   # what decodes latents; None: what the run was trained with
+        device: str | torch.device = "auto",   # "auto": the GPU if there is one
+        npz: bool = True,   # at the end, write the .npz that ADM's evaluator reads
+        quiet: bool = False,   # no progress bar
+) -> Path | None:   # the folder; None if other processes are not done yet
+    """Write `num_images` images of a run as NNNNNN.png, 8 bits, grey
+    or RGB, and at the end samples.npz (`arr_0`, uint8 [N, H, W, 3]).
 
-    Raises `BadInput` for a run without a model, labels or captions that do not fit, and a folder that holds other images, naming what differs.
+    Raises `BadInput` for a run without a model, labels or captions that
+    do not fit, and a folder that holds other images, naming what differs.
     """
     part = _checked_part(part)
-    num_images, batch_size, seed = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1), whole_number("seed", seed)
-    guidance_scale, patched, npz, quiet = real_number("guidance_scale", guidance_scale, 0), yes_or_no("patched", patched), yes_or_no("npz", npz), yes_or_no("quiet", quiet)
+    num_images, batch_size, seed = (whole_number("num_images", num_images, 1),
+                                    whole_number("batch_size", batch_size, 1), whole_number("seed", seed))
+    guidance_scale, patched, npz, quiet = (real_number("guidance_scale", guidance_scale, 0),
+                                           yes_or_no("patched", patched), yes_or_no("npz", npz),
+                                           yes_or_no("quiet", quiet))
     if guidance_channels is not None: guidance_channels = whole_number("guidance_channels", guidance_channels, 1)
     for name, value in (("run", run), ("folder", folder), ("vae", vae)):
-        if not (isinstance(value, (str, Path)) or value is None and name != "run"): raise BadInput(f"{name} is {said(value)}: expected a name or a path")
+        if not (isinstance(value, (str, Path)) or value is None and name != "run"):
+            raise BadInput(f"{name} is {said(value)}: expected a name or a path")
     run = open_run(run)
     exp = run.experiment
     sampler = sampler or usual_sampler(exp.objective, "ddpm")
     labels = _read_labels(class_labels)
     model = load_model(run.folder, patched=patched, device=device)
     texts = captions_of(model, exp.data, _read_captions(captions))
-    walk = _Walk(model, num_images, labels, guidance_scale, sampler, num_inference_steps, exp.schedule, seed, 0, exp.objective.prediction_type, None, None, guidance_interval, guidance_channels, texts)
+    walk = _Walk(model, num_images, labels, guidance_scale, sampler, num_inference_steps, exp.schedule, seed, 0,
+                 exp.objective.prediction_type, None, None, guidance_interval, guidance_channels, texts)
     decode, decoder = sample_decoder(run, walk.shape[0], vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
-    folder = expanded(folder or home / "samples" / re.sub(r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
+    folder = expanded(folder or home / "samples" / re.sub(
+        r"[^\w.+-]+", "-", f"{sampler}-{num_inference_steps}-g{guidance_scale:g}-{num_images}"))
     plan = _plan(run, model, walk, num_inference_steps, batch_size, decoder, guidance_interval)
     try:
         _same_images(folder, json.loads(json.dumps(plan, default=str)))
@@ -91,35 +107,48 @@ def sample_run(
     except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:
         if isinstance(e, BadInput): raise
         why = getattr(e, "strerror", None) or " ".join(str(e).split())
-        done = f"; {len(_pngs(folder)):,} of {num_images:,} images are there, and the same call goes on" if folder.is_dir() else ""
+        done = (f"; {len(_pngs(folder)):,} of {num_images:,} images are there, and the same call goes on"
+                if folder.is_dir() else "")
         raise BadInput(f"{folder} cannot be written: {why}{done}") from None
 
 def _checked_part(part) -> tuple[int, int]:
-    try: rank, world = part = (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))) if part is None else tuple(whole_number("part", n) for n in part)
+    try:
+        rank, world = part = ((int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))) if part is None
+                              else tuple(whole_number("part", n) for n in part))
     except (TypeError, ValueError): rank, world = 1, 0   # is refused below
     if not 0 <= rank < world: raise BadInput(f"part is {said(part)}: expected a number from 0, and how many there are")
     return rank, world
 
-def _plan(run: Run, model: nn.Module, walk: "_Walk", num_inference_steps, batch_size: int, decoder: str | None, guidance_interval) -> dict:
+def _plan(run: Run, model: nn.Module, walk: "_Walk", num_inference_steps, batch_size: int, decoder: str | None,
+          guidance_interval) -> dict:
     "What the images of a folder are of; a folder takes those of one plan."
     patches, router, exp, texts = patches_of(model), get_router(model), run.experiment, walk.texts
-    balanced = walk.labels is not None and torch.equal(walk.labels, balanced_labels(walk.num_images, anatomy_of(model).num_classes(model)))
-    labels = None if walk.labels is None else "balanced" if balanced else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16]
-    return {"format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model),
-            "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
-            "routing": dataclasses.asdict(router.config) if router else None, "num_images": walk.num_images, "class_labels": labels,
-            **({"captions": texts.fingerprint} if texts else {}), "sampler": walk.sampler, "num_inference_steps": num_inference_steps,
-            "guidance_scale": walk.guidance_scale, "guidance_interval": guidance_interval, "guidance_channels": walk.guidance_channels,
-            "schedule": dataclasses.asdict(exp.schedule), "prediction_type": walk.prediction_type, "seed": walk.seed, "vae": decoder,
-            "batch_size": batch_size, "device": walk.param.device.type}
+    balanced = walk.labels is not None and torch.equal(
+        walk.labels, balanced_labels(walk.num_images, anatomy_of(model).num_classes(model)))
+    labels = (None if walk.labels is None else "balanced" if balanced
+              else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16])
+    return {
+        "format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model),
+        "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
+        "routing": dataclasses.asdict(router.config) if router else None, "num_images": walk.num_images,
+        "class_labels": labels,
+        **({"captions": texts.fingerprint} if texts else {}), "sampler": walk.sampler,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": walk.guidance_scale, "guidance_interval": guidance_interval,
+        "guidance_channels": walk.guidance_channels,
+        "schedule": dataclasses.asdict(exp.schedule), "prediction_type": walk.prediction_type, "seed": walk.seed,
+        "vae": decoder,
+        "batch_size": batch_size, "device": walk.param.device.type}
 
 def _draw(folder: Path, walk: "_Walk", decode: Callable | None, batch_size: int, part: tuple[int, int], quiet: bool):
     "Draw and write this process's share of the images that are not there yet."
     (rank, world), done = part, _pngs(folder)
-    batches = [range(start, min(start + batch_size, walk.num_images)) for start in range(0, walk.num_images, batch_size)][rank::world]
+    batches = [range(start, min(start + batch_size, walk.num_images))
+               for start in range(0, walk.num_images, batch_size)][rank::world]
     todo = [batch for batch in batches if not done.issuperset(batch)]
     count = lambda batches: sum(map(len, batches))
-    bar = progress(total=count(batches), initial=count(batches) - count(todo), desc="samples", unit="img", disable=quiet or rank != 0)
+    bar = progress(total=count(batches), initial=count(batches) - count(todo), desc="samples", unit="img",
+                   disable=quiet or rank != 0)
     with bar, walk.ready(), ThreadPoolExecutor(4) as pool:
         writing, finished = [], bar.n
         for batch in todo:
@@ -132,32 +161,45 @@ def _draw(folder: Path, walk: "_Walk", decode: Callable | None, batch_size: int,
             bar.n = finished   # a sum of fractions is none
         for job in writing: job.result()
     if gone := [i for batch in batches for i in _missing(folder, batch)]:
-        raise BadInput(f"{len(gone):,} of the images that were written to {folder} are gone, first {_file(folder, gone[0]).name}: it was renamed or emptied meanwhile; the same call draws them again")
+        raise BadInput(
+            f"{len(gone):,} of the images that were written to {folder} are gone, first {_file(folder, gone[0]).name}: "
+            "it was renamed or emptied meanwhile; the same call draws them again")
 
 def _read_labels(given) -> list[int] | torch.Tensor | None:
     if given is None or isinstance(given, str) and given == "balanced": return None
     if not isinstance(given, (str, Path)): return given
-    if not expanded(given).is_file(): raise MissingFile(f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
+    if not expanded(given).is_file():
+        raise MissingFile(
+            f"class_labels is {str(given)!r}: expected balanced, or a text file with a class number for each image")
     words = read_regular(expanded(given)).decode("utf-8", "replace").split()
     wrong = [w for w in words if not re.fullmatch(r"-?[0-9]{1,18}", w)]
-    if wrong: raise BadInput(f"class_labels file {given} holds {wrong[0][:60]!r}: expected a class number for each image")
+    if wrong:
+        raise BadInput(f"class_labels file {given} holds {wrong[0][:60]!r}: expected a class number for each image")
     return [int(w) for w in words]
 
 def _read_captions(given) -> list[str] | None:
     if not isinstance(given, (str, Path)): return given
-    if not expanded(given).is_file(): raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
+    if not expanded(given).is_file():
+        raise MissingFile(f"captions is {str(given)!r}: expected a text file with a caption on each line")
     try: return read_regular(expanded(given)).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as e: raise BadInput(f"captions file {given} is no UTF-8, from byte {e.start}: expected a caption on each line") from None
+    except UnicodeDecodeError as e:
+        raise BadInput(f"captions file {given} is no UTF-8, from byte {e.start}: expected a caption on each "
+                       "line") from None
 
 def _same_images(folder: Path, plan: dict):
     "Write the plan of a new folder; raise `BadInput` for one that holds something else."
-    images = folder.is_dir() and any(folder.glob("*.png"))   # before the plan is looked for: another process may just have written that, and then an image
+    # before the plan is looked for: another process may just have written that, and then an image
+    images = folder.is_dir() and any(folder.glob("*.png"))
     if (folder / SAMPLES_PLAN).exists():
         old = read_json(folder / SAMPLES_PLAN)
         old = old if isinstance(old, dict) else {}
         differs = [k for k in plan if old.get(k) != plan[k]]
-        if differs: raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there and {plan[differs[0]]!r} here; expected the same, or another folder")
-    elif images: raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one of an earlier call")
+        if differs:
+            raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there "
+                           f"and {plan[differs[0]]!r} here; expected the same, or another folder")
+    elif images:
+        raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one "
+                       "of an earlier call")
     elif folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder")
     else: write_json(folder / SAMPLES_PLAN, plan)
 
@@ -171,15 +213,20 @@ def _file(folder: Path, number: int) -> Path: return folder / f"{number:06d}.png
 
 @torch.no_grad()
 def _pixels(x: torch.Tensor, decode: Callable | None, batch: range, walk: _Walk) -> np.ndarray: # [B, H, W, C] uint8
-    if (bad := _not_finite(x)) is not None: raise BadInput(f"image {batch[bad]} is not finite: {walk.fault(batch[bad])}")
+    if (bad := _not_finite(x)) is not None:
+        raise BadInput(f"image {batch[bad]} is not finite: {walk.fault(batch[bad])}")
     images = x if decode is None else torch.cat([decode(z) for z in x.split(DECODE_BATCH)])
-    if (bad := _not_finite(images)) is not None: raise BadInput(f"image {batch[bad]} is not finite: its latents are, and what the VAE makes of them is not; expected a VAE that decodes them")
+    if (bad := _not_finite(images)) is not None:
+        raise BadInput(f"image {batch[bad]} is not finite: its latents are, and what the VAE makes of them is not; "
+                       "expected a VAE that decodes them")
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 def _write_png(folder: Path, number: int, array: np.ndarray):
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, "PNG")
-    if not (folder / SAMPLES_PLAN).is_file(): raise FileNotFoundError(errno.ENOENT, "it was renamed or removed meanwhile")   # and is not made again, for a useless half
+    # and is not made again, for a useless half
+    if not (folder / SAMPLES_PLAN).is_file():
+        raise FileNotFoundError(errno.ENOENT, "it was renamed or removed meanwhile")
     write_atomic(_file(folder, number), buffer.getvalue())
 
 def _finish(folder: Path, num_images: int, npz: bool) -> Path | None:
@@ -188,21 +235,29 @@ def _finish(folder: Path, num_images: int, npz: bool) -> Path | None:
         try: stack.enter_context(run_lock(folder))
         except BadInput: return None
         for left in folder.glob(".*.tmp"):   # all images are there, so nobody writes
-            if re.fullmatch(r"\.(\d{6,}\.png|samples\.npz|sampling\.json)\.\w+\.tmp", left.name) and not left.is_dir(): left.unlink(missing_ok=True)   # of this program, whatever else lies here
+            # of this program, whatever else lies here
+            if re.fullmatch(r"\.(\d{6,}\.png|samples\.npz|sampling\.json)\.\w+\.tmp", left.name) and not left.is_dir():
+                left.unlink(missing_ok=True)
         if npz and not (folder / SAMPLES_FILE).exists(): _write_npz(folder, num_images)
     return folder
 
 def _write_npz(folder: Path, num_images: int):
-    "An .npz is a zip of .npy files, and an .npy is a header and the numbers: written image by image, whatever their number."
+    """An .npz is a zip of .npy files, and an .npy is a header and the numbers:
+    written image by image, whatever their number."""
     read = lambda i: np.asarray(read_image(_file(folder, i), 3))   # grey three times
     fd, tmp = tempfile.mkstemp(dir=folder, prefix=f".{SAMPLES_FILE}.", suffix=".tmp")
     try:
         with os.fdopen(fd, "wb") as out:
-            with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive, archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:   # a ZipInfo of its own has no time of day
+            # a ZipInfo of its own has no time of day
+            with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive, archive.open(zipfile.ZipInfo("arr_0.npy"),
+                                                                                        "w", force_zip64=True) as f:
                 i, shape = 0, read(0).shape
-                np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": (num_images, *shape)})
+                np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False,
+                                                         "shape": (num_images, *shape)})
                 for i in range(num_images):
-                    if (pixels := read(i)).shape != shape: raise BadInput(f"{_file(folder, i)} is {pixels.shape[0]} × {pixels.shape[1]}: expected {shape[0]} × {shape[1]}, as the others; remove it and sample again")
+                    if (pixels := read(i)).shape != shape:
+                        raise BadInput(f"{_file(folder, i)} is {pixels.shape[0]} × {pixels.shape[1]}: expected "
+                                       f"{shape[0]} × {shape[1]}, as the others; remove it and sample again")
                     f.write(pixels.tobytes())
             out.flush()
             os.fsync(out.fileno())
