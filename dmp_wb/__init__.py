@@ -11,9 +11,9 @@ from ._names import MOVED
 _PUBLIC = {
     "DiT": "models.dit", "ModelConfig": "core.settings",
     "Anatomy": "models.anatomy", "register_backbone": "models.anatomy", "supported_models": "models.backbones",
-    "DMPConfig": "core.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.dmp", "get_patch": "methods.dmp",
+    "DMPConfig": "methods.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.dmp", "get_patch": "methods.dmp",
     "save_patch": "methods.dmp", "load_patch": "methods.dmp", "load_reference_patch": "methods.dmp", "use_patches": "methods.dmp", "patch_disabled": "methods.dmp",
-    "DTRConfig": "core.settings", "route": "methods.dtr", "unroute": "methods.dtr", "get_router": "methods.dtr", "routing_mask": "methods.dtr",
+    "DTRConfig": "methods.settings", "route": "methods.dtr", "unroute": "methods.dtr", "get_router": "methods.dtr", "routing_mask": "methods.dtr",
     "diffusion_losses": "diffusion.objectives",
     "timestep_clusters": "tasks.intervals", "task_affinity": "tasks.affinity",
     "load_data": "data.load",

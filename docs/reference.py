@@ -41,7 +41,7 @@ def modules() -> dict:
 
 @cache
 def source_notebooks() -> dict[str, str]:
-    "module → the page of its notebook, e.g. methods.hooks → source/methods/00_hooks; in the order of the wings"
+    "module → the page of its notebook, e.g. methods.hooks → source/methods/02_hooks; in the order of the wings"
     return {room: path.relative_to(NBS).with_suffix("").as_posix() for wing in wings()
             for room, path in rooms_of(wing).items()}
 

@@ -81,7 +81,7 @@ def test_errors_of_the_system_are_one_line_in_every_command(command, tmp_path, m
 
 
 def test_the_first_line_comes_before_the_work(monkeypatch, capsys):
-    monkeypatch.setattr("dmp_wb.training.train", lambda *_: print("work", file=sys.stderr))
+    monkeypatch.setattr("dmp_wb.training.loop.train", lambda *_: print("work", file=sys.stderr))
     cli.train("digits-quick", ["name=01"])
     assert capsys.readouterr().err.splitlines()[0].startswith("01: ")
     monkeypatch.setenv("RANK", "1")

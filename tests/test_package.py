@@ -187,6 +187,6 @@ def test_new_project_loses_nothing(tmp_path, monkeypatch):
         if next(calls) == 3: raise OSError(28, "No space left on device")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    monkeypatch.setattr("dmp_wb.projects.write_atomic", full)
+    monkeypatch.setattr("dmp_wb.batch.projects.write_atomic", full)
     with pytest.raises(BadInput, match="half cannot be written: No space left"): new_project("half")
     assert not (tmp_path / "half").exists() and sorted(os.listdir(tmp_path)) == ["empty", "file", "mine"]

@@ -125,14 +125,16 @@ def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
                        "own; --name or --folder says where they are")
     strange = [k for k in given if k not in known]
     if not strange: return dict(given)
-    from dmp_wb.config import LEAVES, load_experiment, OTHER_NAMES, unknown_key
-    leaves, takes = list(LEAVES), "overrides" in known
+    from dmp_wb.config.names import leaves, OTHER_NAMES, unknown_key
+    from dmp_wb.config.reading import load_experiment
+    from dmp_wb.methods.older import older_keys
+    words_of, takes = [*leaves(), *older_keys()], "overrides" in known
     for key in strange:
         kind = f"parameter of notebook {notebook.stem}"
         if not takes: raise unknown(kind, key, known)
-        if key not in leaves:
+        if key not in words_of:
             of_experiment = "." in key or any(key in words.split() for words in OTHER_NAMES.values())
-            raise unknown_key(key, {*known, *(leaves if of_experiment else [])}, kind)
+            raise unknown_key(key, {*known, *(leaves() if of_experiment else [])}, kind)
     parameters = {k: v for k, v in given.items() if k in known}
     before = parameters.get("overrides", known["overrides"])
     words = split_words(before) if isinstance(before, str) else list(before or [])
@@ -144,8 +146,9 @@ def with_overrides(notebook: Path, given: dict, known: dict) -> dict:
 
 def kinds_of(known: dict) -> dict[str, Any]: # name → type; nothing for a parameter whose default is none
     "The types of a notebook's parameters, from their defaults, and of the keys of an experiment."
-    from dmp_wb.config import LEAVES
-    return {**LEAVES,
+    from dmp_wb.config.names import leaves
+    from dmp_wb.methods.older import older_keys
+    return {**older_keys(), **leaves(),
             **{name: type(default) for name, default in known.items() if isinstance(default, (str, bool, int, float))},
             **dict.fromkeys([n for n, d in known.items() if not isinstance(d, (str, bool, int, float))])}
 

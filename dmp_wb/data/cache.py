@@ -34,7 +34,7 @@ from .folders import data_path, EVERY_SPLIT, ImageFiles, pick_split, SkippedImag
 from .images import BadImage
 from .sources import ImageData, Source
 from .tables import load_images
-from ..methods.dmp import fingerprint
+from ..methods.weights import fingerprint
 from ..models.anatomy import TEXT_INPUTS
 
 # %% ../../nbs/source/data/06_cache.ipynb #b3114ba9

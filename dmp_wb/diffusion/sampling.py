@@ -25,7 +25,7 @@ from ..core.seeds import seed_of
 from ..core.settings import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from .objectives import predicted_x0
 from .schedules import betas, sampler as make_sampler
-from ..methods.dmp import patches_of
+from ..methods.base import methods_of
 from ..models.anatomy import check_timesteps, input_size, learned_variance, unwrap_model
 from ..models.backbones import anatomy_of
 
@@ -241,8 +241,7 @@ class _Walk(_Checked):
         for walks that are gone to the end."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
-            for p in patches_of(self.backbone).values():
-                if p.config.gate_input == "timestep": stack.enter_context(p.baked(self.timesteps))
+            for method in methods_of(self.backbone).values(): stack.enter_context(method.prepared(self.timesteps))
             yield
 
     @torch.no_grad()

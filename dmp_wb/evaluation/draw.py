@@ -22,7 +22,7 @@ from ..data.encoders import load_vae
 from ..data.folders import data_path
 from ..data.load import captions_of, load_data
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
-from ..methods.dmp import fingerprint
+from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs
 from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run, Run

@@ -20,7 +20,7 @@ from ..data.sources import digits
 from .distances import frechet_distance
 from .features import digit_classifier, DigitFeatures, Extractor, ModuleFeatures
 from .inception import InceptionFeatures
-from ..methods.dmp import fingerprint
+from ..methods.weights import fingerprint
 from ..store.run import usual_device
 
 # %% ../../nbs/source/evaluation/03_extractors.ipynb #078ea7b6

@@ -23,7 +23,7 @@ from ..core.errors import BadInput
 from ..core.paths import assets_folder
 from ..core.seeds import seed_of
 from ..data.sources import digits
-from ..methods.dmp import fingerprint
+from ..methods.weights import fingerprint
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #675ec57b
 # what zipfile, its decompressors and NumPy raise for archives and headers

@@ -19,7 +19,7 @@ from torch import nn
 from ..core.errors import BadInput, MissingFile
 from ..core.paths import expanded, project_root
 from .features import Extractor, _UNREADABLE
-from ..methods.dmp import fingerprint
+from ..methods.weights import fingerprint
 
 # %% ../../nbs/source/evaluation/02_inception.ipynb #b8c48169
 def _tower(prefix: str, *convs) -> list: # each conv is (name, channels, kernel[, stride])

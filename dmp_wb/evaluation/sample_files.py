@@ -34,8 +34,8 @@ from ..data.images import BadImage, read_image
 from ..data.load import captions_of
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from .draw import sample_decoder
-from ..methods.dmp import fingerprint, patches_of
-from ..methods.dtr import get_router
+from ..methods.base import facts_of
+from ..methods.weights import fingerprint
 from ..models.backbones import anatomy_of
 from ..store.checkpoints import run_lock
 from ..store.run import load_model, open_run, Run
@@ -122,23 +122,20 @@ def _checked_part(part) -> tuple[int, int]:
 def _plan(run: Run, model: nn.Module, walk: "_Walk", num_inference_steps, batch_size: int, decoder: str | None,
           guidance_interval) -> dict:
     "What the images of a folder are of; a folder takes those of one plan."
-    patches, router, exp, texts = patches_of(model), get_router(model), run.experiment, walk.texts
+    exp, texts = run.experiment, walk.texts
     balanced = walk.labels is not None and torch.equal(
         walk.labels, balanced_labels(walk.num_images, anatomy_of(model).num_classes(model)))
     labels = (None if walk.labels is None else "balanced" if balanced
               else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16])
-    return {
-        "format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model),
-        "patch": {n: {"weights": fingerprint(p), **dataclasses.asdict(p.config)} for n, p in patches.items()} or None,
-        "routing": dataclasses.asdict(router.config) if router else None, "num_images": walk.num_images,
-        "class_labels": labels,
-        **({"captions": texts.fingerprint} if texts else {}), "sampler": walk.sampler,
-        "num_inference_steps": num_inference_steps,
-        "guidance_scale": walk.guidance_scale, "guidance_interval": guidance_interval,
-        "guidance_channels": walk.guidance_channels,
-        "schedule": dataclasses.asdict(exp.schedule), "prediction_type": walk.prediction_type, "seed": walk.seed,
-        "vae": decoder,
-        "batch_size": batch_size, "device": walk.param.device.type}
+    return {"format": SAMPLES_FORMAT, "run": run.name, "model": fingerprint(model),
+            **facts_of(model), "num_images": walk.num_images, "class_labels": labels,
+            **({"captions": texts.fingerprint} if texts else {}), "sampler": walk.sampler,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": walk.guidance_scale, "guidance_interval": guidance_interval,
+            "guidance_channels": walk.guidance_channels,
+            "schedule": dataclasses.asdict(exp.schedule), "prediction_type": walk.prediction_type, "seed": walk.seed,
+            "vae": decoder,
+            "batch_size": batch_size, "device": walk.param.device.type}
 
 def _draw(folder: Path, walk: "_Walk", decode: Callable | None, batch_size: int, part: tuple[int, int], quiet: bool):
     "Draw and write this process's share of the images that are not there yet."

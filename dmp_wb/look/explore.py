@@ -27,7 +27,8 @@ from torch import nn
 from ..core.errors import BadInput
 from ..core.files import read_regular, read_rows
 from ..core.paths import runs_root
-from ..core.settings import DTRConfig, ObjectiveConfig, ScheduleConfig
+from ..core.settings import ObjectiveConfig, ScheduleConfig
+from ..methods.settings import DTRConfig
 from ..data.load import load_data
 from ..diffusion.objectives import make_tables
 from ..diffusion.predict import seen_x0

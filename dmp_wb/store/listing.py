@@ -24,6 +24,8 @@ from ..core.files import flat, last_row, read_json, read_regular
 from ..core.paths import assets_folder, expanded, runs_root, short
 from ..core.processes import changed, fresh, writer_of
 from ..core.values import received_yaml
+from ..methods.older import modern_config, newer_names
+from ..methods.registry import methods_label
 
 # %% ../../nbs/source/store/00_listing.ipynb #80163d5e
 STATES = ("running", "waiting", "failed", "cut off", "finished")
@@ -33,7 +35,7 @@ class RunFacts:
     "What a run folder tells about itself at one moment."
     name: str                  # path below the runs folder, or the folder's own name
     folder: Path
-    method: str                # pretrain, finetune, prompt-tuning or dmp, with “+ dtr” for a routed model; or the name of the run notebook
+    method: str                # what was trained, as `methods_label` says it; or the name of the run notebook
     state: str                 # of `STATES`
     step: int | None = None    # optimiser steps logged
     steps: int | None = None   # and asked for
@@ -49,7 +51,8 @@ class RunFacts:
     def value(self, key: str):
         "A column by its name, else a metric, else a key of the config; None if there is none."
         if key in COLUMNS: return getattr(self, key)
-        return self.metrics[key] if key in self.metrics else self.config.get(key)
+        if key in self.metrics: return self.metrics[key]
+        return next((self.config[k] for k in (key, *newer_names(key)) if k in self.config), None)
 
     def plain(self) -> dict:
         "For JSON."
@@ -73,15 +76,16 @@ class _NoRun(BadInput):
     "A folder of something else, which nobody misses in a list of runs."
 
 def _config(folder: Path) -> dict:
-    tree, missing = received_yaml(folder / "config.yaml"), {"method", "train", "data"}
-    if not isinstance(tree, dict) or not missing <= tree.keys(): raise BadInput("config.yaml is of something else: expected the experiment that a run of dmp_wb writes")
+    tree, missing = received_yaml(folder / "config.yaml"), {"train", "data"}
+    if not isinstance(tree, dict) or not missing <= tree.keys() or not {"method", "methods"} & tree.keys(): raise BadInput("config.yaml is of something else: expected the experiment that a run of dmp_wb writes")
     config = flat(tree)
     for key, value in config.items():
         if isinstance(value, int) and value.bit_length() > 64: raise BadInput(f"config.yaml: {key} is a number of {value.bit_length()} bits: expected at most 64")
     _typed(config, "method", str, "text", "config.yaml")
-    _typed(config, "routing.sharing_ratio", (int, float), "a number", "config.yaml")
+    _typed(config, "base", str, "text", "config.yaml")
     _typed(config, "train.steps", int, "a whole number", "config.yaml")
-    return config
+    config, names = modern_config(config, _dict(tree.get("methods")))
+    return {"method": methods_label(names, config.get("base")), **config}
 
 def _typed(tree: dict, key: str, kinds, expected: str, file: str, usual=None):
     "A value of a file that may be anybody's; `usual` if it is missing or null."
@@ -152,7 +156,7 @@ def read_run(
     busy = writer_of(folder) or not trains and notebook.status == "running" and fresh(folder)
     waits = notebook.status == "waiting" and not done
     state = "running" if busy else "waiting" if waits else "failed" if failed else "finished" if done else "cut off"   # one that failed may be tried again just now
-    method = f"{config['method']}{' + dtr' if (config.get('routing.sharing_ratio') or 1) < 1 else ''}" if trains else notebook.name
+    method = config["method"] if trains else notebook.name
     step = _typed(summary, "steps", int, "a whole number", "summary.json", _typed(row, "step", int, "a whole number", "metrics.jsonl"))
     metrics = newest_metrics(summary if trains else _json(folder / "evaluation.json"))
     return RunFacts(run_name(folder, root), folder, method, state, step, config.get("train.steps"), _finite(summary.get("loss", row.get("loss"))), metrics, when,
@@ -213,7 +217,7 @@ def list_runs(
     known = list(dict.fromkeys([*COLUMNS, *(k for r in runs for k in (*r.metrics, *r.config))]))
     for condition in where:
         key, meets = _condition(condition)
-        if runs and key not in known: raise unknown("key", key, known)
+        if runs and key not in known and not newer_names(key): raise unknown("key", key, known)
         runs = [r for r in runs if meets(r.value(key))]
     key = sort.removeprefix("-")
     if known[len(COLUMNS):] and key not in known: raise unknown("key", key, known)

@@ -25,8 +25,9 @@ from ..core.files import read_json, read_rows, write_json
 from ..core.paths import expanded, runs_root
 from ..core.processes import locked
 from ..core.settings import ObjectiveConfig
-from ..methods.dmp import CONFIG_FILE, fingerprint, load_patch
-from ..methods.dtr import route
+from ..methods.base import folder_of, restore_methods
+from ..methods.registry import method_entry
+from ..methods.weights import fingerprint
 from ..models.dit import DiT
 from .checkpoints import list_checkpoints, _step
 from .listing import run_folder
@@ -122,22 +123,21 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None, abo
         # a hub id is owner/name; anything else was meant as a run or a folder
         if len(path.parts) != 2 or path.is_absolute() or str(model).startswith(".") or path.parent.exists() or (runs_root() / path.parent).exists(): raise
         return _from_hub(str(model))
-    routing = Run(folder).experiment.routing
+    run = Run(folder)
+    methods = run.experiment.methods
     if (folder / "model").is_dir():
         backbone = _from_diffusers(folder / "model")
-        if routing.sharing_ratio < 1: route(backbone, routing)
+        restore_methods(backbone, methods, folder)
         return backbone
-    if not (folder / "patch" / CONFIG_FILE).is_file(): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
-    run = Run(folder)
+    frozen = [name for name in methods if method_entry(name).freezes]
+    if not frozen or not all((folder / folder_of(name)).is_dir() for name in frozen): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     here = folder.resolve()
     if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
     backbone = _load(run.experiment.base or "", True, None, (*above, here))
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
         raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
-    if patched:
-        load_patch(backbone, folder / "patch")
-        if routing.sharing_ratio < 1: route(backbone, routing)
+    if patched: restore_methods(backbone, methods, folder)
     return backbone
 
 def trained_objective(model: str | Path) -> ObjectiveConfig | None:

@@ -20,7 +20,7 @@ from ..core.seeds import seed_of
 from ..data.folders import SkippedImages
 from ..diffusion.objectives import diffusion_losses
 from ..diffusion.predict import predict
-from ..methods.dmp import get_patch, patches_of
+from ..methods.base import methods_of
 from ..store.checkpoints import prune_checkpoints, run_lock
 from ..store.run import Run
 from ..tasks.intervals import interval_losses
@@ -44,15 +44,9 @@ def _shares(batch: dict[str, torch.Tensor], share: int) -> Iterator[dict[str, to
 
 def method_losses(parts: Parts) -> tuple[dict[str, torch.Tensor], torch.Tensor | float]:
     "What the methods on the model add to the loss of the newest pass: each by its column, and their weighted sum."
-    patch = get_patch(parts.backbone) if patches_of(parts.backbone) else None
-    if patch is None or not patch.gated: return {}, 0.0
-    config = parts.exp.patch
-    losses = {"balance": patch.balance_loss()}
-    extra = config.importance_weight * losses["balance"]
-    if config.noisy_gating and config.top_k is not None:
-        losses["load"] = patch.load_loss()
-        extra = extra + config.load_weight * losses["load"]
-    return losses, extra
+    found = {name: term for method in methods_of(parts.backbone).values() for name, term in method.losses().items()}
+    weighted = [weight * value for value, weight in found.values()]
+    return {name: value for name, (value, _) in found.items()}, sum(weighted[1:], weighted[0]) if weighted else 0.0
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0003
 def accumulate(
@@ -87,7 +81,7 @@ def _combine(parts: Parts, state: TrainState, tasks: torch.Tensor):
 def log(parts: Parts, state: TrainState, trackers: list, *, lr: float, grad_norm: torch.Tensor) -> dict:
     "Write the means since the last line, and what this step learned at. Every process must call it."
     t, backbone = parts.exp.train, parts.backbone
-    statistics = get_patch(backbone).gate_statistics() if patches_of(backbone) else {}
+    statistics = {k: v for method in methods_of(backbone).values() for k, v in method.statistics().items()}
     row = {"step": state.step, **state.meter.means(t.batch_size, statistics), "lr": lr, "grad_norm": float(grad_norm),
            "memory_gib": memory_gib(parts.accelerator.device)}
     if t.on_nonfinite == "skip": row["skipped"] = state.nonfinite
@@ -195,7 +189,7 @@ def begin(parts: Parts, state: TrainState, changed: dict):
     remember_rollback(state, run)
     say_longer(say, exp, changed, state.lr)
     count = lambda tensors: f"{sum(p.numel() for p in tensors):,}"
-    say(f"{exp.method} {exp.name}: {count(state.params.values())} of {count(parts.backbone.parameters())} "
+    say(f"{exp.label} {exp.name}: {count(state.params.values())} of {count(parts.backbone.parameters())} "
         f"parameters train, {t.batch_size} images a step on {accelerator.num_processes} × {accelerator.device.type}"
         + (f", resumed at step {state.step}" if state.step else ""))
     if t.on_nonfinite == "rollback" and state.step == 0: save(state, run, t)   # to go back to from the first steps

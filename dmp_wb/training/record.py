@@ -27,7 +27,8 @@ from ..core.files import append_text, atomic_folder, write_atomic, write_json
 from ..data.load import captions_of
 from ..data.sources import Source
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
-from ..methods.dmp import patches_of, save_patch
+from ..methods.base import save_methods
+from ..methods.registry import method_entry
 from ..models.backbones import anatomy_of
 from ..store.run import Run
 from .setup import trainable, versions
@@ -137,12 +138,12 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
                                **({"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}))
 
 def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
-    "Write the averaged weights, put into the backbone, as `model/` (diffusers) or `patch/`."
+    "Write the averaged weights, put into the backbone: as `model/` (diffusers) unless it is frozen, and the files of its methods."
     backbone._modules.pop("multitask", None)
     with torch.no_grad():
         for name, p in trainable(backbone).items(): p.copy_(average[name])
-    if patches_of(backbone): save_patch(backbone, run.folder / "patch")
-    else:
+    save_methods(backbone, run.folder)
+    if not any(method_entry(name).freezes for name in run.experiment.methods):
         with atomic_folder(run.folder / "model") as tmp: backbone.save_pretrained(tmp)
 
 def summarise(run: Run, steps: int, facts: dict):

@@ -39,7 +39,8 @@ fail = ""
 steps = 3
 pause = 0.0"""
 WORK = """import json, os, signal, time
-from dmp_wb.core import progress, write_atomic, write_json
+from dmp_wb.core.bars import progress
+from dmp_wb.core.files import write_atomic, write_json
 from dmp_wb.runs import here
 folder = here("", "tiny")
 file = folder / "metrics.jsonl"

@@ -38,7 +38,7 @@ from dmp_wb.data.images import BadImage, centre_crop, read_image, to_tensor
 from dmp_wb.data.load import load_data
 from dmp_wb.data.sources import digits, EpochOrder, ImageData
 from dmp_wb.data.tables import hub_data, load_images
-from dmp_wb.methods.dmp import fingerprint
+from dmp_wb.methods.weights import fingerprint
 
 SCALE, SHIFT = 0.3611, 0.1159
 datasets.disable_progress_bars()

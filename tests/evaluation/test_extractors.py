@@ -321,7 +321,7 @@ def test_inception_statistics_are_kept_whole(weights_file, runs_folder, monkeypa
     from dmp_wb.evaluation.images import Images
     opened = Images("bytes", 9, (3, 16, 16), real.split, lambda: "nine")
     first = reference_statistics(opened, e, quiet=True)
-    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, **kw: pytest.fail("computed again"))
+    monkeypatch.setattr("dmp_wb.evaluation.statistics.collect", lambda *a, **kw: pytest.fail("computed again"))
     again = reference_statistics(opened, e, quiet=True)
     monkeypatch.undo()
     assert again.rows.shape == (9, 2048) and again.spatial.width == 2023 and torch.allclose(again.spatial.covariance,

@@ -255,7 +255,7 @@ def test_neighbourhoods_in_blocks_and_far_from_zero(monkeypatch):
     fake, real = (torch.randn(150, 4, generator=g, dtype=torch.float64) + 0.5,
                   torch.randn(170, 4, generator=g, dtype=torch.float64))
     whole = precision_recall(fake, real) | density_coverage(fake, real)
-    monkeypatch.setattr("dmp_wb.metrics._BLOCK", 1000)
+    monkeypatch.setattr("dmp_wb.evaluation.distances._BLOCK", 1000)
     assert precision_recall(fake, real) | density_coverage(fake, real) == whole
     shifted = precision_recall(fake + 1e5, real + 1e5) | density_coverage(fake + 1e5, real + 1e5)
     assert shifted == pytest.approx(whole)                                          # large numbers lose no digits
@@ -379,7 +379,7 @@ def test_more_images_than_announced(digits):
 
 def test_wrong_numbers_are_told_before_any_features(digits, monkeypatch):
     reference = reference_statistics("digits", quiet=True)
-    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, **kw: pytest.fail("collected"))
+    monkeypatch.setattr("dmp_wb.evaluation.statistics.collect", lambda *a, **kw: pytest.fail("collected"))
     for bad in (dict(k=40), dict(k_density=0), dict(splits=41), dict(kid_subset_size=41), dict(kid_subsets=0),
                 dict(metrics="nothing")):
         with pytest.raises(BadInput): evaluate(digits[:40], reference, **bad)
@@ -585,7 +585,8 @@ def test_statistics_are_cached_and_verified(digits, runs_folder, monkeypatch):
     (folder,) = caches(runs_folder)
     assert {p.name for p in folder.iterdir()} == {"statistics.json", "statistics.safetensors"}
     calls = []
-    monkeypatch.setattr("dmp_wb.metrics.collect", lambda *a, _real=collect, **kw: calls.append(1) or _real(*a, **kw))
+    monkeypatch.setattr("dmp_wb.evaluation.statistics.collect",
+                        lambda *a, _real=collect, **kw: calls.append(1) or _real(*a, **kw))
     second = reference_statistics("digits", quiet=True)
     assert (not calls and torch.equal(first.rows, second.rows) and second.num_images == 1797
             and second.shape == (1, 8, 8))
@@ -752,7 +753,7 @@ def test_runs_that_ship_are_not_written_to():
 
 
 def test_an_extractor_that_does_not_fit_is_told_before_sampling(run, monkeypatch):
-    monkeypatch.setattr("dmp_wb.metrics.sample", lambda *a, **kw: pytest.fail("sampled"))
+    monkeypatch.setattr("dmp_wb.evaluation.evaluate.sample", lambda *a, **kw: pytest.fail("sampled"))
     with pytest.raises(BadInput, match="metric sfid needs"): evaluate_run(run.folder, 20, metrics="sfid")
     with pytest.raises(BadInput, match="there is no such folder"): evaluate_run(run.folder, 20, "no/such/folder")
 
@@ -812,7 +813,7 @@ def test_figures_that_cannot_be_noted_are_there_all_the_same(run, monkeypatch, c
 
     from dmp_wb import cli
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied")
-    monkeypatch.setattr("dmp_wb.checkpoints.write_json", refuse)
+    monkeypatch.setattr("dmp_wb.store.run.write_json", refuse)
     with pytest.warns(UserWarning,
                       match="the figures are not noted: .*summary.json cannot be written: Permission denied"):
         row = evaluate_run(run.folder, 20, **QUICK)

@@ -16,7 +16,6 @@ from PIL import Image
 import dmp_wb as wb
 from dmp_wb.core import files as core_files
 from dmp_wb.data import images
-from dmp_wb.data import load
 from dmp_wb.diffusion import sampling as diffusion_sampling
 from dmp_wb.evaluation import sample_files
 from dmp_wb.config import to_yaml
@@ -165,8 +164,8 @@ def test_killed_at_any_file(nth, before, run, whole, tmp_path, monkeypatch):
             return original(path, content)
         return write
     with monkeypatch.context() as m:
-        m.setattr("dmp_wb.core.write_atomic", deadly(core_files.write_atomic))
-        m.setattr(sample_files, "write_atomic", sys.modules["dmp_wb.core"].write_atomic)
+        m.setattr(core_files, "write_atomic", deadly(core_files.write_atomic))
+        m.setattr(sample_files, "write_atomic", core_files.write_atomic)
         with pytest.raises(Killed): sample_run(run, 8, folder, **JOB)
     left = files(folder) if folder.exists() else {}
     assert SAMPLES_FILE not in left and all(whole[name] == content for name, content in left.items())
@@ -237,7 +236,7 @@ def test_without_an_npz(run, tmp_path):
 def test_progress_counts_images(run, tmp_path, monkeypatch):
     bars, shown = [], []
     monkeypatch.setattr(
-        diffusion_sampling, "progress",
+        sample_files, "progress",
         lambda **kw: (bars.append(wb.core.bars.progress(**kw)), shown.append(not bars[-1].disable), bars[-1])[-1])
     sample_run(run, 8, tmp_path / "out", batch_size=3, num_inference_steps=3, device="cpu")
     assert (bars[0].initial, bars[0].n, bars[0].total) == (0, 8, 8)
@@ -447,7 +446,7 @@ def test_images_that_are_missing_at_the_end_are_a_failure(part, run, tmp_path, m
 def test_a_full_disk_is_one_line_and_goes_on_when_there_is_room(where, run, tmp_path, monkeypatch):
     def full(*args): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
-        m.setattr(load, where, full)
+        m.setattr(sample_files, where, full)
         with pytest.raises(BadInput, match="out cannot be written: No space left on device") as e:
             sample_run(run, 4, tmp_path / "out", batch_size=2, **FAST)
     assert "\n" not in str(e.value) and not list(tmp_path.glob("out/.*.tmp"))

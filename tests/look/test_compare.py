@@ -83,7 +83,7 @@ def test_what_differs():
 @pytest.mark.parametrize("settings", [{"sharing_ratio": 0.5}, {"alpha": 1.0}, {"kind": "random"},
                                       {"kind": "random", "seed": 7}, {"num_train_timesteps": 500}])
 def test_the_masks_of_a_page_are_those_that_act(settings):
-    from dmp_wb.core.settings import DTRConfig
+    from dmp_wb.methods.settings import DTRConfig
     from dmp_wb.methods.dtr import route
     model, seen = tiny_dit(), []
     route(model, DTRConfig(**settings))
@@ -202,7 +202,7 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_fold
 
 def test_run_colours_are_those_of_the_methods():
     colours = viz.run_colours({"a": "dmp", "b": "dmp", "c": "finetune", **{f"r{i}": "pretrain" for i in range(12)}})
-    assert (colours["a"] == viz.METHOD_COLOURS["dmp"] and colours["c"] == viz.METHOD_COLOURS["finetune"]
+    assert (colours["a"] == viz.method_colour("dmp") and colours["c"] == viz.method_colour("finetune")
             and colours["b"] != colours["a"] and len(set(colours.values())) == 11)
     assert viz.method_label("dmp") == "DMP" and viz.method_label("dmp", {"dmp": "#000"}) == "dmp"
 

@@ -27,9 +27,10 @@ import gc, json, os, sys, weakref
 import torch
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-import dmp_wb.training as training
+import dmp_wb.training.loop as loop
+from dmp_wb.training.__main__ import main
 
-inner, append_row = Accelerator.prepare, training.append_row
+inner, append_row = Accelerator.prepare, loop.append_row
 
 def prepare(self, backbone, optimizer):
     given = [weakref.ref(p) for p in backbone.parameters()]
@@ -50,8 +51,8 @@ def die(run, row):
     if row["step"] == int(os.environ.get("DIE_AT", -1)): os._exit(9)
     append_row(run, row)
 
-Accelerator.prepare, training.append_row = prepare, die
-training.main(sys.argv[1:])
+Accelerator.prepare, loop.append_row = prepare, die
+main(sys.argv[1:])
 '''
 
 
