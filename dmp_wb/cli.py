@@ -21,10 +21,16 @@ import typer
 
 from .core.errors import BadInput, one_line_errors, printable, unknown
 from .core.paths import expanded, passive_waiting, runs_root, safe_path
+from .core.registries import extractor_words, METRICS
+from .core.settings import PRESETS, SAMPLERS
 
 # %% ../nbs/source/cli/00_cli.ipynb #9583f42d
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   help="Diffusion Model Patching and Denoising Task Routing: train, sample, measure, look.")
+
+def _named(registry) -> str: return ", ".join(list(registry)[:-1]) + f" or {list(registry)[-1]}"
+
+_PRESETS = f"How images are drawn: {_named(PRESETS)}; what is given beside it comes first."
 
 def _version(value: bool):
     from dmp_wb import __version__
@@ -87,15 +93,26 @@ def _at_least(least: float, **given: float | None):
 def _one_of(what: str, value: str, known):
     if value not in known: raise unknown(what, value, known)
 
-def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_size: int, bootstrap: int, sampler: str, num_inference_steps: int):
+def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_size: int, bootstrap: int,
+                   drawn: dict):
     "Raise `BadInput` for what no evaluation can have, whatever it measures."
-    from dmp_wb.store.listing import METRICS
-    from dmp_wb.core.settings import EXTRACTOR_NAMES, SAMPLERS
-    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTOR_NAMES)
+    from dmp_wb.core.registries import EXTRACTORS
+    from dmp_wb.methods.registry import load_plugins
+    load_plugins()
+    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTORS)
     for metric in (metrics or "").replace(",", " ").split(): _one_of("metric", metric, METRICS)
-    _at_least(1, num_images=num_images, batch_size=batch_size, num_inference_steps=num_inference_steps)
+    _at_least(1, num_images=num_images, batch_size=batch_size,
+              **{k: v for k, v in drawn.items() if k == "num_inference_steps"})
     _at_least(0, bootstrap=bootstrap)
-    _one_of("sampler", sampler, SAMPLERS)
+    _check_drawn(drawn)
+
+def _drawn(preset: str | None, **given) -> dict:
+    "How images are drawn, of the options that were given."
+    return {k: v for k, v in {"preset": preset, **given}.items() if v is not None}
+
+def _check_drawn(drawn: dict):
+    if "sampler" in drawn: _one_of("sampler", drawn["sampler"], SAMPLERS)
+    if "preset" in drawn: _one_of("preset", drawn["preset"], PRESETS)
 
 def _check_runs(runs: list[str]):
     "Raise `BadInput` for a name that leads to nothing at all."
@@ -156,9 +173,10 @@ def sample(
     folder: Annotated[Path | None, typer.Option(help="Where they go; one that was cut off is completed. samples/<sampler>-<steps>-g<guidance scale>-<images> in the run's folder if not given.")] = None,
     labels: Annotated[str, typer.Option(help="balanced, or a text file with a class number for each image.")] = "balanced",
     captions: Annotated[Path | None, typer.Option(help="Of a text-conditioned run: a text file with a caption on each line; those of its data if not given.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmsolver++, unipc, heun or flow-euler; ddpm if not given, and flow-euler for flow matching.")] = None,
-    steps: Annotated[str, typer.Option(help="Of the sampler; ddpm also takes sections, as 10,15,20, and ddim50.")] = "250",
-    guidance_scale: Annotated[float, typer.Option(help="At least 0; 1 is no guidance.")] = 1.5,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+    sampler: Annotated[str | None, typer.Option(help=f"{_named(SAMPLERS)}; the preset's if not given, and flow-euler for flow matching.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Of the sampler, 250 if not given; ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="At least 0; 1 is no guidance. 1.5 if not given.")] = None,
     guidance_interval: Annotated[tuple[int, int] | None, typer.Option(metavar="FIRST LAST", help="Guide in these timesteps only; all if not given.")] = None,
     guidance_channels: Annotated[int | None, typer.Option(help="Guide the first so many channels only, 3 in the original DiT code; all if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Image i has a random stream of its own.")] = 0,
@@ -171,16 +189,19 @@ def sample(
 ):
     "Draw many images of a run as PNG files, and an .npz for evaluators. Killed, it goes on where it was: run it again."
     from dmp_wb.store.listing import run_folder
-    from dmp_wb.core.settings import SAMPLERS
     rank, world = _share(num_processes)
     home = run_folder(run)
     _at_least(1, num_images=num_images, batch_size=batch_size)
     _at_least(0, guidance_scale=guidance_scale)
-    if sampler is not None: _one_of("sampler", sampler, SAMPLERS)
+    drawn = _drawn(preset, sampler=sampler, guidance_scale=guidance_scale,
+                   num_inference_steps=int(steps) if steps and steps.isdecimal() else steps)
+    _check_drawn(drawn)
     _begin(f"{home.name}: {num_images:,} images")
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
     from dmp_wb.evaluation.sample_files import sample_run
-    done = sample_run(home, num_images, folder and expanded(folder), labels, captions, sampler, int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world), guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
+    done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed, batch_size=batch_size,
+                      part=(rank, world), guidance_interval=guidance_interval, guidance_channels=guidance_channels,
+                      patched=not base, vae=vae, device="cpu" if cpu else "auto", npz=npz)
     if done is not None: print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
 def _share(num_processes: int) -> tuple[int, int]:
@@ -217,12 +238,13 @@ def _in_parallel(processes: int):
 def evaluate(
     samples: Annotated[str, typer.Argument(help="A run to sample from, a folder of images, or an .npz with arr_0.", autocompletion=_complete_runs)],
     reference: Annotated[str | None, typer.Option(help="Real images: a data set, a folder, an .npz of images or of mu and sigma. For a run: what it trained on, if not given.")] = None,
-    extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id].")] = "digits",
-    metrics: Annotated[str | None, typer.Option(help="For example fid,is,precision,recall; all that can be had, if not given. Also: sfid, kid, density, coverage.")] = None,
+    extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+    metrics: Annotated[str | None, typer.Option(help=f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given.")] = None,
     num_images: Annotated[int, typer.Option(help="Of a run: images to sample.")] = 1000,
-    guidance_scale: Annotated[float, typer.Option(help="Of a run; 1 is no guidance.")] = 1.5,
-    sampler: Annotated[str, typer.Option(help="Of a run.")] = "ddim",
-    num_inference_steps: Annotated[int, typer.Option(help="Of a run.")] = 50,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -231,7 +253,8 @@ def evaluate(
     import json
 
     from dmp_wb.store.listing import run_folder
-    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
+    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     _at_least(0, guidance_scale=guidance_scale)
     given, run = expanded(samples), None
     files = given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file()
@@ -244,7 +267,7 @@ def evaluate(
         row = evaluate(given, reference, extractor, metrics, bootstrap=bootstrap, seed=seed, batch_size=batch_size)
     else:
         run = open_run(home)
-        row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps,
+        row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale, **drawn,
                            bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False)
     print(json.dumps(row, indent=2), flush=True)   # before anything can go wrong with the note
     if run is not None: note_evaluation(run, row)
@@ -254,11 +277,12 @@ def guidance(
     run: Annotated[str, typer.Argument(help="A finished run: its name or folder.", autocompletion=_complete_runs)],
     scales: Annotated[list[float] | None, typer.Argument(help="Guidance scales; 1 is none. Default: 1 1.25 1.5 2 3 4.")] = None,
     reference: Annotated[str | None, typer.Option(help="Real images; what the run trained on, if not given.")] = None,
-    extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id].")] = "digits",
-    metrics: Annotated[str | None, typer.Option(help="For example fid,is,precision,recall; all that can be had, if not given.")] = None,
+    extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+    metrics: Annotated[str | None, typer.Option(help=f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given.")] = None,
     num_images: Annotated[int, typer.Option(help="Images at each scale, from the same seeds.")] = 1000,
-    sampler: Annotated[str, typer.Option()] = "ddim",
-    num_inference_steps: Annotated[int, typer.Option()] = 50,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -269,13 +293,14 @@ def guidance(
 
     from dmp_wb.core.files import write_atomic
     from dmp_wb.store.listing import run_folder
-    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
+    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     if figure is not None and figure.suffix not in (".png", ".svg"): raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
     for scale in scales or []: _at_least(0, guidance_scale=scale)
     home = run_folder(run)
     _begin(f"{home.name}: {num_images:,} images at each guidance scale")
     from dmp_wb.store.run import open_run
-    from dmp_wb.evaluation.evaluate import guidance_sweep, METRICS, note_evaluation
+    from dmp_wb.evaluation.evaluate import guidance_sweep, note_evaluation
     opened, unnoted, header = open_run(home), [], True
 
     def tell(row: dict):
@@ -288,7 +313,7 @@ def guidance(
         try: note_evaluation(opened, row)
         except BadInput as e: unnoted.append(e)
 
-    rows = guidance_sweep(opened.folder, scales or (1.0, 1.25, 1.5, 2.0, 3.0, 4.0), num_images, reference, extractor, metrics, sampler=sampler, num_inference_steps=num_inference_steps,
+    rows = guidance_sweep(opened.folder, scales or (1.0, 1.25, 1.5, 2.0, 3.0, 4.0), num_images, reference, extractor, metrics, **drawn,
                           bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False, tell=tell)
     if figure is not None:
         from dmp_wb.look.viz import guidance_curves
@@ -422,7 +447,7 @@ def compare(
     output = expanded(output)
     if output.suffix != ".html" or output.is_dir(): raise BadInput(f"--output is {output}: expected a file that ends in .html")
     _check_runs(runs)
-    _check_measure(extractor, None, max(num_images, 1), 1, 0, "ddim", num_inference_steps)
+    _check_measure(extractor, None, max(num_images, 1), 1, 0, {"num_inference_steps": num_inference_steps})
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _begin(f"comparing {', '.join(runs)}")
     import papermill

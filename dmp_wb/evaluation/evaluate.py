@@ -28,6 +28,7 @@ from .features import Extractor
 from .images import Images, open_samples
 from .measures import figures_of, Given, MeasureConfig
 from .statistics import collect, reference_statistics, Statistics
+from ..methods.registry import load_plugins
 from ..models.anatomy import input_size, unwrap_model
 from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run, Run
@@ -43,6 +44,7 @@ def _can_be_had(metric: Metric, reference: Statistics | None) -> bool:
 
 def _chosen(metrics: str | Sequence[str] | None, extractor: Extractor, reference: Statistics | None) -> list[str]:
     "The metrics to compute; raises `BadInput` for one that is unknown or cannot be had."
+    load_plugins()
     possible = [n for n, m in METRICS.items() if NEEDS[m.needs] in extractor.gives and _can_be_had(m, reference)]
     if metrics is None and not possible:
         raise BadInput(f"extractor {extractor.name} gives {', '.join(extractor.gives)} and there is no reference: "
@@ -140,7 +142,7 @@ class _Drawing:
     decode: Callable = lambda x: x
     inputs: dict = field(default_factory=dict)  # further arguments of `sample`, as texts
 
-    def shape(self) -> tuple[int, ...]: # [C, H, W] of its images
+    def shape(self) -> Any: # [C, H, W] of its images
         return tuple(self.decode(torch.zeros(1, *input_size(unwrap_model(self.backbone)))).shape[1:])
 
     def images(self, scale: float, num_images: int) -> Images:

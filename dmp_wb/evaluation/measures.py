@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MeasureConfig', 'Given', 'measure_fid', 'measure_sfid', 'fid_interval', 'check_kid', 'measure_kid', 'kid_interval',
-           'check_is', 'measure_is', 'is_interval', 'spread_of_mean', 'check_k', 'check_k_density', 'measure_precision',
-           'measure_recall', 'measure_density', 'measure_coverage', 'figures_of']
+           'score_of', 'check_is', 'measure_is', 'is_interval', 'spread_of_mean', 'check_k', 'check_k_density',
+           'measure_precision', 'measure_recall', 'measure_density', 'measure_coverage', 'figures_of']
 
 # %% ../../nbs/source/evaluation/08_measures.ipynb #7fa83f64
 import warnings
@@ -105,9 +105,13 @@ def kid_interval(given: Given, value: float) -> list[float]:
     terms = _kid_terms(given.samples.rows, given.real.rows, given.device)
     return [value + x for x in spread_of_mean(terms, given.settings, given.settings.strata)]
 
+def score_of(samples: Statistics) -> tuple[float, float]:
+    assert samples.score is not None   # `is` needs it, so it was collected
+    return samples.score.result()
+
 def check_is(num_images: int, num_real: int, s: MeasureConfig): ScoreSums(num_images, s.splits)
 
-def measure_is(given: Given) -> tuple[float, float]: return given.samples.score.result()
+def measure_is(given: Given) -> tuple[float, float]: return score_of(given.samples)
 
 def is_interval(given: Given, value: float) -> list[float]:
     spread = spread_of_mean(_score_terms(given.samples.logits), given.settings, given.settings.strata)

@@ -177,7 +177,7 @@ def look_at(
         with compared.noting(label, "samples, gates or masks"): backbone, exp = load_model(r.folder, device=device), open_run(r.folder).experiment
         if backbone is None: continue
         if num_images:
-            with compared.noting(label, "samples"): out.drawn[label] = draw(r.folder, num_images, guidance_scale, sampler, num_inference_steps, seed, backbone=backbone, quiet=True)
+            with compared.noting(label, "samples"): out.drawn[label] = draw(r.folder, num_images, guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed, backbone=backbone, quiet=True)
         if label in same_loss:
             with compared.noting(label, "loss by timestep"):
                 data = data or load_data(exp.data)

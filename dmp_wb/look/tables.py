@@ -21,7 +21,8 @@ from ..core.errors import BadInput
 from ..core.files import flat
 from ..methods.registry import method_entry, method_names
 from ..core.paths import expanded
-from ..store.listing import ago, find_runs, LOWER_IS_BETTER, METRICS, read_run, run_folder, RunFacts
+from ..core.registries import METRICS
+from ..store.listing import ago, find_runs, read_run, run_folder, RunFacts
 from ..store.run import Run
 
 # %% ../../nbs/source/look/02_tables.ipynb #2b2f8189
@@ -201,7 +202,7 @@ def metrics_table(rows: Mapping[str, Mapping], columns: Sequence[str], colours: 
     out = {}
     for m in (m for m in METRICS if any(m in r for r in rows.values())):
         values = {label: r[m] for label, r in rows.items() if m in r}
-        best = (min if m in LOWER_IS_BETTER else max)(values.values())
+        best = (min if METRICS[m].lower_is_better else max)(values.values())
         span = lambda label, m=m: rows[label].get("intervals", {}).get(m)
-        out[f"{m} {'↓' if m in LOWER_IS_BETTER else '↑'}"] = {label: Cell(f"{v:.4g}", f"{span(label)[0]:.4g} – {span(label)[1]:.4g}" if span(label) else "", v == best and len(values) > 1) for label, v in values.items()}
+        out[f"{m} {METRICS[m].arrow}"] = {label: Cell(f"{v:.4g}", f"{span(label)[0]:.4g} – {span(label)[1]:.4g}" if span(label) else "", v == best and len(values) > 1) for label, v in values.items()}
     return html_table(out, columns, colours, "metric")
