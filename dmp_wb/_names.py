@@ -16,7 +16,7 @@ MOVED = {
     "compare": ("look.compare", "look.tables", "evaluation.draw"),
     "distributed": ("training.distributed",),
     "dit": ("models.dit", "models.weights", "core.settings"),
-    "explore": ("look.explore",),
+    "explore": ("look.explore", "look.widgets", "diffusion.predict"),
     "folders": ("store.listing", "core.files", "core.processes", "core.values"),
     "hooks": ("methods.hooks",),
     "launching": ("training.launching",),

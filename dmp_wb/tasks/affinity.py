@@ -36,6 +36,7 @@ def _sketch(grads: dict[str, torch.Tensor], size: int, seed: int,
             out.index_add_(0, code // 2, part * (code % 2 * 2 - 1))
     return out
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #47e6c99a
 def task_affinity(
     model: nn.Module,                    # a backbone; its parameters that require gradients are those looked at
     x0: torch.Tensor,                    # [N, C, H, W] images or latents
@@ -89,6 +90,7 @@ def task_affinity(
     unit = kept / kept.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return (unit @ unit.T).float().clamp(-1, 1)
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #a4265dab
 def spread_affinity(
     affinity: torch.Tensor,           # [groups, groups]
     clusters: list[tuple[int, int]],  # the groups
@@ -97,11 +99,13 @@ def spread_affinity(
     where = interval_of(torch.arange(clusters[-1][1] + 1), clusters)
     return affinity[where][:, where]
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #40e1004d
 def save_affinity(path: str | Path, affinity: torch.Tensor, clusters: list[tuple[int, int]], **facts) -> Path:
     "Write affinities with their groups, and what you like to remember about them, as safetensors; atomic."
     return write_atomic(path, save({"affinity": affinity.contiguous(), "clusters": torch.tensor(clusters)},
                                    metadata={"facts": json.dumps(facts)}))
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #b5680f8c
 def load_affinity(path: str | Path) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
     "Affinities, their groups, and what was remembered. Raises `MissingFile` or `BadInput`."
     if not Path(path).is_file(): raise MissingFile(f"no file {path}: expected affinities written by save_affinity")
