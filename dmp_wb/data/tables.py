@@ -8,6 +8,7 @@ __all__ = ['METADATA_FILES', 'SAVED_FILES', 'metadata_columns', 'captioned_folde
 
 # %% ../../nbs/source/data/03_tables.ipynb #352fd529
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from dmp_wb.data.folders import (
     _split_files,
 )
 from .images import BadImage, open_regular
-from .sources import DATASETS, ImageData
+from .sources import DATASETS, has_idx, IDX_FILES, idx_images, ImageData
 
 # %% ../../nbs/source/data/03_tables.ipynb #5d1a7c05
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -266,16 +267,27 @@ def only_split(
         if isinstance(state, dict) and isinstance(state.get("_split"), str): return state["_split"]
     return DataConfig.split
 
+def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
+    kept = [split for split in IDX_FILES if has_idx(folder, split)]
+    split = config.split if config.split == EVERY_SPLIT else pick_split(config.name, config.split, kept)
+    data = idx_images(folder, split)
+    if config.size not in (None, data.shape[-1]):
+        raise BadInput(
+            f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the images in {folder}")
+    return data if config.conditional else ImageData(data.images, None, [])
+
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
     folder = data_path(config.name)
     if config.name in DATASETS:
-        if config.split != EVERY_SPLIT: pick_split(config.name, config.split, ["train"])
-        data = DATASETS[config.name]()
+        entry, split = DATASETS[config.name], config.split
+        if split != EVERY_SPLIT: split = pick_split(config.name, split, list(entry.splits))
+        data: Any = entry.make(dataclasses.replace(config, split=split))
         if config.size not in (None, data.shape[-1]):
             raise BadInput(f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the built-in "
                            f"{config.name}")
-        return data if config.conditional else ImageData(data.images, None, [])
+        return data if config.conditional or not isinstance(data, ImageData) else ImageData(data.images, None, [])
+    if folder.is_dir() and has_idx(folder): return _idx_folder(config, folder)
     if folder.is_dir():
         tables = [p
                   for p in (*folder.glob("*.parquet"), *folder.glob("data/*.parquet")) if p.name not in METADATA_FILES]

@@ -201,8 +201,9 @@ def data_images(config: DataConfig) -> Images:
         for batch, _ in torch.utils.data.DataLoader(ConsecutiveBatches(data, range(len(data)), batch_size),
                                                     batch_size=None, num_workers=workers):
             if "images" in skipped.take(batch): yield batch["images"]
-    return Images(f"the images of {config.name}", len(data), data.shape, batches,
-                  functools.partial(_data_fingerprint, data, config))
+    return Images(
+        f"the images of {config.name}", len(data), data.shape, batches,
+        functools.partial(_data_fingerprint, data, config) if isinstance(data, (ImageData, ImageFiles)) else None)
 
 def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
