@@ -26,8 +26,8 @@ from ..methods.settings import DTRConfig
 from ..diffusion.objectives import make_tables
 from ..diffusion.predict import seen_x0
 from ..diffusion.sampling import sample_trajectory
-from ..methods.dmp import get_patch, patch_disabled, patches_of
-from ..methods.dtr import routing_mask
+from ..methods.patches import get_patch, patch_disabled, patches_of
+from ..methods.masks import routing_mask
 from ..models.anatomy import input_size
 from ..models.backbones import anatomy_of
 from ..store.listing import list_runs, newest_metrics, run_name
