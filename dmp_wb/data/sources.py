@@ -135,11 +135,12 @@ def idx_images(
     Raises `BadInput` for files that are damaged or do not belong together."""
     images, labels = [], []
     for part in [s for s in IDX_FILES if has_idx(folder, s)] if split == "all" else [split]:
-        found = {kind: _idx_file(folder, part, kind) for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")}
-        if missing := [f"{IDX_FILES[part]}-{kind}" for kind, file in found.items() if file is None]:
-            raise MissingFile(f"{folder} holds no {missing[0]}: expected the images and labels of its split {part}")
-        # type: ignore[arg-type]
-        x, y = read_idx(found["images-idx3-ubyte"], 3), read_idx(found["labels-idx1-ubyte"], 1)
+        found = [_idx_file(folder, part, kind) for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+        if None in found:
+            missing = ("images-idx3-ubyte", "labels-idx1-ubyte")[found.index(None)]
+            raise MissingFile(f"{folder} holds no {IDX_FILES[part]}-{missing}: "
+                              f"expected the images and labels of its split {part}")
+        x, y = (read_idx(file, dimensions) for file, dimensions in zip(found, (3, 1)) if file is not None)
         if len(x) != len(y):
             raise BadInput(f"{folder} holds {len(x):,} images and {len(y):,} labels of {part}: expected as many")
         if not len(x) or images and x.shape[1:] != images[0].shape[1:]:

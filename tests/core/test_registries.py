@@ -73,7 +73,8 @@ def test_a_sampler_of_diffusers_is_known_by_a_name():
     draw = lambda **more: wb.sample(model, 2, sampler="ancestral", num_inference_steps=3, quiet=True, **more)
     assert draw().isfinite().all() and torch.equal(draw(), draw()) and not torch.equal(draw(), draw(seed=1))
     with pytest.raises(BadInput, match="expected a scheduler of diffusers"): register_sampler("x", "EulerScheduler")
-    with pytest.raises(BadInput, match="the sampler 'ddim' is registered already"): register_sampler("ddim", "DDPMScheduler")
+    with pytest.raises(BadInput, match="the sampler 'ddim' is registered already"):
+        register_sampler("ddim", "DDPMScheduler")
 
 
 def test_presets_are_names_for_settings_that_keywords_come_before():
@@ -81,7 +82,8 @@ def test_presets_are_names_for_settings_that_keywords_come_before():
     settings = dict(num_inference_steps=3, quiet=True)
     by_hand = wb.sample(model, 2, guidance_scale=1.5, sampler="dpmsolver++", **settings)
     assert torch.equal(wb.sample(model, 2, preset="fast", **settings), by_hand)
-    assert torch.equal(wb.sample(model, 2, config=SamplingConfig.of("fast", num_inference_steps=3), quiet=True), by_hand)
+    assert torch.equal(wb.sample(model, 2, config=SamplingConfig.of("fast", num_inference_steps=3), quiet=True),
+                       by_hand)
     assert SamplingConfig.of("papers") == SamplingConfig("ddpm", 250, 1.5)
     with pytest.raises(BadInput, match="unknown preset 'fats': did you mean 'fast'"): wb.sample(model, 2, preset="fats")
     with pytest.raises(BadInput, match="unknown setting of sampling 'sampeler': did you mean 'sampler'"):
@@ -92,5 +94,6 @@ def test_a_file_of_ones_own_is_known_to_the_command(tmp_path):
     (tmp_path / "mine.py").write_text("from dmp_wb.core.registries import register_metric\n"
                                       "register_metric('zero', lambda given: 0.0)\n")
     done = subprocess.run([sys.executable, "-m", "dmp_wb", "evaluate", "no-such-run", "--metrics", "zero"],
-                          env={**os.environ, "DMP_WB_PLUGINS": str(tmp_path / "mine.py")}, capture_output=True, text=True)
+                          env={**os.environ, "DMP_WB_PLUGINS": str(tmp_path / "mine.py")}, capture_output=True,
+                          text=True)
     assert "unknown metric" not in done.stderr and "no-such-run" in done.stderr and done.returncode == 2
