@@ -29,7 +29,9 @@ _SPARE = ("#cc79a7", "#56b4e9", "#d55e00", "#332288", "#44aa99", "#882255", "#99
 
 def method_words() -> dict[str, tuple[str, str]]: # name → its label and its colour
     "What each method is called on pages, and its colour; fine-tuning and the like among them."
-    return {**TRAINED, **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
+    frozen = next((n for n in method_names() if method_entry(n).freezes), None)   # what "patched" most often means
+    patched = {"patched": ("patched", method_entry(frozen).colour)} if frozen else {}
+    return {**TRAINED, **patched, **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
 
 def method_colour(
     name: str,        # of a method or run

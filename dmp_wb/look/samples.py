@@ -62,9 +62,7 @@ def compare_samples(
                       color=method_colour(name, i, colours), fontsize=10, fontweight="bold")
     return fig
 
-# %% ../../nbs/source/look/01_samples.ipynb #42182bab
-_PATCHED = "#0072b2"   # the colour of the row of a patched model
-
+# %% ../../nbs/source/look/01_samples.ipynb #6c442453
 def _draw_change(fig, axes, change: Sequence[np.ndarray]):
     "A row of differences [H, W] on one symmetric scale."
     limit = max(1e-3, max(float(np.abs(c).max()) for c in change))
@@ -91,9 +89,8 @@ def film_strip(
     fig, axes = new_figure(rows, k, 1.05 * k + 1.0, 1.08 * rows + 0.3)
     for i, (name, v) in enumerate(images.items()):
         for j in range(k): show_image(axes[i, j], v[j])
-        colour = _PATCHED if name == "patched" else method_colour(name, i)
-        axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10, color=colour,
-                              fontweight="bold")
+        axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10,
+                              color=method_colour(name, i), fontweight="bold")
     for j, t in enumerate(timesteps): axes[0, j].set_title(f"t = {int(t)}", fontsize=9)
     if difference:
         first, second = (images[name] for name in difference)

@@ -71,14 +71,16 @@ class Router(Method):
         self.scale = anatomy.timestep_scale(model)
         for width in {*anatomy.block_widths(model)}: config.kept_channels(width)
 
-    def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]: return list(enumerate(anatomy_of(model).routed(model)))
+    def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
+        return list(enumerate(anatomy_of(model).routed(model)))
 
     def start(self, call: Call):
         t = call.timestep.to(call.device)
         if self.scale != 1: t = t.float() * self.scale   # not in bf16, which would round to the nearest four
         call.state[self.key] = {"timesteps": t, "masks": {}, "kept": {}}
 
-    def _mask(self, x: torch.Tensor, first: int | tuple[int, ...], state: dict) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
+    def _mask(self, x: torch.Tensor, first: int | tuple[int, ...],
+              state: dict) -> torch.Tensor:   # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
         channels = x.shape[-1 if x.ndim == 3 else 1]
         if channels not in state["masks"]: state["masks"][channels] = _masks(state["timesteps"], channels, self.config)
         m = state["masks"][channels].to(x)
@@ -119,7 +121,8 @@ def route(
     model: nn.Module,                 # a supported backbone, wrapped or not; changed in place
     config: DTRConfig | None = None,  # the paper's settings if None
 ) -> Router:
-    "Send every timestep through its own channels of a model's blocks. Raises `BadInput` if the model is routed already or the settings make no sense."
+    """Send every timestep through its own channels of a model's blocks.
+    Raises `BadInput` if the model is routed already or the settings make no sense."""
     model = unwrap_model(model)
     if get_router(model) is not None: raise BadInput(f"this {type(model).__name__} is routed already: unroute it first")
     router = Router(model, config or DTRConfig())
@@ -129,13 +132,15 @@ def route(
 def get_router(model: nn.Module) -> Router | None:
     "The route on a model; None if there is none."
     model = unwrap_model(model)
-    return next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None) if hasattr(model, HOOKS_NAME) else None
+    return (next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None)
+            if hasattr(model, HOOKS_NAME) else None)
 
 def unroute(model: nn.Module) -> nn.Module: # as it was given
     "Take the route off: the model is what it was."
     backbone, router = unwrap_model(model), get_router(model)
     if router is None:
         inside = backbones_inside(backbone)
-        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
+        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (
+            f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
     hooks_of(backbone).detach(router)
     return model
