@@ -142,7 +142,8 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
 
 # %% ../../nbs/source/training/03_record.ipynb #199ff746
 def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
-    "Write the averaged weights, put into the backbone: as `model/` (diffusers) unless it is frozen, and the files of its methods."
+    """Write the averaged weights, put into the backbone:
+    as `model/` (diffusers) unless it is frozen, and the files of its methods."""
     backbone._modules.pop("multitask", None)
     with torch.no_grad():
         for name, p in trainable(backbone).items(): p.copy_(average[name])

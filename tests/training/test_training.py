@@ -152,7 +152,7 @@ def test_a_routed_run_loads_routed(tmp_path):
     patched = wb.train(small("dmp", extra=[f"base={whole.folder}"]), folder=tmp_path / "patched")
     both = wb.load_model(patched.folder)
     assert wb.get_router(both) is not None and wb.get_patch(both).prompts.abs().sum() > 0
-    with pytest.raises(wb.BadInput, match="is routed already and stays so"):
+    with pytest.raises(wb.BadInput, match="has the method dtr already, which stays on it: expected a base without it"):
         wb.train(small("dmp", extra=[f"base={whole.folder}", "routing.sharing_ratio=0.8"]), folder=tmp_path / "again")
     routed_patch = wb.train(small("dmp", extra=["routing.sharing_ratio=0.9"]), folder=tmp_path / "routed-patch")
     assert (wb.get_router(wb.load_model(routed_patch.folder)) is not None
@@ -399,7 +399,7 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
     ("digits-dmp", ["name=x", "base=digits-bse"], "did you mean 'digits-base'"),
     ("digits-dmp", ["name=x", "base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
-    ("digits-dmp", ["name=x", "base=digits-dmp"], "is a patched model already"),
+    ("digits-dmp", ["name=x", "base=digits-dmp"], "has the method dmp already, which stays on it"),
 ])
 def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, match, runs_folder):
     with pytest.raises(BadInput, match=match): wb.train(experiment, overrides)
