@@ -219,6 +219,15 @@ class ModuleMethod(nn.Module, Method):
         if not len(place): take_in(self.model, PLACE); del self.model._modules[PLACE]
         for w in self.frozen: w.requires_grad_(True)
 
+    def on(self, model: nn.Module) -> "ModuleMethod":
+        "Its copy on a replica that DataParallel runs, with the parameters of the replica's device."
+        if model is self.model: return self
+        return next(m for m in model._modules[PLACE]._modules.values() if m.key == self.key)
+
+    def facts(self) -> dict[str, Any]:
+        "Its settings and a fingerprint of its weights."
+        return {"weights": weights_fingerprint(self), **dataclasses.asdict(self.config)}
+
     def __getstate__(self): return {**self.__dict__}
 
 # %% ../../nbs/source/methods/04_base.ipynb #53f399fc
