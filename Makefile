@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv on first use and say what they do.
+# `make demo`, `make quick` and `make test`; each sets up .venv on first use and says what it does.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 VENV ?= .venv
@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DEMO ?= runs/demo
 export PYTHONUNBUFFERED = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-notebooks test-python check docs serve-docs lab notebooks readme clean
+.PHONY: help setup demo quick test test-notebooks test-python check docs serve-docs lab notebooks readme clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 18
@@ -41,23 +41,28 @@ demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gate
 	@$(BIN)/python -m dmp_wb.batch.notebook $(DEMO)/sample
 	@echo "== done: open $(DEMO)/report.html for the pictures and figures; each step has its notebook and page in $(DEMO)/"
 
+quick: $(READY)  ## before a commit: the quick tests of every wing, and whether the sources agree; under two minutes
+	@echo "== the quick tests of every wing, and the sources"
+	@$(BIN)/python tools/quick.py
+	@echo "== quick tests passed; make test runs all of them"
+
 test: test-notebooks test-python  ## all tests: every notebook, then pytest
 	@echo "== all tests passed; the executed pieces are in nbs/, the rest in tests/"
 
 test-notebooks: $(READY)  ## run every notebook as a test
 	@echo "== notebooks (nbdev_test)"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing  # two workers with two threads each would fight over two cores
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/nbdev_test --n_workers 2 --timing  # two workers with two threads each would fight over two cores
 
 test-python: $(READY)  ## pytest
 	@echo "== pytest"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
 
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff and mypy are content
 	@$(BIN)/python tools/check_sources.py
 
 docs: $(READY)  ## the site, from the notebooks, in _docs/
 	@echo "== building the site"
-	@OMP_NUM_THREADS=1 $(BIN)/python docs/build.py
+	@OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python docs/build.py
 
 serve-docs: $(READY)  ## look at the site in a browser
 	@test -d _docs || $(MAKE) --no-print-directory docs

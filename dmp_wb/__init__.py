@@ -1,6 +1,8 @@
 "Diffusion Model Patching and Denoising Task Routing as a notebook-driven research workbench."
 __version__ = "0.1.0"
 
+import os
+import sys
 from importlib import import_module
 
 from ._names import MOVED
@@ -31,6 +33,7 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name):
+    if name in _PUBLIC and "torch" not in sys.modules: os.environ.update(import_module(".core.paths", __name__).passive_waiting())
     if name in _PUBLIC: return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
     if name in _MODULES: return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

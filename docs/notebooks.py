@@ -10,8 +10,8 @@ from execnb.nbio import mk_cell
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
 # files of the repository that are pages under another name
-PAGES = {"CHANGELOG.md": "changelog.md", "data/README.md": "data.md", "README.md": "index.md",
-         "nbs/index.ipynb": "index.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "data/README.md": "data.md",
+         "README.md": "index.md", "nbs/index.ipynb": "index.md"}
 WINGS = ["core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation",
          "batch", "look", "cli"]
 LONG = 30   # lines of exported code above which a cell starts folded

@@ -88,11 +88,12 @@ def write(proc: Path):
          "[Source notebooks](../source.md)", ": The package itself, to read", "", ":::", "",
          "```{toctree}", ":hidden:", "", "python", "commands", "keys", "../runs/index", "../data", "../source", "```",
          ""]), encoding="utf-8")
-    for name in ("CHANGELOG.md", "data/README.md"):
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "data/README.md"):
         (proc / PAGES[name]).write_text(relinked((ROOT / name).read_text(encoding="utf-8"), Path(name)),
                                         encoding="utf-8")
     single = [s for s in SINGLE if (proc / f"{s}.ipynb").exists()]
-    tree = [*[s for s in ("start",) if (proc / f"{s}.ipynb").exists()], *top, "reference/index", *single, "changelog"]
+    tree = [*[s for s in ("start",) if (proc / f"{s}.ipynb").exists()], *top, "reference/index", *single,
+            "contributing", "changelog"]
     landing = (Path(__file__).parent / "index.md").read_text(encoding="utf-8")
     (proc / "index.md").write_text(landing + "\n" + "\n".join(["```{toctree}", ":hidden:", "", *tree, "```", ""]),
                                    encoding="utf-8")

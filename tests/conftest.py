@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""   # the same numbers on every machine
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # torch reads it when it is imported
 
 import nbformat
 import pytest

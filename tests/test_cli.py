@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dmp_wb import cli
+from dmp_wb.cli import base
 from dmp_wb.evaluation import evaluate
 from dmp_wb.evaluation import extractors
 from dmp_wb.core import settings
@@ -95,7 +96,7 @@ def test_the_names_that_the_command_knows_are_those_of_the_modules():
 
 
 def test_numbers_below_the_least_are_named():
-    with pytest.raises(BadInput, match="num_images is 0: expected at least 1"): cli._at_least(1, num_images=0)
+    with pytest.raises(BadInput, match="num_images is 0: expected at least 1"): base._at_least(1, num_images=0)
     with pytest.raises(BadInput, match="guidance_scale is nan: expected a number ≥ 0"):
-        cli._at_least(0, guidance_scale=float("nan"))
-    cli._at_least(1, batch_size=None)
+        base._at_least(0, guidance_scale=float("nan"))
+    base._at_least(1, batch_size=None)

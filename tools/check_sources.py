@@ -18,6 +18,7 @@ from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
+WIDTH = 120   # columns of a line, as ruff has it in pyproject.toml
 
 
 def readme() -> str:
@@ -56,8 +57,23 @@ def differing(left: Path, right: Path, pattern: str) -> list[str]:
                                            and filecmp.cmp(left / n, right / n, shallow=False)))
 
 
+def long_lines() -> list[str]:
+    "What has a line that is too wide: code cells of notebooks, and modules apart from what nbdev writes into them."
+    found = []
+    for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        for cell in nbformat.read(path, 4).cells if ".ipynb_checkpoints" not in path.parts else []:
+            if cell.cell_type == "code" and any(len(line) > WIDTH for line in cell.source.splitlines()):
+                found.append(f"{path.relative_to(ROOT)}: cell {cell.get('id')} has a line of more than {WIDTH} columns")
+    for path in sorted((ROOT / "dmp_wb").rglob("*.py")):
+        cells = re.split(r"^# %% auto .*$", path.read_text(encoding="utf-8"), maxsplit=1, flags=re.M)
+        text = cells[0] + "".join(cells[1:]).partition("# %%")[2]   # between them: `__all__`, as nbdev wraps it
+        if path.name != "_modidx.py" and any(len(line) > WIDTH for line in text.splitlines()):
+            found.append(f"{path.relative_to(ROOT)} has a line of more than {WIDTH} columns")
+    return found
+
+
 def main():
-    faults = []
+    faults = long_lines()
     with tempfile.TemporaryDirectory() as tmp:
         copy = copy_of_tree(Path(tmp))
         subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True)

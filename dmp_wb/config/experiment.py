@@ -35,7 +35,9 @@ def need(
 @dataclass
 class OptimConfig:
     "The optimiser and its learning rate."
-    name: str = "adamw"                 # adamw; adamw-8bit (package bitsandbytes); schedule-free (package schedulefree), which averages by itself in place of the EMA
+    # adamw; adamw-8bit (package bitsandbytes);
+    # schedule-free (package schedulefree), which averages by itself in place of the EMA
+    name: str = "adamw"
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
@@ -48,7 +50,8 @@ class OptimConfig:
         need(0 < self.lr < math.inf, "optim.lr", self.lr, "a number > 0")
         need(all(0 <= b < 1 for b in self.betas), "optim.betas", self.betas, "two numbers in [0, 1)")
         need(0 <= self.weight_decay < math.inf, "optim.weight_decay", self.weight_decay, "a number ≥ 0")
-        need(self.max_grad_norm is None or self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "a number > 0, or null")
+        need(self.max_grad_norm is None or self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm,
+             "a number > 0, or null")
         if self.name not in OPTIMIZERS: raise unknown("optim.name", self.name, OPTIMIZERS)
         need(self.name != "schedule-free" or self.lr_scheduler == "constant", "optim.lr_scheduler", self.lr_scheduler,
              "constant with schedule-free, which warms up over optim.lr_warmup_steps by itself")
@@ -58,7 +61,8 @@ class OptimConfig:
 # %% ../../nbs/source/config/00_experiment.ipynb #35194880
 PRECISIONS = ("no", "fp16", "bf16")
 ON_NONFINITE = ("stop", "skip", "rollback")
-_COUNTS = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "log_intervals", "checkpoint_every", "keep_last",
+_COUNTS = ("steps", "batch_size", "gradient_accumulation_steps", "log_every", "log_intervals", "checkpoint_every",
+           "keep_last",
            "sample_images", "sample_steps")
 
 @dataclass
@@ -75,7 +79,8 @@ class TrainConfig:
     ema_decay: float = 0.9999
     log_every: int = 25                 # steps between lines of metrics.jsonl
     log_intervals: int = 8              # timestep intervals whose mse is logged on its own
-    log_with: str | None = "tensorboard"  # trackers of accelerate beside metrics.jsonl, separated by commas: tensorboard, wandb, …; null: none
+    # trackers of accelerate beside metrics.jsonl, separated by commas: tensorboard, wandb, …; null: none
+    log_with: str | None = "tensorboard"
     sample_every: int | None = None     # steps between grids of samples; null: none
     sample_images: int = 16             # of a grid, from the same seeds each time
     sample_steps: int = 25              # of the sampler
@@ -84,26 +89,35 @@ class TrainConfig:
     keep_last: int = 2                  # newest checkpoints kept
     keep_every: int | None = None       # and those at multiples of this step
     keep_best: str | None = None        # and the one with the lowest value of this column of metrics.jsonl, e.g. loss
-    on_nonfinite: str = "stop"          # a loss or gradient that is not finite: stop (the batch is saved), skip the step, or rollback to the last checkpoint at half the rate
-    nonfinite_limit: int = 20           # such steps in a row that skip, and rollbacks in a run that rollback, puts up with
+    # a loss or gradient that is not finite:
+    # stop (the batch is saved), skip the step, or rollback to the last checkpoint at half the rate
+    on_nonfinite: str = "stop"
+    # such steps in a row that skip, and rollbacks in a run that rollback, puts up with
+    nonfinite_limit: int = 20
     cpu: bool = False                   # stay on the CPU even if there is a GPU
 
     def check(self):
         "Raise `BadInput` for a value that cannot work."
         for key in _COUNTS: need(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1")
         parts = self.gradient_accumulation_steps
-        need(self.batch_size % parts == 0, "train.batch_size", self.batch_size, f"a multiple of train.gradient_accumulation_steps {parts}")
-        if self.mixed_precision not in PRECISIONS: raise unknown("train.mixed_precision", self.mixed_precision, PRECISIONS)
+        need(self.batch_size % parts == 0, "train.batch_size", self.batch_size,
+             f"a multiple of train.gradient_accumulation_steps {parts}")
+        if self.mixed_precision not in PRECISIONS:
+            raise unknown("train.mixed_precision", self.mixed_precision, PRECISIONS)
         for key in ("label_dropout", "ema_decay"):
             need(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "a number in [0, 1)")
         for key in ("keep_every", "sample_every"):
-            need(getattr(self, key) is None or getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "at least 1, or null")
+            need(getattr(self, key) is None or getattr(self, key) >= 1, f"train.{key}", getattr(self, key),
+                 "at least 1, or null")
         need(self.sample_guidance_scale >= 0, "train.sample_guidance_scale", self.sample_guidance_scale, "a number ≥ 0")
         every = self.checkpoint_every
-        if self.keep_every: need(self.keep_every % every == 0, "train.keep_every", self.keep_every, f"a multiple of train.checkpoint_every {every}")
+        if self.keep_every:
+            need(self.keep_every % every == 0, "train.keep_every", self.keep_every,
+                 f"a multiple of train.checkpoint_every {every}")
         if self.keep_best:
             need(every % self.log_every == 0, "train.checkpoint_every", every,
-                 f"a multiple of train.log_every {self.log_every} with train.keep_best, which looks for a line of each checkpoint's step")
+                 f"a multiple of train.log_every {self.log_every} with train.keep_best, which looks for a line of each "
+                 "checkpoint's step")
         if self.on_nonfinite not in ON_NONFINITE: raise unknown("train.on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         need(self.nonfinite_limit >= 1, "train.nonfinite_limit", self.nonfinite_limit, "at least 1")
 
@@ -122,7 +136,8 @@ class Experiment:
     model: ModelConfig = field(default_factory=ModelConfig)   # of a new model; with a base, the base's holds
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     multitask: MultitaskConfig = field(default_factory=MultitaskConfig)
-    methods: dict[str, Any] = field(default_factory=dict)     # what is done to the backbone: name → settings; none: it is trained as it is
+    # what is done to the backbone: name → settings; none: it is trained as it is
+    methods: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -142,7 +157,8 @@ class Experiment:
 
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
-        need(self.format in (1, CONFIG_FORMAT), "format", self.format, f"{CONFIG_FORMAT}, which this version of dmp_wb writes, or 1")
+        need(self.format in (1, CONFIG_FORMAT), "format", self.format,
+             f"{CONFIG_FORMAT}, which this version of dmp_wb writes, or 1")
         parts = PurePosixPath(self.name).parts
         named = parts and ".." not in parts and not self.name.startswith("/") and "\\" not in self.name
         need(named, "name", self.name, "a folder name below runs/")
@@ -155,13 +171,18 @@ class Experiment:
         return self
 
     def _check_methods(self):
-        if not isinstance(self.methods, dict): raise BadInput(f"methods is {self.methods!r}: expected names and their settings, as {{dmp: {{}}}}")
+        if not isinstance(self.methods, dict):
+            raise BadInput(f"methods is {self.methods!r}: expected names and their settings, as {{dmp: {{}}}}")
         for name, config in self.methods.items():
             entry = method_entry(name)
-            if not isinstance(config, entry.config): raise BadInput(f"methods.{name} is {config!r}: expected its settings, {entry.config.__name__}(…)")
+            if not isinstance(config, entry.config):
+                raise BadInput(f"methods.{name} is {config!r}: expected its settings, {entry.config.__name__}(…)")
             if hasattr(config, "check"): config.check()
-            others = [other for other in self.methods if other in entry.excludes or name in method_entry(other).excludes]
-            if others: raise BadInput(f"methods holds {name} and {others[0]}: expected one of them, both cannot be on the same model")
+            others = [other
+                      for other in self.methods if other in entry.excludes or name in method_entry(other).excludes]
+            if others:
+                raise BadInput(
+                    f"methods holds {name} and {others[0]}: expected one of them, both cannot be on the same model")
             if entry.freezes: need(self.base is not None, "base", self.base, f"the model that {name} starts from")
 
     def _check_multitask(self):
@@ -171,7 +192,8 @@ class Experiment:
                  f"1 with multitask.method {m.method}, which looks at the gradients of a whole batch")
             need(t.mixed_precision != "fp16", "train.mixed_precision", t.mixed_precision,
                  f"no or bf16 with multitask.method {m.method}, which has no place for a loss scale")
-        if m.method != "none": need(t.batch_size >= m.k, "train.batch_size", t.batch_size, f"at least multitask.k, {m.k}")
+        if m.method != "none":
+            need(t.batch_size >= m.k, "train.batch_size", t.batch_size, f"at least multitask.k, {m.k}")
 
 # %% ../../nbs/source/config/00_experiment.ipynb #b73e8cf9
 def _takes_older_arguments(made: Callable) -> Callable:

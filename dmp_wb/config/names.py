@@ -45,28 +45,36 @@ OTHER_NAMES = {
     "optim.betas": "beta1 beta2 adam_beta1 adam_beta2",
     "optim.weight_decay": "wd adam_weight_decay",
     "optim.lr_scheduler": "scheduler lr_scheduler_type lr_schedule lr_decay_style",
-    "optim.lr_warmup_steps": "warmup warmup_steps num_warmup_steps warmup_ratio warmup_iters lr_warmup lr_warmup_iters warmup_epochs",
+    "optim.lr_warmup_steps": "warmup warmup_steps num_warmup_steps warmup_ratio warmup_iters lr_warmup lr_warmup_iters "
+    "warmup_epochs",
     "optim.max_grad_norm": "grad_clip clip_grad clip_grad_norm gradient_clip_val gradient_clipping max_norm clip",
-    "train.steps": "epochs epoch num_epochs n_epochs num_train_epochs max_epochs max_steps max_train_steps num_train_steps train_steps total_steps "
-                   "training_steps num_steps n_steps iterations num_iterations n_iters num_iters max_iters train_iters iters total_kimg duration kimg",
-    "train.batch_size": "batch bs batchsize train_batch_size per_device_train_batch_size per_device_batch_size per_gpu_batch_size global_batch_size "
-                        "micro_batch_size batch_size_per_gpu batch_gpu",
-    "train.gradient_accumulation_steps": "accum grad_accum grad_accum_steps accumulate_grad_batches gradient_accumulation accumulation_steps accum_iter",
+    "train.steps": "epochs epoch num_epochs n_epochs num_train_epochs max_epochs max_steps max_train_steps "
+    "num_train_steps train_steps total_steps "
+    "training_steps num_steps n_steps iterations num_iterations n_iters num_iters max_iters train_iters iters "
+    "total_kimg duration kimg",
+    "train.batch_size": "batch bs batchsize train_batch_size per_device_train_batch_size per_device_batch_size "
+    "per_gpu_batch_size global_batch_size "
+    "micro_batch_size batch_size_per_gpu batch_gpu",
+    "train.gradient_accumulation_steps": "accum grad_accum grad_accum_steps accumulate_grad_batches "
+    "gradient_accumulation accumulation_steps accum_iter",
     "train.mixed_precision": "fp16 bf16 amp precision half use_fp16 use_bf16 torch_dtype",
     "train.gradient_checkpointing": "grad_checkpointing use_checkpoint activation_checkpointing",
     "train.compile": "torch_compile use_compile",
     "train.tf32": "allow_tf32",
-    "train.label_dropout": "class_dropout_prob class_dropout cfg_dropout label_drop_prob p_uncond uncond_prob cond_drop_prob",
+    "train.label_dropout": "class_dropout_prob class_dropout cfg_dropout label_drop_prob p_uncond uncond_prob "
+    "cond_drop_prob",
     "train.ema_decay": "ema ema_rate ema_beta use_ema ema_max_decay",
     "train.log_every": "logging_steps log_interval log_freq log_every_n_steps print_freq print_every",
     "train.log_with": "report_to logger loggers wandb tensorboard tracker",
     "train.sample_every": "validation_steps eval_steps eval_every eval_interval sample_interval validation_epochs",
     "train.sample_guidance_scale": "guidance_scale cfg_scale cfg",
-    "train.checkpoint_every": "save_steps save_every save_interval save_freq ckpt_every checkpointing_steps checkpoint_interval checkpoint_steps snap",
+    "train.checkpoint_every": "save_steps save_every save_interval save_freq ckpt_every checkpointing_steps "
+    "checkpoint_interval checkpoint_steps snap",
     "train.keep_last": "save_total_limit checkpoints_total_limit max_checkpoints save_top_k",
     "train.keep_best": "metric_for_best_model load_best_model_at_end",
     "train.cpu": "device no_cuda use_cpu accelerator",
-    "data.name": "dataset dataset_name data_dir data_path train_data_dir data_root train_data root dataset_path instance_data_dir",
+    "data.name": "dataset dataset_name data_dir data_path train_data_dir data_root train_data root dataset_path "
+    "instance_data_dir",
     "data.size": "resolution image_size img_size crop_size",
     "data.channels": "image_channels num_channels",
     "data.conditional": "class_cond class_conditional",
@@ -93,7 +101,8 @@ def unknown_key(
     known: Iterable[str] | None = None,   # the names there are; the keys of an experiment if None
     kind: str = "key",
 ) -> BadInput:
-    "The error for a key that there is not: it suggests the key of that name in another group, the one that other trainers call so, else the nearest."
+    """The error for a key that there is not:
+    it suggests the key of that name in another group, the one that other trainers call so, else the nearest."""
     known = list(leaves()) if known is None else list(known)
     parts = key.split(".")
     if parts[0] == "methods" and len(parts) > 1 and parts[1] not in method_names():

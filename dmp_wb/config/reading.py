@@ -45,7 +45,9 @@ def _flatten(tree: dict, origin: str, prefix: str = "") -> Given:
     for k, value in tree.items():
         key = f"{prefix}{k}"
         if key in groups: given |= _group(key, value, origin, known)
-        elif key not in known and isinstance(value, dict) and value: given |= _flatten(value, origin, f"{key}.")   # names the whole key
+        elif key not in known and isinstance(value, dict) and value:
+            # names the whole key
+            given |= _flatten(value, origin, f"{key}.")
         elif key in known: given[key] = value, origin
         else: given |= _inside(key, value, origin)
     return given
@@ -58,7 +60,8 @@ def _group(key: str, value, origin: str, known: dict[str, Any]) -> Given:
     if said is None: return {key: ({}, origin)} if method else {}   # "data:" with nothing below it
     if method and (said is False or str(said).lower() in ("off", "no")): return {key: (False, origin)}
     first = next((k for k in known if k.startswith(f"{key}.")), f"{key}.…")
-    raise BadInput(f"{origin}: {key} is {said!r}: expected a group of keys ({first}, …)" + (", or false to do without it" if method else ""))
+    raise BadInput(f"{origin}: {key} is {said!r}: expected a group of keys ({first}, …)"
+                   + (", or false to do without it" if method else ""))
 
 def _inside(key: str, value, origin: str) -> Given:
     "A value inside of one that is a mapping itself, such as `model.options.x`."
@@ -68,7 +71,8 @@ def _inside(key: str, value, origin: str) -> Given:
 
 def _override(item: str) -> Given:
     "The value of a key=value word; several for a group, as optim={lr: 1e-3}."
-    if not isinstance(item, str) or "=" not in item: raise BadInput(f"override {item!r} has no '=': expected key=value, as in optim.lr=2e-4")
+    if not isinstance(item, str) or "=" not in item:
+        raise BadInput(f"override {item!r} has no '=': expected key=value, as in optim.lr=2e-4")
     key, _, text = item.partition("=")
     origin, value = f"override {item!r}", unquoted(text)
     key = key.strip()
@@ -82,7 +86,8 @@ def _override(item: str) -> Given:
 def _is_text(kind) -> bool: return kind is str or str in getattr(kind, "__args__", ())
 
 # %% ../../nbs/source/config/02_reading.ipynb #434b79e5
-def _kind_name(kind) -> str: return kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
+def _kind_name(kind) -> str:
+    return kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
 
 def _typed(key: str, value, origin: str, kind):
     "A value in the type of its key. Raises `BadInput` for another type, for inf and NaN, and for control characters."
@@ -91,14 +96,16 @@ def _typed(key: str, value, origin: str, kind):
     try: value = convert(value, kind)
     except ValueError: raise wrong(_kind_name(kind)) from None   # a BadInput of `convert` is one too
     for part in value if isinstance(value, (list, tuple)) else [value]:
-        if isinstance(part, float) and not math.isfinite(part): raise BadInput(f"{origin}: {key} is {part}: expected a finite number")
+        if isinstance(part, float) and not math.isfinite(part):
+            raise BadInput(f"{origin}: {key} is {part}: expected a finite number")
         if isinstance(part, str) and has_controls(part): raise wrong("no control characters")
     return value
 
 def _literal(value): return literal(value) if isinstance(value, str) else value
 
 def _build(cls, values: dict[str, Any], prefix: str = ""):
-    inner = lambda f: _build(f.type, values, f"{prefix}{f.name}.") if dataclasses.is_dataclass(f.type) else values[prefix + f.name]
+    inner = (lambda f: _build(f.type, values, f"{prefix}{f.name}.") if dataclasses.is_dataclass(f.type)
+             else values[prefix + f.name])
     return cls(**{f.name: inner(f) for f in dataclasses.fields(cls)})
 
 def _values(exp: Experiment) -> dict[str, Any]:
@@ -108,20 +115,24 @@ def _values(exp: Experiment) -> dict[str, Any]:
         for part in key.split("."):
             group = key.rpartition(".")[0]
             if isinstance(node, dict): node = node[part]; continue
-            if not dataclasses.is_dataclass(node): raise BadInput(f"{group} is {node!r}: expected a {_kind_name(keys()[group])}")
+            if not dataclasses.is_dataclass(node):
+                raise BadInput(f"{group} is {node!r}: expected a {_kind_name(keys()[group])}")
             node = getattr(node, part)
         return node
-    if not isinstance(exp.methods, dict): raise BadInput(f"methods is {exp.methods!r}: expected names and their settings")
+    if not isinstance(exp.methods, dict):
+        raise BadInput(f"methods is {exp.methods!r}: expected names and their settings")
     of_methods = [f"methods.{name}.{setting}" for name in exp.methods for setting in method_entry(name).types()]
     fixed = [key for key in leaves() if not key.startswith("methods.")]
-    return {**{key: value(key) for key in fixed}, **{f"methods.{name}": {} for name in exp.methods}, **{key: value(key) for key in of_methods}}
+    return {**{key: value(key) for key in fixed}, **{f"methods.{name}": {} for name in exp.methods},
+            **{key: value(key) for key in of_methods}}
 
 # %% ../../nbs/source/config/02_reading.ipynb #bfb19164
 _PATHS = ("base", "data.name", "data.vae", "data.text_encoder", "multitask.clusters")   # may be files or folders
 
 def load_experiment(
-    experiment: str | Path | Experiment,   # a YAML file, a bare name, or an experiment made in Python
-    overrides: list[str] | tuple[str, ...] | str = (),  # "optim.lr=2e-4", "train.steps=100", …; or one text of such words, quoted as in a shell
+        experiment: str | Path | Experiment,   # a YAML file, a bare name, or an experiment made in Python
+        # "optim.lr=2e-4", "train.steps=100", …; or one text of such words, quoted as in a shell
+        overrides: list[str] | tuple[str, ...] | str = (),
 ) -> Experiment:
     """An experiment, checked. Each value has the type of its key: text is what was written, whatever it looks like.
 
@@ -145,20 +156,24 @@ def _is_used(key: str, methods) -> bool: return not key.startswith("methods.") o
 def _check_word(word: str | None, exp: Experiment):
     "What `method` of format 1 said has to fit the base."
     if word not in TRAINED or (word == TRAINED[0]) == (exp.base is None): return
-    raise BadInput(f"base is {exp.base!r}: expected {'none for pretraining' if word == TRAINED[0] else f'the model that {word} starts from'}")
+    raise BadInput(f"base is {exp.base!r}: expected "
+                   f"{'none for pretraining' if word == TRAINED[0] else f'the model that {word} starts from'}")
 
 # %% ../../nbs/source/config/02_reading.ipynb #7ac8a2bc
 def _gathered(experiment, overrides) -> tuple[Given, set[str], str | None]:
-    "All that is given, the defaults first; the keys whose values hold no ${…} because they were made in Python; and what `method` said."
+    """All that is given, the defaults first; the keys whose values hold no ${…} because they were made in Python;
+    and what `method` said."""
     made = isinstance(experiment, Experiment)
     origin = "the experiment" if made else str(find_experiment(experiment))
     given: Given = {k: (v, origin) for k, v in _values(experiment if made else Experiment()).items()}
     final = set(given) if made else set()
     if not made:
         tree = read_yaml(origin, "an experiment")
-        if not isinstance(tree, dict): raise BadInput(f"{origin} is not a mapping of keys to values: expected an experiment")
+        if not isinstance(tree, dict):
+            raise BadInput(f"{origin} is not a mapping of keys to values: expected an experiment")
         if "format" in tree and plain(tree["format"]) not in (1, CONFIG_FORMAT):   # before its keys are looked at
-            raise BadInput(f"{origin} is of config format {plain(tree['format'])}: expected {CONFIG_FORMAT} or 1, which this version of dmp_wb reads")
+            raise BadInput(f"{origin} is of config format {plain(tree['format'])}: expected {CONFIG_FORMAT} or 1, "
+                           "which this version of dmp_wb reads")
         given |= {"name": (literal(Path(origin).stem), origin), **_flatten(tree, origin)}
     given, word = _renamed(given, None)
     for item in split_words(overrides) if isinstance(overrides, str) else overrides:
@@ -182,14 +197,16 @@ def _check_unused(key: str, value, origin: str, given: Given):
     except BadInput as e: raise BadInput(f"{origin}: {key}: {e}") from None
     for name in newer_names(key):
         _, method, setting = name.split(".", 2)
-        with contextlib.suppress(TypeError): method_entry(method).made(**{setting: _typed(key, value, origin, older_keys()[key])})
+        with contextlib.suppress(TypeError):
+            method_entry(method).made(**{setting: _typed(key, value, origin, older_keys()[key])})
 
 def _looking(given: Given, final: set[str], kinds: dict[str, Any]):
     "What gives the value that ${…} stands for."
     def look(name: str):
         name = next((n for n in newer_names(name) if n in given), name)
         if name not in kinds or name not in given:
-            raise BadInput(f"${{{name}}} is no key of an experiment: expected one such as ${{seed}}, or \\${{ for these characters; "
+            raise BadInput(f"${{{name}}} is no key of an experiment: expected one such as ${{seed}}, or \\${{ for "
+                           "these characters; "
                            "nothing else is put in, the variables of a shell neither")
         return _literal(given[name][0]) if name in final else given[name][0]
     return look
@@ -203,7 +220,8 @@ def _referred(given: Given, final: set[str], kinds: dict[str, Any]) -> dict[str,
         except BadInput as e: raise BadInput(f"{where}: {key}: {e}") from None
         values[key] = value if kinds[key] is dict else _typed(key, value, where, kinds[key])
         if key in _PATHS and values[key] and values[key].startswith("~"): values[key] = str(expanded(values[key]))
-        if key == "train.mixed_precision" and values[key].lower() == "false": values[key] = "no"   # YAML reads a bare no as false
+        # YAML reads a bare no as false
+        if key == "train.mixed_precision" and values[key].lower() == "false": values[key] = "no"
     return values
 
 # %% ../../nbs/source/config/02_reading.ipynb #8f467368
@@ -211,17 +229,21 @@ def to_yaml(experiment: Experiment) -> str:
     "The experiment as YAML, every value written out."
     import yaml
     Dumper: Any = type("Dumper", (getattr(yaml, "CDumper", yaml.Dumper),), {"ignore_aliases": lambda self, data: True})
-    quoted = lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _looks_typed(text) else None)
+    quoted = lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text,
+                                                          style="'" if _looks_typed(text) else None)
     Dumper.add_representer(str, quoted)
-    return yaml.dump(_plain_tree(experiment), Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+    return yaml.dump(_plain_tree(experiment), Dumper=Dumper, default_flow_style=False, allow_unicode=True,
+                     sort_keys=False)
 
 def _plain_tree(config) -> dict:
     plain_value = lambda value: literal(value) if isinstance(value, str) else plain(value)
-    if isinstance(config, dict): return {k: _plain_tree(v) if dataclasses.is_dataclass(v) else plain_value(v) for k, v in config.items()}
+    if isinstance(config, dict):
+        return {k: _plain_tree(v) if dataclasses.is_dataclass(v) else plain_value(v) for k, v in config.items()}
     out = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
-        nested = dataclasses.is_dataclass(value) or isinstance(value, dict) and any(map(dataclasses.is_dataclass, value.values()))
+        nested = dataclasses.is_dataclass(value) or isinstance(value, dict) and any(
+            map(dataclasses.is_dataclass, value.values()))
         out[f.name] = _plain_tree(value) if nested else plain_value(value)
     return out
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROGRESS_MIME', 'PROGRESS_VARIABLE', 'in_kernel', 'progress_numbers', 'progress_line', 'NotebookBar', 'LogBar',
-           'write_progress', 'FileBar', 'read_progress', 'progress', 'mirror']
+           'write_progress', 'read_progress', 'FileBar', 'progress', 'mirror']
 
 # %% ../../nbs/source/core/04_bars.ipynb #082e92e8
 import contextlib
@@ -23,6 +23,7 @@ from .files import _new_beside, read_regular
 
 # %% ../../nbs/source/core/04_bars.ipynb #5f115ae7
 PROGRESS_MIME = "application/vnd.dmp-wb.progress+json"
+
 # the file in which a process leaves the numbers of its bar for one that watches it
 PROGRESS_VARIABLE = "DMP_WB_PROGRESS"
 
@@ -32,6 +33,7 @@ def in_kernel() -> bool:
     from IPython import get_ipython
     return hasattr(get_ipython(), "kernel")
 
+# %% ../../nbs/source/core/04_bars.ipynb #a8fcab46
 def progress_numbers(bar: tqdm) -> dict:
     "What a bar knows, as plain numbers: desc, n, total, initial, elapsed (s), rate (1/s), unit, postfix."
     d = bar.format_dict
@@ -48,6 +50,7 @@ def progress_line(d: dict) -> str:
     eta = f"ETA {tqdm.format_interval(left)}" if left and n < total else f"took {tqdm.format_interval(d['elapsed'])}"
     return printable("  ".join(x for x in (d["desc"], part, f"{d['rate']:.1f} {d['unit']}/s", eta, d["postfix"]) if x))
 
+# %% ../../nbs/source/core/04_bars.ipynb #72488b1e
 class NotebookBar(tqdm):
     "A tqdm bar shown through one notebook display that is updated in place."
     def __init__(self, *args, **kwargs):
@@ -69,6 +72,7 @@ class NotebookBar(tqdm):
         if self._shown is None: self._shown = display(bundle, raw=True, display_id=True)
         else: self._shown.update(bundle, raw=True)
 
+# %% ../../nbs/source/core/04_bars.ipynb #57da1ecb
 class LogBar(tqdm):
     "A bar for a log file: whole lines, every ten seconds."
     def __init__(self, *args, **kwargs):
@@ -77,6 +81,7 @@ class LogBar(tqdm):
     def display(self, msg=None, pos=None):
         if self.n > self.initial: print(progress_line(progress_numbers(self)), file=sys.stderr, flush=True)
 
+# %% ../../nbs/source/core/04_bars.ipynb #7046ed1c
 def write_progress(
     file: Path,    # what `read_progress` reads
     state: dict,
@@ -92,6 +97,15 @@ def write_progress(
             with contextlib.suppress(OSError): os.unlink(tmp)
             raise
 
+def read_progress(
+    file: str | os.PathLike,  # what `$DMP_WB_PROGRESS` was for the process that is watched
+) -> dict | None: # as `progress_numbers`; None while there are none
+    "The numbers of another process's bar."
+    try: found = json.loads(read_regular(file, 1 << 20))
+    except (ValueError, RecursionError): return None   # not there, or somebody else's
+    return found if isinstance(found, dict) else None
+
+# %% ../../nbs/source/core/04_bars.ipynb #7c861d4a
 class FileBar(LogBar):
     "A `LogBar` that also leaves its numbers in `$DMP_WB_PROGRESS`, twice a second."
     def __init__(self, *args, **kwargs):
@@ -105,14 +119,7 @@ class FileBar(LogBar):
             self._told = time.time()
             super().display()
 
-def read_progress(
-    file: str | os.PathLike,  # what `$DMP_WB_PROGRESS` was for the process that is watched
-) -> dict | None: # as `progress_numbers`; None while there are none
-    "The numbers of another process's bar."
-    try: found = json.loads(read_regular(file, 1 << 20))
-    except (ValueError, RecursionError): return None   # not there, or somebody else's
-    return found if isinstance(found, dict) else None
-
+# %% ../../nbs/source/core/04_bars.ipynb #54bf40e1
 def progress(
     iterable=None,          # what to go through, or None to call `.update()` by hand
     total: int | None = None,
@@ -130,6 +137,7 @@ def progress(
     if sys.stderr.isatty(): return tqdm(dynamic_ncols=True, **kwargs)
     return LogBar(**kwargs)
 
+# %% ../../nbs/source/core/04_bars.ipynb #9990fb02
 def mirror(
     bar: tqdm | None,  # what this gave the last time
     numbers: dict,     # `progress_numbers` of a bar elsewhere: in a kernel, in another process

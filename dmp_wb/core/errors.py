@@ -28,6 +28,7 @@ def printable(
     if text.isprintable(): return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
+# %% ../../nbs/source/core/00_errors.ipynb #0bc0e4a5
 LONGEST = 2000   # characters of an error; what it quotes is cut in the middle
 
 class BadInput(ValueError):
@@ -44,6 +45,7 @@ class BadInput(ValueError):
 class MissingFile(BadInput, FileNotFoundError):
     "A file or folder that the user named does not exist."
 
+# %% ../../nbs/source/core/00_errors.ipynb #9c5c1f56
 def unknown(
     kind: str,     # what is being looked up, in the singular: "experiment", "key"
     word: str,     # what the user wrote
@@ -85,6 +87,7 @@ def whole_number(
     if least is not None and number < least: raise BadInput(f"{name} is {number}: expected at least {least}")
     return number
 
+# %% ../../nbs/source/core/00_errors.ipynb #7d7dd16c
 def real_number(
     name: str,
     value,                      # Python's, NumPy's, or a tensor of no dimensions
@@ -99,6 +102,7 @@ def real_number(
         raise BadInput(f"{name} is {said(value)}: expected {wanted}")
     return number
 
+# %% ../../nbs/source/core/00_errors.ipynb #216ddeb0
 def yes_or_no(
     name: str,
     value,
@@ -125,6 +129,14 @@ def system_error(e: OSError) -> BadInput:
     return BadInput(
         f"{subject} cannot be used: {strerror}" + (f": expected {_EXPECTED[e.errno]}" if e.errno in _EXPECTED else ""))
 
+def _working_folder_exists() -> bool:
+    try: return bool(os.getcwd())
+    except OSError: return False
+
+def _working_folder_is_gone() -> MissingFile:
+    return MissingFile("the working folder is gone: expected one that exists, change to another")
+
+# %% ../../nbs/source/core/00_errors.ipynb #042ccd0d
 @contextlib.contextmanager
 def system_errors():
     """Inside this context, or a function that it decorates, an error
@@ -153,13 +165,7 @@ def writing(
     except BadInput: raise
     except (OSError, *also) as e: raise cannot(what, e, more=more) from e
 
-def _working_folder_exists() -> bool:
-    try: return bool(os.getcwd())
-    except OSError: return False
-
-def _working_folder_is_gone() -> MissingFile:
-    return MissingFile("the working folder is gone: expected one that exists, change to another")
-
+# %% ../../nbs/source/core/00_errors.ipynb #0674c4e0
 @contextlib.contextmanager
 def one_line_errors():
     """Inside a command line's main: `BadInput` and errors of the system

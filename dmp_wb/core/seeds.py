@@ -41,6 +41,7 @@ def git_commit(
         return commit + ("-dirty" if commit and _changed(top, home, shared, commit) else "")
     except (OSError, UnicodeError, subprocess.SubprocessError): return ""
 
+# %% ../../nbs/source/core/03_seeds.ipynb #8ca34843
 def _head(home: Path, shared: Path) -> str:
     said = (home / "HEAD").read_text(encoding="utf-8").strip()
     if m := re.fullmatch(r"ref: (refs/[\w./@+-]+)", said):
@@ -52,6 +53,7 @@ def _head(home: Path, shared: Path) -> str:
             (line.split()[0] for line in packed if line.endswith(f" {m[1]}")), "")
     return said if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", said) else ""
 
+# %% ../../nbs/source/core/03_seeds.ipynb #691ca0a2
 def _changed(top: Path, home: Path, shared: Path, commit: str) -> bool:
     """Whether tracked files differ from a commit, by a git folder
     that has nothing of the repository but its index and objects."""

@@ -20,13 +20,18 @@ from ..models.anatomy import check_timesteps
 # %% ../../nbs/source/diffusion/01_objectives.ipynb #4f25d709
 # of the squared error of ε, by SNR
 _ON_EPSILON = {"min-snr": lambda snr: (5.0 / snr).clamp(max=1.0), "p2": lambda snr: 1 / (1 + snr)}
+
 # what turns a weight on the error of ε into one on the error of the target
-_CONVERSIONS = {"epsilon": lambda snr: torch.ones_like(snr), "sample": lambda snr: snr, "v_prediction": lambda snr: snr / (1 + snr),
-                "flow_prediction": lambda snr: snr / (1 + snr.sqrt()) ** 2}   # (1 − σ)², as SNR = ((1 − σ)/σ)²
+# (1 − σ)², as SNR = ((1 − σ)/σ)²
+_CONVERSIONS = {"epsilon": lambda snr: torch.ones_like(snr), "sample": lambda snr: snr,
+                "v_prediction": lambda snr: snr / (1 + snr),
+                "flow_prediction": lambda snr: snr / (1 + snr.sqrt()) ** 2}
 
-def _published(on_epsilon) -> Weighting: return lambda snr, timesteps, prediction_type: on_epsilon(snr) * _CONVERSIONS[prediction_type](snr)
+def _published(on_epsilon) -> Weighting:
+    return lambda snr, timesteps, prediction_type: on_epsilon(snr) * _CONVERSIONS[prediction_type](snr)
 
-WEIGHTINGS.update({"constant": lambda snr, timesteps, prediction_type: torch.ones_like(snr), **{name: _published(w) for name, w in _ON_EPSILON.items()}})
+WEIGHTINGS.update({"constant": lambda snr, timesteps, prediction_type: torch.ones_like(snr),
+                   **{name: _published(w) for name, w in _ON_EPSILON.items()}})
 
 def register_weighting(
     name: str,            # as experiments call it: objective.weighting=name
@@ -49,11 +54,13 @@ def predicted_x0(
     if prediction_type == "v_prediction": return a * x_t - b * prediction
     return x_t - b * prediction if prediction_type == "flow_prediction" else (x_t - b * prediction) / a
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #da0e764a
 class Tables(nn.Module):
     "Per-timestep coefficients of a forward process x_t = a_t x0 + b_t ε, computed in float64 and kept as float32 [T]."
     def _keep(self, a: torch.Tensor, b: torch.Tensor, **more: torch.Tensor):
         self.num_train_timesteps = len(a)
-        for name, table in {"a": a, "b": b, "snr": a**2 / b**2, **more}.items(): self.register_buffer(name, table.float(), persistent=False)
+        for name, table in {"a": a, "b": b, "snr": a**2 / b**2, **more}.items():
+            self.register_buffer(name, table.float(), persistent=False)
 
     def at(self, name: str, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         "The named coefficient at timesteps [B], shaped to broadcast over `like` [B, …] and on its device."
@@ -63,16 +70,21 @@ class Tables(nn.Module):
         "x_t = a_t x0 + b_t ε."
         return self.at("a", timesteps, x0) * x0 + self.at("b", timesteps, x0) * noise
 
-    def target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor,
+               prediction_type: str) -> torch.Tensor:
         "What the model is asked for."
-        if prediction_type == "v_prediction": return self.at("a", timesteps, x0) * noise - self.at("b", timesteps, x0) * x0
+        if prediction_type == "v_prediction":
+            return self.at("a", timesteps, x0) * noise - self.at("b", timesteps, x0) * x0
         return {"epsilon": noise, "sample": x0, "flow_prediction": noise - x0}[prediction_type]
 
-    def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    def x0(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor,
+           prediction_type: str) -> torch.Tensor:
         "The clean image that a prediction amounts to."
-        return predicted_x0(prediction, x_t, self.at("a", timesteps, x_t), self.at("b", timesteps, x_t), prediction_type)
+        return predicted_x0(prediction, x_t, self.at("a", timesteps, x_t), self.at("b", timesteps, x_t),
+                            prediction_type)
 
-    def epsilon(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    def epsilon(self, prediction: torch.Tensor, x_t: torch.Tensor, timesteps: torch.Tensor,
+                prediction_type: str) -> torch.Tensor:
         "The noise that a prediction amounts to."
         a, b = self.at("a", timesteps, x_t), self.at("b", timesteps, x_t)
         if prediction_type == "epsilon": return prediction
@@ -84,6 +96,7 @@ class Tables(nn.Module):
         "What the model is told: [B]."
         return timesteps
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #45ba3473
 class FlowTables(Tables):
     "The straight path of flow matching: a = 1 − σ, b = σ = (t+1)/T."
     def __init__(self, num_train_timesteps: int = 1000):
@@ -128,6 +141,7 @@ def _discretised_nll(x, mean, log_scale):
     floor = lambda p: p.clamp(min=1e-12).log()
     return -torch.where(x < -0.999, floor(upper), torch.where(x > 0.999, floor(1 - lower), floor(upper - lower)))
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #b0dc1024
 def variational_bound(
     tables: GaussianTables,
     epsilon: torch.Tensor,     # predicted noise [B, C, …]
@@ -156,24 +170,32 @@ def diffusion_losses(
     weighting: str = "constant", # a name in `WEIGHTINGS`
     prediction_type: str = "epsilon",  # what the model predicts, one of `PREDICTION_TYPES`
 ) -> dict[str, torch.Tensor]: # "mse", "vb" and "loss", each [B] float32, on the device of `model_output`
-    "Squared error of the prediction (unweighted), variational term (zeros if the variance is fixed), and loss = w(t)·mse + vb. Raises `BadInput` for unknown names, timesteps out of range and other numbers of channels."
+    """Squared error of the prediction (unweighted), variational term (zeros if the variance is fixed), and loss =
+    w(t)·mse + vb. Raises `BadInput` for unknown names, timesteps out of range and other numbers of channels."""
     if weighting not in WEIGHTINGS: raise unknown("weighting", weighting, WEIGHTINGS)
     if prediction_type not in PREDICTION_TYPES: raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
-    if isinstance(schedule, Tables): tables = schedule   # the loop: timesteps are its own, and checking them would wait for the GPU
+    # the loop: timesteps are its own, and checking them would wait for the GPU
+    if isinstance(schedule, Tables): tables = schedule
     else:
         tables = make_tables(schedule, prediction_type).to(model_output.device)
         if timesteps.is_floating_point(): raise BadInput(f"timesteps are {timesteps.dtype}: expected integers")
         check_timesteps(timesteps, tables.num_train_timesteps)
     learned = model_output.shape[1] == 2 * x0.shape[1]
     if not learned and model_output.shape[1] != x0.shape[1]:
-        raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, or {2 * x0.shape[1]} with a learned variance")
-    if learned and prediction_type == "flow_prediction": raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, flow matching has no variance to learn")
+        raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, or "
+                       f"{2 * x0.shape[1]} with a learned variance")
+    if learned and prediction_type == "flow_prediction":
+        raise BadInput(f"model_output has {model_output.shape[1]} channels: expected {x0.shape[1]}, flow matching has "
+                       "no variance to learn")
     device = model_output.device   # where its graph is, whatever the others lie on
-    model_output, x0, noise, timesteps = model_output.float(), x0.to(device).float(), noise.to(device).float(), timesteps.to(device)
+    model_output, x0, noise, timesteps = (model_output.float(), x0.to(device).float(), noise.to(device).float(),
+                                          timesteps.to(device))
     prediction, *variance = model_output.split(x0.shape[1], dim=1)
     mse = _pixel_mean((tables.target(x0, noise, timesteps, prediction_type) - prediction) ** 2)
     vb = torch.zeros_like(mse)
     if learned:
         x_t = tables.add_noise(x0, noise, timesteps)
-        vb = variational_bound(tables, tables.epsilon(prediction.detach(), x_t, timesteps, prediction_type), variance[0], x0, x_t, timesteps)
-    return {"mse": mse, "vb": vb, "loss": WEIGHTINGS[weighting](tables.snr.to(device)[timesteps], timesteps, prediction_type) * mse + vb}
+        vb = variational_bound(tables, tables.epsilon(prediction.detach(), x_t, timesteps, prediction_type),
+                               variance[0], x0, x_t, timesteps)
+    return {"mse": mse, "vb": vb,
+            "loss": WEIGHTINGS[weighting](tables.snr.to(device)[timesteps], timesteps, prediction_type) * mse + vb}

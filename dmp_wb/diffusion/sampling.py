@@ -39,13 +39,19 @@ def posterior(
     "DDPM's p(x_{t−1} | x_t). Raises `BadInput` for timesteps out of range and channels that do not fit."
     b, (B, C) = betas(schedule), x_t.shape[:2]
     t = check_timesteps(timesteps, len(b)).to(x_t.device)
-    if t.shape != (B,) or t.is_floating_point(): raise BadInput(f"timesteps have shape {tuple(t.shape)} and dtype {t.dtype}: expected {B} integers, one for each sample")
-    if model_output.shape[1] not in (C, 2 * C) or model_output.shape[::2] != x_t.shape[::2]: raise BadInput(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(x_t.shape)}, or that with {2 * C} channels")
+    if t.shape != (B,) or t.is_floating_point():
+        raise BadInput(
+            f"timesteps have shape {tuple(t.shape)} and dtype {t.dtype}: expected {B} integers, one for each sample")
+    if model_output.shape[1] not in (C, 2 * C) or model_output.shape[::2] != x_t.shape[::2]:
+        raise BadInput(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(x_t.shape)}, or that with "
+                       f"{2 * C} channels")
     bar = (1 - b).cumprod(0)
     bar_prev = torch.cat([bar.new_ones(1), bar[:-1]])
     variance = b * (1 - bar_prev) / (1 - bar)
     first = variance[1:2] if len(b) > 1 else b   # stands in for t = 0
-    dtype, wide = torch.promote_types(x_t.dtype, torch.float32), torch.float32 if x_t.device.type == "mps" else torch.float64   # 1/√ᾱ is 157 at T−1, 20,000 for cosine: float32 would lose the digits that clipping keeps
+    # 1/√ᾱ is 157 at T−1, 20,000 for cosine: float32 would lose the digits that clipping keeps
+    dtype, wide = (torch.promote_types(x_t.dtype, torch.float32),
+                   torch.float32 if x_t.device.type == "mps" else torch.float64)
     x, output = x_t.to(wide), model_output.to(x_t.device, wide)
     at = lambda table: table.to(x.device, wide)[t].view(B, *[1] * (x.ndim - 1))
     x0 = at(bar.rsqrt()) * x - at((1 / bar - 1).sqrt()) * output[:, :C]
@@ -67,8 +73,10 @@ def guided(
     guidance_scale: float,
     guidance_channels: int | None = None, # only the first so many; None: all C
 ) -> torch.Tensor: # [B, out_channels, H, W]
-    "The model's answer with classifier-free guidance on the noise; a learned variance, and channels that are not guided, are those of the conditional answer."
-    return _answer(model, x, timestep, conditions, _with_nulls(conditions, nulls) if guidance_scale != 1 else {}, guidance_scale, guidance_channels)
+    """The model's answer with classifier-free guidance on the noise;
+    a learned variance, and channels that are not guided, are those of the conditional answer."""
+    return _answer(model, x, timestep, conditions, _with_nulls(conditions, nulls) if guidance_scale != 1 else {},
+                   guidance_scale, guidance_channels)
 
 def _with_nulls(conditions: dict[str, torch.Tensor], nulls: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: torch.cat([v, nulls[k].to(v).expand_as(v)]) for k, v in conditions.items()}
@@ -96,84 +104,121 @@ def usual_sampler(objective: ObjectiveConfig, otherwise: str = "dpmsolver++") ->
     return "flow-euler" if objective.prediction_type == "flow_prediction" else otherwise
 
 class Step(NamedTuple):
-    "Where a walk stands. After S calls of the model comes one more, number S, the finished images: both tensors are them, and the timestep is −1."
+    """Where a walk stands. After S calls of the model comes one more, number S, the finished images:
+    both tensors are them, and the timestep is −1."""
     step: int              # from 0
     timestep: float        # what the model is told, from about T−1 down
     x_t: torch.Tensor      # [B, C, H, W] on the model's device, scaled as the model sees it
     pred_x0: torch.Tensor  # [B, C, H, W]: what the answer at x_t amounts to
 
-def _checked_labels(given, classes: int | None, num_images: int | None) -> torch.Tensor | None: # [num_images] on the CPU
+def _checked_labels(given, classes: int | None,
+                    num_images: int | None) -> torch.Tensor | None:   # [num_images] on the CPU
     try: labels = torch.as_tensor(given).reshape(-1).cpu()
-    except (TypeError, ValueError, RuntimeError, OverflowError): raise BadInput(f"class_labels are {said(given)}: expected a whole number for each image") from None
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise BadInput(f"class_labels are {said(given)}: expected a whole number for each image") from None
     if classes is None: raise BadInput("class_labels were given, but the model is unconditional")
-    if num_images is not None and len(labels) != num_images: raise BadInput(f"{len(labels)} class_labels for {num_images} images: expected as many")
+    if num_images is not None and len(labels) != num_images:
+        raise BadInput(f"{len(labels)} class_labels for {num_images} images: expected as many")
     wrong = [label for label in labels.tolist() if type(label) is not int or not 0 <= label < classes]
     if wrong: raise BadInput(f"class label {wrong[0]} is out of range: expected integers 0 to {classes - 1}")
     return labels
 
-def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, guidance_scale: float) -> tuple[dict, dict]:
+def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, guidance_scale: float) -> tuple[dict,
+                                                                                                              dict]:
     for name, given in (("conditions", conditions), ("null_conditions", nulls)):
-        if not (given is None or isinstance(given, dict) and all(isinstance(v, torch.Tensor) for v in given.values())): raise BadInput(f"{name} are {said(given)}: expected tensors by the names of the model's inputs")
+        if not (given is None or isinstance(given, dict) and all(isinstance(v, torch.Tensor) for v in given.values())):
+            raise BadInput(f"{name} are {said(given)}: expected tensors by the names of the model's inputs")
     conditions, nulls, takes = dict(conditions or {}), dict(nulls or {}), inspect.signature(model.forward).parameters
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     for name, value in conditions.items():
-        if name not in takes and not anything: raise unknown("condition", name, [k for k in takes if k not in ("self", "hidden_states", "sample", "timestep", "return_dict")])
-        if not value.ndim or len(value) != num_images: raise BadInput(f"{len(value) if value.ndim else 'a number as'} {name} for {num_images} images: expected as many")
-    if guidance_scale != 1 and nulls.keys() != conditions.keys(): raise BadInput(f"null_conditions are {sorted(nulls)}: expected {sorted(conditions)}, for guidance_scale {guidance_scale:g}")
+        if name not in takes and not anything:
+            raise unknown("condition", name,
+                          [k for k in takes if k not in ("self", "hidden_states", "sample", "timestep", "return_dict")])
+        if not value.ndim or len(value) != num_images:
+            raise BadInput(
+                f"{len(value) if value.ndim else 'a number as'} {name} for {num_images} images: expected as many")
+    if guidance_scale != 1 and nulls.keys() != conditions.keys():
+        raise BadInput(f"null_conditions are {sorted(nulls)}: expected {sorted(conditions)}, for guidance_scale "
+                       f"{guidance_scale:g}")
     for name, value in [(k, v) for k, v in nulls.items() if k in conditions]:
         shape = conditions[name].shape
-        if value.ndim > len(shape) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(shape))): raise BadInput(f"null_conditions {name} have shape {tuple(value.shape)}: expected {tuple(shape[1:])}, as one of the conditions")
+        if value.ndim > len(shape) or any(a not in (1, b) for a, b in zip(reversed(value.shape), reversed(shape))):
+            raise BadInput(f"null_conditions {name} have shape {tuple(value.shape)}: expected {tuple(shape[1:])}, as "
+                           "one of the conditions")
     return conditions, nulls
 
 class _Walk:
     "The checked settings of `sample`, and the walks of its images by number."
-    def __init__(self, model, num_images=None, class_labels=None, guidance_scale=1.5, sampler="ddim", num_inference_steps=50, schedule="linear", seed=0, first=0,
-                 prediction_type="epsilon", conditions=None, null_conditions=None, guidance_interval=None, guidance_channels=None, texts=None):
-        if isinstance(model, (str, Path)): raise BadInput(f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
+    def __init__(self, model, num_images=None, class_labels=None, guidance_scale=1.5, sampler="ddim",
+                 num_inference_steps=50, schedule="linear", seed=0, first=0,
+                 prediction_type="epsilon", conditions=None, null_conditions=None, guidance_interval=None,
+                 guidance_channels=None, texts=None):
+        if isinstance(model, (str, Path)):
+            raise BadInput(
+                f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
         backbone = unwrap_model(model)
         classes = anatomy_of(backbone).num_classes(backbone)
         if num_images is not None: num_images = whole_number("num_images", num_images, 1)
         labels = None if class_labels is None else _checked_labels(class_labels, classes, num_images)
         if num_images is None: num_images = 16 if labels is None else whole_number("num_images", len(labels), 1)
-        guidance_scale, seed, first = real_number("guidance_scale", guidance_scale, 0), whole_number("seed", seed), whole_number("first", first, 0)
+        guidance_scale, seed, first = (real_number("guidance_scale", guidance_scale, 0), whole_number("seed", seed),
+                                       whole_number("first", first, 0))
         if labels is None: labels = balanced_labels(num_images, classes, first)
-        if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES: raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
+        if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES:
+            raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
         if not isinstance(sampler, str) or sampler not in SAMPLERS: raise unknown("sampler", sampler, SAMPLERS)
-        if not (isinstance(schedule, ScheduleConfig) or isinstance(schedule, str)): raise BadInput(f"schedule is {said(schedule)}: expected a name or a ScheduleConfig")
-        if not (texts is None or hasattr(texts, "of")): raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
+        if not (isinstance(schedule, ScheduleConfig) or isinstance(schedule, str)):
+            raise BadInput(f"schedule is {said(schedule)}: expected a name or a ScheduleConfig")
+        if not (texts is None or hasattr(texts, "of")):
+            raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
         self.flow = sampler == "flow-euler"
-        if self.flow != (prediction_type == "flow_prediction"): raise BadInput(f"sampler is {sampler!r} and prediction_type {prediction_type!r}: expected flow-euler with flow_prediction, and another sampler with the others")
+        if self.flow != (prediction_type == "flow_prediction"):
+            raise BadInput(f"sampler is {sampler!r} and prediction_type {prediction_type!r}: expected flow-euler with "
+                           "flow_prediction, and another sampler with the others")
 
-        conditions, nulls = _checked_conditions(conditions, null_conditions, backbone, num_images, 1.0 if texts is not None else guidance_scale)
+        conditions, nulls = _checked_conditions(conditions, null_conditions, backbone, num_images,
+                                                1.0 if texts is not None else guidance_scale)
         if texts is not None: nulls |= texts.null
         if labels is not None: conditions["class_labels"], nulls["class_labels"] = labels, torch.tensor(classes)
-        self.param, self.learned, self.shape = next(backbone.parameters()), learned_variance(backbone), input_size(backbone)
+        self.param, self.learned, self.shape = (next(backbone.parameters()), learned_variance(backbone),
+                                                input_size(backbone))
         if guidance_channels is not None:
             guidance_channels = whole_number("guidance_channels", guidance_channels)
-            if not 1 <= guidance_channels <= self.shape[0]: raise BadInput(f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
+            if not 1 <= guidance_channels <= self.shape[0]:
+                raise BadInput(
+                    f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
 
         # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
-        settings: dict[str, Any] = {} if self.flow else {"prediction_type": "epsilon" if sampler == "heun" else prediction_type, **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
-        self.make_scheduler = lambda: make_sampler(sampler, schedule, num_inference_steps, **settings)   # a new one for each batch: solvers of higher order keep a history
+        settings: dict[str, Any] = {} if self.flow else {
+            "prediction_type": "epsilon" if sampler == "heun" else prediction_type,
+            **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
+        # a new one for each batch: solvers of higher order keep a history
+        self.make_scheduler = lambda: make_sampler(sampler, schedule, num_inference_steps, **settings)
         scheduler = self.make_scheduler()
         self.timesteps = scheduler.timesteps
         last = scheduler.config.num_train_timesteps - (not self.flow)
         if guidance_interval is not None:
             try: low, high = (real_number("guidance_interval", t) for t in guidance_interval)
             except (TypeError, ValueError): low, high = 1, 0   # is refused below
-            if not 0 <= low <= high <= last: raise BadInput(f"guidance_interval is {said(guidance_interval)}: expected the first and last of the timesteps 0 to {last}, the lower one first")
+            if not 0 <= low <= high <= last:
+                raise BadInput(f"guidance_interval is {said(guidance_interval)}: expected the first and last of the "
+                               f"timesteps 0 to {last}, the lower one first")
             guidance_interval = low, high
         self.interval = guidance_interval or (0, last)
         self.bar = (1 - betas(schedule)).cumprod(0)
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model   # DDP's own pass would wait for the other processes
-        self.backbone, self.num_images, self.labels, self.conditions, self.nulls, self.texts = backbone, num_images, labels, conditions, nulls, texts
-        self.guidance_scale, self.guidance_channels, self.sampler, self.seed, self.first, self.prediction_type = guidance_scale, guidance_channels, sampler, seed, first, prediction_type
+        # DDP's own pass would wait for the other processes
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.backbone, self.num_images, self.labels, self.conditions, self.nulls, self.texts = (
+            backbone, num_images, labels, conditions, nulls, texts)
+        self.guidance_scale, self.guidance_channels, self.sampler, self.seed, self.first, self.prediction_type = (
+            guidance_scale, guidance_channels, sampler, seed, first, prediction_type)
 
     def __len__(self) -> int: return len(self.timesteps)   # calls of the model, S
 
     @contextlib.contextmanager
     def ready(self):
-        "Inside, the model is in eval mode and the gates of its patches are looked up in tables: for walks that are gone to the end."
+        """Inside, the model is in eval mode and the gates of its patches are looked up in tables:
+        for walks that are gone to the end."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(_evaluating(self.model))
             for method in methods_of(self.backbone).values(): stack.enter_context(method.prepared(self.timesteps))
@@ -185,17 +230,26 @@ class _Walk:
         device, channels = self.param.device, self.shape[0]
         scheduler, times = self.make_scheduler(), self.timesteps.to(device)
         generators = [torch.Generator().manual_seed(seed_of(self.seed, "image", self.first + i)) for i in numbers]
-        x = randn_tensor((len(generators), *self.shape), generator=generators).to(device) * getattr(scheduler, "init_noise_sigma", 1.0)   # float32; only the model may be narrower
-        given = {k: v[numbers.start:numbers.stop] for k, v in self.conditions.items()} | (self.texts.of(range(self.first + numbers.start, self.first + numbers.stop)) if self.texts is not None else {})
+        # float32; only the model may be narrower
+        x = randn_tensor((len(generators), *self.shape), generator=generators).to(device) * getattr(
+            scheduler, "init_noise_sigma", 1.0)
+        given = {k: v[numbers.start:numbers.stop] for k, v in self.conditions.items()} | (
+            self.texts.of(range(self.first + numbers.start, self.first + numbers.stop)) if self.texts is not None
+            else {})
         given = {k: v.to(device) for k, v in given.items()}
-        own = lambda k, v: v[numbers.start:numbers.stop] if k in self.conditions and v.ndim == self.conditions[k].ndim and len(v) > 1 else v   # a null condition for each image
-        both = _with_nulls(given, {k: own(k, v).to(device) for k, v in self.nulls.items()}) if self.guidance_scale != 1 else {}
+        # a null condition for each image
+        own = (lambda k, v: v[numbers.start:numbers.stop]
+               if k in self.conditions and v.ndim == self.conditions[k].ndim and len(v) > 1 else v)
+        both = (_with_nulls(given, {k: own(k, v).to(device) for k, v in self.nulls.items()}) if self.guidance_scale != 1
+                else {})
         noise = {"generator": generators} if self.sampler == "ddpm" else {}
-        for i, t in enumerate(scheduler.timesteps):   # on the CPU, where schedulers look things up; the model is told `times`
+        # on the CPU, where schedulers look things up; the model is told `times`
+        for i, t in enumerate(scheduler.timesteps):
             seen = x if self.flow else scheduler.scale_model_input(x, t)
             inside = self.interval[0] <= t <= self.interval[1]
             with _evaluating(self.model):
-                output = _answer(self.model, seen.to(self.param.dtype), times[i], given, both if inside else {}, self.guidance_scale, self.guidance_channels).float()
+                output = _answer(self.model, seen.to(self.param.dtype), times[i], given, both if inside else {},
+                                 self.guidance_scale, self.guidance_channels).float()
             prediction = output[:, :channels] if self.learned else output
             a, b = self._coefficients(t)
             x0 = predicted_x0(prediction, seen, a, b, self.prediction_type)
@@ -211,12 +265,14 @@ class _Walk:
 
     def fault(self, number: int) -> str:
         "Why an image is not finite: its walk is taken again, alone, and watched."
-        if not all(p.isfinite().all() for p in self.backbone.parameters()): return "the model's weights are not, expected a model whose training has not diverged"
+        if not all(p.isfinite().all() for p in self.backbone.parameters()):
+            return "the model's weights are not, expected a model whose training has not diverged"
         half = " in float16, expected bfloat16 or float32" if self.param.dtype == torch.float16 else ""
         for step in self.steps(range(number, number + 1)):
             when = f" from timestep {step.timestep:g} on" if step.timestep >= 0 else ""
             if not step.x_t.isfinite().all(): return f"the sampler {self.sampler} leaves the range of float32{when}"
-            if not step.pred_x0.isfinite().all(): return f"the model's answer is not{half}{when}, with guidance_scale {self.guidance_scale:g}"
+            if not step.pred_x0.isfinite().all():
+                return f"the model's answer is not{half}{when}, with guidance_scale {self.guidance_scale:g}"
         return "its walk ends well when it is taken again, alone"
 
 def _not_finite(x: torch.Tensor) -> int | None:
@@ -232,10 +288,10 @@ def _evaluating(model: nn.Module):
         for m in training: m.training = True
 
 def sample_trajectory(
-    model: nn.Module,          # a backbone, patched or not
-    num_images: int = 1,       # all in one batch
-    class_labels: torch.Tensor | list[int] | None = None,  # [num_images] in 0…num_classes−1; None: balanced
-    **settings,                # those of `sample` that have to do with one batch, from guidance_scale to guidance_channels
+        model: nn.Module,   # a backbone, patched or not
+        num_images: int = 1,   # all in one batch
+        class_labels: torch.Tensor | list[int] | None = None,   # [num_images] in 0…num_classes−1; None: balanced
+        **settings,   # those of `sample` that have to do with one batch, from guidance_scale to guidance_channels
 ) -> Iterator[Step]:
     "The walk of `sample`, one `Step` at a time; the settings are checked at once. Raises `BadInput` as `sample` does."
     walk = _Walk(model, num_images, class_labels, **settings)
@@ -255,43 +311,55 @@ def _kept_steps(keep: list[int] | int | None, last: int) -> list[int]:
     try: given = list(keep)   # type: ignore[arg-type]
     except TypeError:
         keep = whole_number("keep", keep)
-        if not 1 <= keep <= last + 1: raise BadInput(f"keep is {keep}: expected 1 to {last + 1} steps, or a list of their numbers") from None
+        if not 1 <= keep <= last + 1:
+            raise BadInput(f"keep is {keep}: expected 1 to {last + 1} steps, or a list of their numbers") from None
         return [round(last * i / (keep - 1)) for i in range(keep)] if keep > 1 else [last]
     whole = lambda n: hasattr(n, "__index__") and not isinstance(n, bool) and 0 <= n <= last
-    if wrong := [n for n in given if not whole(n)]: raise BadInput(f"keep has step {said(wrong[0])}: expected integers 0 to {last}, which is the finished image")
+    if wrong := [n for n in given if not whole(n)]:
+        raise BadInput(f"keep has step {said(wrong[0])}: expected integers 0 to {last}, which is the finished image")
     numbers = sorted({int(n) for n in given})
     if not numbers: raise BadInput(f"keep is {keep!r}: expected at least one step, or None")
     return numbers
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,                          # a backbone, patched or not; conditional on classes or not
-    num_images: int | None = None,             # default: as many as there are labels
-    class_labels: torch.Tensor | list[int] | None = None,  # [num_images] in 0…num_classes−1; None: balanced
-    guidance_scale: float = 1.5,               # ≥ 0; 1 is no guidance
-    sampler: str = "ddim",                     # a name in `schedules.SAMPLERS`
-    num_inference_steps: int | str | list[int] = 50,  # what `schedules.sampler` takes
-    schedule: str | ScheduleConfig = "linear", # the one the model was trained with
-    seed: int = 0,
-    batch_size: int = 256,
-    first: int = 0,                            # number of the first image: image first + i has the stream of that number
-    quiet: bool = False,                       # no progress bar
-    prediction_type: str = "epsilon",          # what the model predicts, as it was trained; flow_prediction needs the sampler flow-euler
-    conditions: dict[str, torch.Tensor] | None = None,      # further inputs of the model by name, [num_images, …] each, as text embeddings
-    null_conditions: dict[str, torch.Tensor] | None = None, # […] each: what guidance leaves out, as the embedding of no text
-    clamp: bool = True,                        # to [−1, 1], the range of images; False for latents
-    guidance_interval: tuple[int, int] | None = None,  # first and last timestep that are guided, inclusive; None: all
-    guidance_channels: int | None = None,      # the first so many channels are guided, 3 in the original DiT code; None: all
-    texts=None,                                # in place of `conditions` and `null_conditions`: captions, embedded batch by batch
-    keep: list[int] | int | None = None,       # steps to keep: their numbers, or how many, from first to last
-) -> torch.Tensor | tuple[torch.Tensor, Trajectory]: # [num_images, C, H, W] float32 on the CPU; with `keep`, and the trajectory
-    """Sample images. Raises `BadInput` for a label outside the classes, a negative guidance scale, an unknown sampler, steps that there are not,
+        model: nn.Module,   # a backbone, patched or not; conditional on classes or not
+        num_images: int | None = None,   # default: as many as there are labels
+        class_labels: torch.Tensor | list[int] | None = None,   # [num_images] in 0…num_classes−1; None: balanced
+        guidance_scale: float = 1.5,   # ≥ 0; 1 is no guidance
+        sampler: str = "ddim",   # a name in `schedules.SAMPLERS`
+        num_inference_steps: int | str | list[int] = 50,   # what `schedules.sampler` takes
+        schedule: str | ScheduleConfig = "linear",   # the one the model was trained with
+        seed: int = 0,
+        batch_size: int = 256,
+        first: int = 0,   # number of the first image: image first + i has the stream of that number
+        quiet: bool = False,   # no progress bar
+        # what the model predicts, as it was trained; flow_prediction needs the sampler flow-euler
+        prediction_type: str = "epsilon",
+        # further inputs of the model by name, [num_images, …] each, as text embeddings
+        conditions: dict[str, torch.Tensor] | None = None,
+        # […] each: what guidance leaves out, as the embedding of no text
+        null_conditions: dict[str, torch.Tensor] | None = None,
+        clamp: bool = True,   # to [−1, 1], the range of images; False for latents
+        # first and last timestep that are guided, inclusive; None: all
+        guidance_interval: tuple[int, int] | None = None,
+        # the first so many channels are guided, 3 in the original DiT code; None: all
+        guidance_channels: int | None = None,
+        texts=None,   # in place of `conditions` and `null_conditions`: captions, embedded batch by batch
+        keep: list[int] | int | None = None,   # steps to keep: their numbers, or how many, from first to last
+) -> torch.Tensor | tuple[torch.Tensor,
+                          Trajectory]:   # [num_images, C, H, W] float32 on the CPU; with `keep`, and the trajectory
+    """Sample images. Raises `BadInput` for a label outside the classes, a
+    negative guidance scale, an unknown sampler, steps that there are not,
     and any argument of another type. Images that are not finite are named in a warning, with the reason."""
-    batch_size, quiet, clamp = whole_number("batch_size", batch_size, 1), yes_or_no("quiet", quiet), yes_or_no("clamp", clamp)
-    walk = _Walk(model, num_images, class_labels, guidance_scale, sampler, num_inference_steps, schedule, seed, first, prediction_type, conditions, null_conditions, guidance_interval, guidance_channels, texts)
+    batch_size, quiet, clamp = (whole_number("batch_size", batch_size, 1), yes_or_no("quiet", quiet),
+                                yes_or_no("clamp", clamp))
+    walk = _Walk(model, num_images, class_labels, guidance_scale, sampler, num_inference_steps, schedule, seed, first,
+                 prediction_type, conditions, null_conditions, guidance_interval, guidance_channels, texts)
     numbers = _kept_steps(keep, len(walk))
     kept, images = {n: [] for n in numbers}, []
-    with walk.ready(), progress(total=walk.num_images, desc=f"{sampler}-{num_inference_steps}", unit="img", disable=quiet) as bar:
+    with walk.ready(), progress(total=walk.num_images, desc=f"{sampler}-{num_inference_steps}", unit="img",
+                                disable=quiet) as bar:
         for start in range(0, walk.num_images, batch_size):
             batch = range(start, min(start + batch_size, walk.num_images))
             for step in walk.steps(batch):
@@ -300,6 +368,8 @@ def sample(
             images.append((step.x_t.clamp(-1, 1) if clamp else step.x_t).cpu())
         bar.n = walk.num_images
     found = torch.cat(images)
-    if (bad := _not_finite(found)) is not None: warnings.warn(f"image {bad} is not finite: {walk.fault(bad)}", stacklevel=3)
+    if (bad := _not_finite(found)) is not None:
+        warnings.warn(f"image {bad} is not finite: {walk.fault(bad)}", stacklevel=3)
     if keep is None: return found
-    return found, Trajectory(numbers, torch.tensor([kept[n][0][0] for n in numbers]), *(torch.stack([torch.cat([part[i] for part in kept[n]]) for n in numbers]) for i in (1, 2)))
+    return found, Trajectory(numbers, torch.tensor([kept[n][0][0] for n in numbers]), *(
+        torch.stack([torch.cat([part[i] for part in kept[n]]) for n in numbers]) for i in (1, 2)))

@@ -39,7 +39,8 @@ def betas(
 ) -> torch.Tensor: # [T] float64
     "β_0 … β_{T−1} in double precision; equal to those of `noise_schedule` up to float32 rounding."
     s = noise_schedule(schedule, num_train_timesteps).config
-    if s.beta_schedule == "linear": return torch.linspace(s.beta_start, s.beta_end, s.num_train_timesteps, dtype=torch.float64)
+    if s.beta_schedule == "linear":
+        return torch.linspace(s.beta_start, s.beta_end, s.num_train_timesteps, dtype=torch.float64)
     if s.beta_schedule == "scaled_linear":
         return torch.linspace(s.beta_start**0.5, s.beta_end**0.5, s.num_train_timesteps, dtype=torch.float64) ** 2
     u = torch.arange(s.num_train_timesteps + 1, dtype=torch.float64) / s.num_train_timesteps
@@ -70,42 +71,54 @@ def timestep_intervals(
 
 # %% ../../nbs/source/diffusion/00_schedules.ipynb #0bb92ab0
 def respace(
-    num_train_timesteps: int,           # T
-    steps: int | str | list[int],       # how many to keep: 250; of each of several equal sections, "10,15,20" or [10, 15, 20]; "ddim50": at a fixed whole stride
-) -> list[int]: # ascending, in 0…T−1
+        num_train_timesteps: int,   # T
+        # how many to keep: 250; of each of several equal sections, "10,15,20" or [10, 15, 20]; "ddim50":
+        # at a fixed whole stride
+        steps: int | str | list[int],
+) -> list[int]:   # ascending, in 0…T−1
     "The timesteps that the papers' code keeps. Raises `BadInput` for counts that cannot be kept."
     T = num_train_timesteps
     if T < 1: raise BadInput(f"num_train_timesteps is {T}: expected at least 1")
     if isinstance(steps, str) and steps.startswith("ddim"):
         n = _count(steps.removeprefix("ddim"), steps)
-        kept = next((k for k in (range(0, T, stride) for stride in range(1, T)) if len(k) <= n), [])   # a longer stride keeps fewer
-        if len(kept) != n: raise BadInput(f"steps is {steps!r}: expected a number of steps that a whole stride through {T} timesteps gives")
+        # a longer stride keeps fewer
+        kept = next((k for k in (range(0, T, stride) for stride in range(1, T)) if len(k) <= n), [])
+        if len(kept) != n:
+            raise BadInput(
+                f"steps is {steps!r}: expected a number of steps that a whole stride through {T} timesteps gives")
         return list(kept)
-    counts = [_count(n, steps) for n in (steps.split(",") if isinstance(steps, str) else steps if isinstance(steps, (list, tuple)) else [steps])]
+    counts = [_count(n, steps) for n in (steps.split(",") if isinstance(steps, str)
+                                         else steps if isinstance(steps, (list, tuple)) else [steps])]
     if not counts: raise BadInput(f"steps is {steps!r}: expected at least one section")
     kept, start = [], 0
     for i, n in enumerate(counts):
         size = T // len(counts) + (i < T % len(counts))
-        if n > size: raise BadInput(f"steps is {steps!r}: expected at most {size} steps in section {i + 1} of {len(counts)}, which has {size} of the {T} timesteps")
+        if n > size:
+            raise BadInput(f"steps is {steps!r}: expected at most {size} steps in section {i + 1} of {len(counts)}, "
+                           f"which has {size} of the {T} timesteps")
         stride = (size - 1) / (n - 1) if n > 1 else 1
-        kept += [start + round(x) for x in itertools.accumulate([0.0] + [stride] * (n - 1))]   # summed, not multiplied: a place halfway between two timesteps falls as it does in the papers' code
+        # summed, not multiplied: a place halfway between two timesteps falls as it does in the papers' code
+        kept += [start + round(x) for x in itertools.accumulate([0.0] + [stride] * (n - 1))]
         start += size
     return kept
 
 def _count(n: int | str, steps) -> int:
     if isinstance(n, str) and n.strip().isdecimal(): n = int(n)
-    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1: raise BadInput(f"steps is {steps!r}: expected numbers of at least 1, as 250, '10,15,20' or 'ddim50'")
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < 1:
+        raise BadInput(f"steps is {steps!r}: expected numbers of at least 1, as 250, '10,15,20' or 'ddim50'")
     return int(n)
 
 # %% ../../nbs/source/diffusion/00_schedules.ipynb #4d7672a4
 def sampler(
-    name: str = "ddim",                          # one of `SAMPLERS`
-    schedule: str | ScheduleConfig = "linear",
-    num_inference_steps: int | str | list[int] = 50,  # how many of the T timesteps are visited; ddpm takes whatever `respace` takes
-    num_train_timesteps: int = 1000,             # T, where `schedule` is a name
-    **kwargs,                                    # further arguments of that scheduler
+        name: str = "ddim",   # one of `SAMPLERS`
+        schedule: str | ScheduleConfig = "linear",
+        # how many of the T timesteps are visited; ddpm takes whatever `respace` takes
+        num_inference_steps: int | str | list[int] = 50,
+        num_train_timesteps: int = 1000,   # T, where `schedule` is a name
+        **kwargs,   # further arguments of that scheduler
 ):
-    "A diffusers scheduler whose timesteps are set; raises `BadInput` for an unknown name or a number of steps outside 1…T."
+    """A diffusers scheduler whose timesteps are set;
+    raises `BadInput` for an unknown name or a number of steps outside 1…T."""
     if not isinstance(name, str) or name not in SAMPLERS: raise unknown("sampler", name, SAMPLERS)
     base = noise_schedule(schedule, num_train_timesteps)
     T: int = base.config.num_train_timesteps
@@ -114,25 +127,38 @@ def sampler(
         if not 1 <= steps <= T: raise BadInput(f"num_inference_steps is {steps}: expected 1 to {T}")
         steps = int(steps)
     elif name != "ddpm":
-        sections = f"; only the sampler ddpm takes sections, {name} does not" if isinstance(steps, (str, list, tuple)) else ""
+        sections = (f"; only the sampler ddpm takes sections, {name} does not" if isinstance(steps, (str, list, tuple))
+                    else "")
         raise BadInput(f"num_inference_steps is {steps!r}: expected a whole number{sections}")
     cls, defaults = SAMPLERS[name]
     uneven = name == "ddim" and T % steps != 0
-    if uneven: cls, defaults = "DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=1, final_sigmas_type="zero")
-    if steps == T and defaults.get("timestep_spacing") == "linspace": defaults = {**defaults, "timestep_spacing": "trailing"}   # linspace takes one of T + 1 places for each step, and so a timestep twice
-    kept = ("num_train_timesteps",) if name == "flow-euler" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")   # the straight path has no betas
+    if uneven:
+        cls, defaults = "DPMSolverMultistepScheduler", dict(algorithm_type="dpmsolver++", solver_order=1,
+                                                            final_sigmas_type="zero")
+    # linspace takes one of T + 1 places for each step, and so a timestep twice
+    if steps == T and defaults.get("timestep_spacing") == "linspace":
+        defaults = {**defaults, "timestep_spacing": "trailing"}
+    # the straight path has no betas
+    kept = ("num_train_timesteps",) if name == "flow-euler" else ("num_train_timesteps", "beta_start", "beta_end",
+                                                                  "beta_schedule")
     scheduler = getattr(diffusers, cls)(**{k: base.config[k] for k in kept}, **{**defaults, **kwargs})
     if uneven: scheduler.set_timesteps(timesteps=[round(T * i / steps) - 1 for i in range(steps, 0, -1)])
     elif name == "ddpm":
         scheduler.alphas_cumprod = (1 - betas(schedule, T)).cumprod(0)
         scheduler.set_timesteps(timesteps=respace(T, steps)[::-1])
-    elif name == "heun" and scheduler.config.timestep_spacing == "trailing" and not any(k.endswith("_sigmas") for k in kwargs): scheduler.set_timesteps(timesteps=_trailing(T, steps))
+    elif name == "heun" and scheduler.config.timestep_spacing == "trailing" and not any(
+            k.endswith("_sigmas") for k in kwargs):
+        scheduler.set_timesteps(timesteps=_trailing(T, steps))
     else: scheduler.set_timesteps(steps)
     if name not in ("ddpm", "ddim") or uneven:
-        noise = scheduler.sigmas if name != "heun" else torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])   # heun looks twice at each but the first
-        if not (noise.isfinite().all() and (noise.diff() < 0).all()): raise BadInput(f"num_inference_steps is {steps}: expected fewer, with these settings {name} visits a timestep twice")
+        # heun looks twice at each but the first
+        noise = scheduler.sigmas if name != "heun" else torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1::2]])
+        if not (noise.isfinite().all() and (noise.diff() < 0).all()):
+            raise BadInput(
+                f"num_inference_steps is {steps}: expected fewer, with these settings {name} visits a timestep twice")
     return scheduler
 
 def _trailing(T: int, steps: int) -> list[int]:
-    "Timesteps from T−1 down at one stride. diffusers takes the same, but where the stride is no whole number rounding may give it one more, −1."
+    """Timesteps from T−1 down at one stride.
+    diffusers takes the same, but where the stride is no whole number rounding may give it one more, −1."""
     return (np.arange(T, 0, -T / steps).round() - 1)[:steps].astype(int).tolist()

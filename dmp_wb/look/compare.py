@@ -50,32 +50,47 @@ def paired_distances(
     seed: int = 0,
     quiet: bool = True,
 ) -> dict[str, dict]: # label → what `frechet_bootstrap` gives with the first as `against`, and "accuracy" for digits
-    "Fréchet distances with their intervals. Raises `BadInput` for images of several sizes, or too few for the features."
+    """Fréchet distances with their intervals.
+    Raises `BadInput` for images of several sizes, or too few for the features."""
     first = next(iter(drawn.values()))
     shape = tuple(first.images.shape[1:])
-    if len(sizes := {tuple(d.images.shape) for d in drawn.values()}) > 1: raise BadInput(f"the runs make images of {len(sizes)} sizes, {', '.join(' × '.join(map(str, s)) for s in sorted(sizes))}: expected one")
+    if len(sizes := {tuple(d.images.shape) for d in drawn.values()}) > 1:
+        raise BadInput(f"the runs make images of {len(sizes)} sizes, "
+                       f"{', '.join(' × '.join(map(str, s)) for s in sorted(sizes))}: expected one")
     network = load_extractor(extractor or usual_extractor(shape))
     network.check(shape)
-    if network.width and len(first.images) <= network.width: raise BadInput(f"{len(first.images)} samples of each and {network.width} features: expected more samples than features, raise num_images")
+    if network.width and len(first.images) <= network.width:
+        raise BadInput(f"{len(first.images)} samples of each and {network.width} features: expected more samples than "
+                       "features, raise num_images")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = reference_statistics(reference, network, shape[-1], shape[0], quiet=quiet).moments
     device = next((p.device for p in network.parameters()), "cpu")
-    with torch.no_grad(): features = {label: torch.cat([network(part.to(device))["features"].float().cpu() for part in d.images.split(64)]) for label, d in drawn.items()}
-    strata = first.labels if all(d.labels is not None and torch.equal(d.labels, first.labels) for d in drawn.values()) else None
+    with torch.no_grad():
+        features = {label: torch.cat([network(part.to(device))["features"].float().cpu()
+                                      for part in d.images.split(64)]) for label, d in drawn.items()}
+    strata = (first.labels if all(d.labels is not None and torch.equal(d.labels, first.labels) for d in drawn.values())
+              else None)
     figures = frechet_bootstrap(features, real, against=next(iter(drawn)), strata=strata, rounds=rounds, seed=seed)
     if network.name == "digits":
         for label, d in drawn.items():
             if d.labels is not None: figures[label]["accuracy"] = classifier_accuracy(d.images, d.labels)
     return figures
 
-def distances_table(figures: Mapping[str, Mapping], colours: Mapping[str, str] | None = None, extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
+def distances_table(figures: Mapping[str, Mapping], colours: Mapping[str, str] | None = None,
+                    extra: Mapping[str, Mapping[str, str]] | None = None) -> str:
     "What `paired_distances` gives as HTML; `extra` adds rows of text: heading → label → text."
     first, span = next(iter(figures)), lambda pair, sign="": f"{pair[0]:{sign}.3g} – {pair[1]:{sign}.3g}"
     best = min(f["frechet"] for f in figures.values())
-    rows: dict[str, dict[str, Cell | str]] = {"Fréchet distance ↓": {n: Cell(f"{f['frechet']:.4g}", span(f["interval"]), f["frechet"] == best and len(figures) > 1) for n, f in figures.items()}}
-    if len(figures) > 1: rows[f"difference to {first}"] = {n: Cell(f"{f['difference']:+.3g}", span(f["difference_interval"], "+") + ("" if f["difference_interval"][0] <= 0 <= f["difference_interval"][1] else ", excludes 0")) for n, f in figures.items() if "difference" in f}
-    if any("accuracy" in f for f in figures.values()): rows["accuracy ↑"] = {n: f"{100 * f['accuracy']:.1f} %" for n, f in figures.items() if "accuracy" in f}
+    rows: dict[str, dict[str, Cell | str]] = {
+        "Fréchet distance ↓": {n: Cell(f"{f['frechet']:.4g}", span(f["interval"]),
+                                       f["frechet"] == best and len(figures) > 1) for n, f in figures.items()}}
+    if len(figures) > 1:
+        rows[f"difference to {first}"] = {n: Cell(f"{f['difference']:+.3g}", span(f["difference_interval"], "+") + (
+            "" if f["difference_interval"][0] <= 0 <= f["difference_interval"][1] else ", excludes 0"))
+                                          for n, f in figures.items() if "difference" in f}
+    if any("accuracy" in f for f in figures.values()):
+        rows["accuracy ↑"] = {n: f"{100 * f['accuracy']:.1f} %" for n, f in figures.items() if "accuracy" in f}
     return html_table({**rows, **(extra or {})}, list(figures), colours)
 
 # %% ../../nbs/source/look/03_compare.ipynb #45dd262f
@@ -93,7 +108,8 @@ def mse_by_timestep(
     device = next(backbone.parameters()).device
     tables = make_tables(exp.schedule, exp.objective.prediction_type).to(device)
     data = data.to(device)
-    spans, n, inputs = timestep_intervals(tables.num_train_timesteps, intervals), min(num_images, len(data)), model_inputs(backbone)
+    spans, n, inputs = (timestep_intervals(tables.num_train_timesteps, intervals), min(num_images, len(data)),
+                        model_inputs(backbone))
     sums = torch.zeros(len(spans), dtype=torch.float64)
     for start in range(0, n, batch_size):
         index = torch.arange(start, min(start + batch_size, n))
@@ -104,7 +120,8 @@ def mse_by_timestep(
             noise = torch.randn(x0.shape, generator=g).to(device)
             t = (first + torch.rand(len(index), generator=g) * (last - first + 1)).long().clamp(max=last).to(device)
             out = predict(backbone, {**batch, "noise": noise, "timesteps": t}, tables, inputs)
-            sums[k] += diffusion_losses(out, x0, noise, t, tables, "constant", exp.objective.prediction_type)["mse"].double().sum().cpu()
+            sums[k] += diffusion_losses(out, x0, noise, t, tables, "constant",
+                                        exp.objective.prediction_type)["mse"].double().sum().cpu()
     return spans, (sums / n).float()
 
 # %% ../../nbs/source/look/03_compare.ipynb #a5dba0c9
@@ -113,7 +130,8 @@ def panels_of(
     timesteps,                 # [T]
     class_label: int = 0,      # of which class, where a method looks at the class
 ) -> list[Panel]:
-    "What the methods on a model have to show over timesteps, as they act. Raises `BadInput` for one that looks at text."
+    """What the methods on a model have to show over timesteps, as they act.
+    Raises `BadInput` for one that looks at text."""
     return [panel for method in methods_of(backbone).values() for panel in method.panels(timesteps, class_label)]
 
 def gates_of(backbone: nn.Module, timesteps, class_label: int = 0) -> torch.Tensor | None: # [T, blocks, experts]
@@ -138,7 +156,9 @@ class Looked:
         return {label: panels for label, panels in found.items() if panels}
 
     @property
-    def gates(self) -> dict[str, torch.Tensor]: return {label: panels[0].values for label, panels in self._of("gates").items()}   # [T, blocks, experts]
+    # [T, blocks, experts]
+    def gates(self) -> dict[str, torch.Tensor]:
+        return {label: panels[0].values for label, panels in self._of("gates").items()}
 
     @property
     def masks(self) -> dict[str, dict[str, torch.Tensor]]:   # title → [T, C]
@@ -147,12 +167,15 @@ class Looked:
 def comparable(compared: Compared, what: str, keys: Sequence[str]) -> list[str]:
     "The labels whose configs have these keys (or groups, as data.) as the first has them; the others are noted."
     used = {label: config_in_use(r.config) for label, r in compared.runs.items()}
-    part = lambda c: {k: written(v) for k, v in c.items() if any(k == key or key.endswith(".") and k.startswith(key) for key in keys) and k not in ("data.num_workers", "data.max_bad_images", "data.flip")}
+    part = lambda c: {k: written(v)
+                      for k, v in c.items() if any(k == key or key.endswith(".") and k.startswith(key) for key in keys)
+                      and k not in ("data.num_workers", "data.max_bad_images", "data.flip")}
     first = next(iter(used))
     for label, c in used.items():
         mine, theirs = part(c), part(used[first])
         if differs := [k for k in theirs if mine.get(k) != theirs[k]]:
-            compared.note(f"{what} of {label} cannot be compared with {first}'s: {differs[0]} is {mine.get(differs[0], 'null')} there and {theirs[differs[0]]} in {first}")
+            compared.note(f"{what} of {label} cannot be compared with {first}'s: {differs[0]} is "
+                          f"{mine.get(differs[0], 'null')} there and {theirs[differs[0]]} in {first}")
     return [label for label, c in used.items() if part(c) == part(used[first])]
 
 SAME_DATA = ("data.",)
@@ -174,10 +197,13 @@ def look_at(
     for label, r in (bar := progress(compared.runs.items(), desc="looking at runs", unit="run")):
         bar.set_postfix_str(label)
         backbone = None
-        with compared.noting(label, "samples, gates or masks"): backbone, exp = load_model(r.folder, device=device), open_run(r.folder).experiment
+        with compared.noting(label, "samples, gates or masks"):
+            backbone, exp = load_model(r.folder, device=device), open_run(r.folder).experiment
         if backbone is None: continue
         if num_images:
-            with compared.noting(label, "samples"): out.drawn[label] = draw(r.folder, num_images, guidance_scale, sampler, num_inference_steps, seed, backbone=backbone, quiet=True)
+            with compared.noting(label, "samples"):
+                out.drawn[label] = draw(r.folder, num_images, guidance_scale, sampler, num_inference_steps, seed,
+                                        backbone=backbone, quiet=True)
         if label in same_loss:
             with compared.noting(label, "loss by timestep"):
                 data = data or load_data(exp.data)

@@ -59,18 +59,24 @@ def coloured(values: np.ndarray, colours, low: float, high: float) -> np.ndarray
 
 def pixels_of(images: torch.Tensor) -> np.ndarray: # [..., H, W, 3] uint8
     "Images [..., C, H, W] in [−1, 1] as RGB; of more than three channels (latents) the first three."
-    x = images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3, *images.shape[-2:])
+    x = images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., :1, :, :].expand(*images.shape[:-3], 3,
+                                                                                         *images.shape[-2:])
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 def live() -> bool:
-    "Whether somebody may be looking: JupyterLab, Notebook, VS Code and Colab say so in the environment; papermill, nbconvert and scripts do not. `$DMP_WB_EXPLORE` (live or static) overrides."
+    """Whether somebody may be looking: JupyterLab, Notebook, VS Code and Colab say so in the environment;
+    papermill, nbconvert and scripts do not. `$DMP_WB_EXPLORE` (live or static) overrides."""
     asked = os.environ.get("DMP_WB_EXPLORE")
-    return asked == "live" if asked else any(v in os.environ for v in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG"))
+    return asked == "live" if asked else any(
+        v in os.environ for v in ("JPY_SESSION_NAME", "VSCODE_PID", "VSCODE_CWD", "COLAB_RELEASE_TAG"))
 
 class Explorer(widgets.VBox):
-    "A widget that leaves a figure where there is no browser. `frame` draws for the controls' present values; `static` is the figure."
+    """A widget that leaves a figure where there is no browser. `frame` draws for the controls' present values;
+    `static` is the figure."""
     def __init__(self, controls: Sequence[widgets.Widget], body: Sequence[widgets.Widget]):
-        super().__init__([widgets.HBox(list(controls), layout=widgets.Layout(flex_flow="row wrap", grid_gap="2px 14px")), *body], layout=widgets.Layout(max_width="1180px"))
+        super().__init__(
+            [widgets.HBox(list(controls), layout=widgets.Layout(flex_flow="row wrap", grid_gap="2px 14px")), *body],
+            layout=widgets.Layout(max_width="1180px"))
         for control in controls: control.observe(lambda change: self.frame(), "value")
         if live(): self.frame()
 
@@ -81,13 +87,16 @@ class Explorer(widgets.VBox):
         if live(): return super()._repr_mimebundle_(**kwargs)
         buffer = io.BytesIO()
         self.static().savefig(buffer, format="png", dpi=100)
-        return {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": f"{type(self).__name__} (a few positions; run it in JupyterLab to drag)"}
+        return {"image/png": base64.b64encode(buffer.getvalue()).decode(),
+                "text/plain": f"{type(self).__name__} (a few positions; run it in JupyterLab to drag)"}
 
 def _slider(label: str, low: int, high: int, value: int, step: int = 1, width: str = "420px") -> widgets.IntSlider:
-    return widgets.IntSlider(value=value, min=low, max=high, step=step, description=label, layout=widgets.Layout(width=width), style={"description_width": "initial"})
+    return widgets.IntSlider(value=value, min=low, max=high, step=step, description=label,
+                             layout=widgets.Layout(width=width), style={"description_width": "initial"})
 
 def _picture(width: int) -> widgets.Image:
-    picture = widgets.Image(format="png", layout=widgets.Layout(width=f"{width}px", max_width="100%", object_fit="contain"))
+    picture = widgets.Image(format="png",
+                            layout=widgets.Layout(width=f"{width}px", max_width="100%", object_fit="contain"))
     picture.add_class("dmp-wb-pixels")
     return picture
 
@@ -110,9 +119,12 @@ def _bytes_of(value) -> int:
     return sum(map(_bytes_of, value)) if not isinstance(value, (str, int, float, type(None))) else 8
 
 def _labelled(title: str, picture: widgets.Widget) -> widgets.VBox:
-    return widgets.VBox([widgets.HTML(f"<div style='font-size:12px; line-height:20px; height:20px; opacity:.8'>{title}</div>"), picture], layout=widgets.Layout(margin="0 16px 6px 0", max_width="100%"))
+    return widgets.VBox(
+        [widgets.HTML(f"<div style='font-size:12px; line-height:20px; height:20px; opacity:.8'>{title}</div>"),
+         picture], layout=widgets.Layout(margin="0 16px 6px 0", max_width="100%"))
 
-def _row(children: Sequence[widgets.Widget]) -> widgets.HBox: return widgets.HBox(list(children), layout=widgets.Layout(flex_flow="row wrap"))
+def _row(children: Sequence[widgets.Widget]) -> widgets.HBox:
+    return widgets.HBox(list(children), layout=widgets.Layout(flex_flow="row wrap"))
 
 STYLE = "<style>.dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated; }</style>"
 
@@ -142,7 +154,9 @@ class GateExplorer(Explorer):
         resolution: int = 500,                         # timesteps in the map
     ):
         self.model, schedule, objective, data = _resolve(model)
-        if not patches_of(self.model): raise BadInput(f"{model if isinstance(model, (str, Path)) else type(self.model).__name__} has no patch: expected a patched model, such as the run digits-dmp")
+        if not patches_of(self.model):
+            raise BadInput(f"{model if isinstance(model, (str, Path)) else type(self.model).__name__} has no patch: "
+                           "expected a patched model, such as the run digits-dmp")
         self.patch = get_patch(self.model)
         if not self.patch.gated: raise BadInput("the patch is prompt tuning, which has no gate: expected DMP")
         self.tables, self.prediction_type = make_tables(schedule, objective.prediction_type), objective.prediction_type
@@ -152,21 +166,29 @@ class GateExplorer(Explorer):
         self.data, self.image = data, image
         self.noise = torch.randn(1, *input_size(self.model), generator=torch.Generator().manual_seed(0))
         self.conditioned = self.patch.config.gate_input == "condition" and bool(classes)
-        self._tables, self._maps, self._seen = _Kept(), _Kept(), _Kept()   # gates by class; their pictures by class and block; images by timestep and class
+        # gates by class; their pictures by class and block; images by timestep and class
+        self._tables, self._maps, self._seen = _Kept(), _Kept(), _Kept()
         self.timestep = _slider("timestep", 0, self.T - 1, self.T // 4)
-        self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)], description="", layout=widgets.Layout(width="120px"))
-        self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="150px"))
+        self.block = widgets.Dropdown(options=[(f"block {b}", i) for i, b in enumerate(self.patch.blocks)],
+                                      description="", layout=widgets.Layout(width="120px"))
+        self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)],
+                                      layout=widgets.Layout(width="150px"))
         self.heatmap, self.noisy, self.clean, self.spatial = _picture(1000), _picture(160), _picture(160), _picture(160)
         self.top = widgets.HTML()
-        body = [widgets.HTML(STYLE), _labelled("prompts (down) over timesteps (0 at the left): red is more than uniform, blue less", self.heatmap),
-                _row([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean), _labelled("gates over it", self.spatial), self.top])]
+        body = [widgets.HTML(STYLE), _labelled(
+            "prompts (down) over timesteps (0 at the left): red is more than uniform, blue less", self.heatmap),
+                _row([_labelled("x<sub>t</sub>", self.noisy), _labelled("predicted x<sub>0</sub>", self.clean),
+                      _labelled("gates over it", self.spatial), self.top])]
         super().__init__([self.timestep, self.block, self.label], body)
 
     def gates(self, label: int) -> np.ndarray: # [timesteps of the grid, blocks, prompts]
         "The table of gates; of a class, where the gate looks at it."
         key = label if self.conditioned else 0
         if key not in self._tables:
-            with torch.no_grad(): self._tables[key] = self.patch.gates(torch.as_tensor(self.grid), **({"class_labels": torch.full((len(self.grid),), key)} if self.conditioned else {})).float().cpu().numpy()
+            with torch.no_grad():
+                self._tables[key] = self.patch.gates(torch.as_tensor(self.grid),
+                                                     **({"class_labels": torch.full((len(self.grid),), key)}
+                                                        if self.conditioned else {})).float().cpu().numpy()
         return self._tables[key]
 
     def _image(self, label: int) -> torch.Tensor | None:
@@ -182,8 +204,10 @@ class GateExplorer(Explorer):
         if (t, label) not in self._seen:
             when = torch.tensor([t])
             x_t = self.tables.add_noise(image, self.noise, when)
-            conditions = {"class_labels": torch.tensor([label])} if anatomy_of(self.model).num_classes(self.model) else {}
-            self._seen[t, label] = x_t[0], seen_x0(self.model, x_t, when, self.tables, self.prediction_type, **conditions)[0]
+            conditions = ({"class_labels": torch.tensor([label])} if anatomy_of(self.model).num_classes(self.model)
+                          else {})
+            self._seen[t, label] = (x_t[0],
+                                    seen_x0(self.model, x_t, when, self.tables, self.prediction_type, **conditions)[0])
         return self._seen[t, label]
 
     def frame(self):
@@ -193,7 +217,8 @@ class GateExplorer(Explorer):
         if (key := (label if self.conditioned else 0, block)) not in self._maps:   # the same at every timestep
             rel, norm = viz._relative(table[:, None, :n])
             limit = float(norm.vmax or 0)
-            self._maps[key] = rel, limit, coloured(rel[:, 0].T, viz.GATES, -limit, limit).repeat(max(1, 240 // n), 0).repeat(2, 1)
+            self._maps[key] = (rel, limit,
+                               coloured(rel[:, 0].T, viz.GATES, -limit, limit).repeat(max(1, 240 // n), 0).repeat(2, 1))
         rel, limit, drawn = self._maps[key]
         picture = drawn.copy()
         at = int(np.abs(self.grid - t).argmin())
@@ -201,23 +226,31 @@ class GateExplorer(Explorer):
         self.heatmap.value = png(picture)
         gates = table[at, :n]
         order = np.argsort(-gates)[:8]
-        bars = "".join(f"<tr><td style='padding-right:8px'>prompt {j}</td><td><span style='display:inline-block; height:9px; background:#b0413e; width:{max(1, round(140 * gates[j] / gates[order[0]]))}px'></span></td>"
-                       f"<td style='padding-left:8px'>× {gates[j] * n:.2f}</td></tr>" for j in order)
+        bars = "".join(
+            f"<tr><td style='padding-right:8px'>prompt {j}</td><td><span style='display:inline-block; height:9px; "
+            f"background:#b0413e; width:{max(1, round(140 * gates[j] / gates[order[0]]))}px'></span></td>"
+            f"<td style='padding-left:8px'>× {gates[j] * n:.2f}</td></tr>" for j in order)
         entropy = float(np.exp(-(gates * np.log(np.maximum(gates, 1e-12))).sum()))
-        self.top.value = f"<div style='font-size:12px'><b>t = {t}</b>, {entropy:.1f} of {n} prompts in use<table style='font-size:12px; line-height:14px'>{bars}</table></div>"
+        self.top.value = (f"<div style='font-size:12px'><b>t = {t}</b>, {entropy:.1f} of {n} prompts in use<table "
+                          f"style='font-size:12px; line-height:14px'>{bars}</table></div>")
         seen = self.look(t, label)
         if seen is not None:
             x_t, x0 = seen
-            self.noisy.value, self.clean.value = png(pixels_of(x_t), max(1, 160 // x_t.shape[-1])), png(pixels_of(x0), max(1, 160 // x0.shape[-1]))
+            self.noisy.value, self.clean.value = (png(pixels_of(x_t), max(1, 160 // x_t.shape[-1])),
+                                                  png(pixels_of(x0), max(1, 160 // x0.shape[-1])))
             height, width = self.patch.grids[block]
             if height * width == n:
                 tint = coloured(rel[at, 0].reshape(height, width), viz.GATES, -limit, limit)
                 light = pixels_of(x0).mean(-1) / 255
-                tint = tint[np.arange(light.shape[0]) * height // light.shape[0]][:, np.arange(light.shape[1]) * width // light.shape[1]]
-                self.spatial.value = png((tint * (0.55 + 0.45 * light[..., None])).round().astype(np.uint8), max(1, 160 // light.shape[-1]))
+                tint = tint[np.arange(light.shape[0]) * height // light.shape[0]][
+                    :, np.arange(light.shape[1]) * width // light.shape[1]]
+                self.spatial.value = png((tint * (0.55 + 0.45 * light[..., None])).round().astype(np.uint8),
+                                         max(1, 160 // light.shape[-1]))
 
     def static(self) -> Figure:
-        return viz.gate_heatmaps(self.gates(self.label.value), self.grid, counts=self.patch.counts if len(set(self.patch.counts)) > 1 else None, blocks=self.patch.blocks)
+        return viz.gate_heatmaps(self.gates(self.label.value), self.grid,
+                                 counts=self.patch.counts if len(set(self.patch.counts)) > 1 else None,
+                                 blocks=self.patch.blocks)
 
 # %% ../../nbs/source/look/01_explore.ipynb #aeb5086a
 class RoutingExplorer(Explorer):
@@ -232,26 +265,38 @@ class RoutingExplorer(Explorer):
         self.T = num_train_timesteps
         self.grid = torch.linspace(0, self.T - 1, min(250, self.T)).round().long()
         style, layout = {"description_width": "initial"}, widgets.Layout(width="300px")
-        self.ratio = widgets.FloatSlider(value=sharing_ratio, min=0.05, max=1.0, step=0.01, description="sharing ratio β", readout_format=".2f", style=style, layout=layout)
-        self.alpha = widgets.FloatLogSlider(value=alpha, base=2, min=-2, max=4, step=0.05, description="α", readout_format=".2f", style=style, layout=layout)
-        self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels, description="channels", style=style, layout=widgets.Layout(width="160px"))
-        self.first, self.second = _slider("t₁", 0, self.T - 1, self.T // 10, width="300px"), _slider("t₂", 0, self.T - 1, self.T // 2, width="300px")
+        self.ratio = widgets.FloatSlider(value=sharing_ratio, min=0.05, max=1.0, step=0.01,
+                                         description="sharing ratio β", readout_format=".2f", style=style,
+                                         layout=layout)
+        self.alpha = widgets.FloatLogSlider(value=alpha, base=2, min=-2, max=4, step=0.05, description="α",
+                                            readout_format=".2f", style=style, layout=layout)
+        self.width = widgets.Dropdown(options=sorted({64, 384, 768, 1024, 1152, channels}), value=channels,
+                                      description="channels", style=style, layout=widgets.Layout(width="160px"))
+        self.first, self.second = (_slider("t₁", 0, self.T - 1, self.T // 10, width="300px"),
+                                   _slider("t₂", 0, self.T - 1, self.T // 2, width="300px"))
         self.masks, self.overlap, self.text = _picture(500), _picture(280), widgets.HTML()
         self._drawn: tuple = (None,)
-        body = [widgets.HTML(STYLE), _row([_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks), _labelled("overlap of two timesteps, pale 1; ○ at t₁, t₂", self.overlap)]), self.text]
+        body = [widgets.HTML(STYLE), _row(
+            [_labelled("channels (down) over timesteps: blue goes through the block, pale past it", self.masks),
+             _labelled("overlap of two timesteps, pale 1; ○ at t₁, t₂", self.overlap)]), self.text]
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second], body)
 
-    def _config(self) -> DTRConfig: return DTRConfig(sharing_ratio=self.ratio.value, alpha=self.alpha.value, num_train_timesteps=self.T)
+    def _config(self) -> DTRConfig:
+        return DTRConfig(sharing_ratio=self.ratio.value, alpha=self.alpha.value, num_train_timesteps=self.T)
 
     def _mask(self, timesteps: torch.Tensor) -> np.ndarray: # [timesteps, channels]
         c = self._config()
-        return routing_mask(timesteps, self.width.value, sharing_ratio=c.sharing_ratio, alpha=c.alpha, num_train_timesteps=self.T).numpy()
+        return routing_mask(timesteps, self.width.value, sharing_ratio=c.sharing_ratio, alpha=c.alpha,
+                            num_train_timesteps=self.T).numpy()
 
     def frame(self):
-        if (key := (self.ratio.value, self.alpha.value, self.width.value)) != self._drawn[0]:   # the same wherever t₁ and t₂ are
+        # the same wherever t₁ and t₂ are
+        if (key := (self.ratio.value, self.alpha.value, self.width.value)) != self._drawn[0]:
             mask = self._mask(self.grid).astype(np.float32)
             tall = 280
-            self._drawn = key, coloured(mask.T[np.arange(tall) * mask.shape[1] // tall], viz.ROUTES, 0, 1).repeat(2, 1), coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1)
+            self._drawn = (key,
+                           coloured(mask.T[np.arange(tall) * mask.shape[1] // tall], viz.ROUTES, 0, 1).repeat(2, 1),
+                           coloured(mask_overlap(torch.from_numpy(mask)).numpy(), viz.MAGNITUDE, 0, 1))
         picture, overlap = (drawn.copy() for drawn in self._drawn[1:])
         t1, t2 = self.first.value, self.second.value
         for t, colour in ((t1, (213, 94, 0)), (t2, (0, 0, 0))):
@@ -264,20 +309,26 @@ class RoutingExplorer(Explorer):
         a, b = self._mask(torch.tensor([t1, t2])).astype(bool)
         both, either = int((a & b).sum()), int((a | b).sum())
         first = lambda m: f"{int(np.flatnonzero(m)[0])}–{int(np.flatnonzero(m)[-1])}"
-        self.text.value = (f"<div style='font-size:13px'><span style='color:#d55e00'>■</span> t₁ = {t1}: channels {first(a)} &nbsp; <span style='color:#000; text-shadow:0 0 2px #fff'>■</span> t₂ = {t2}: channels {first(b)} &nbsp; "
-                           f"shared: <b>{both}</b> of {int(a.sum())}, overlap {both / either:.2f}</div>")
+        self.text.value = (
+            f"<div style='font-size:13px'><span style='color:#d55e00'>■</span> t₁ = {t1}: channels {first(a)} &nbsp; "
+            f"<span style='color:#000; text-shadow:0 0 2px #fff'>■</span> t₂ = {t2}: channels {first(b)} &nbsp; "
+            f"shared: <b>{both}</b> of {int(a.sum())}, overlap {both / either:.2f}</div>")
 
     def static(self) -> Figure:
-        return viz.routing_masks({f"β = {b:g}, α = {a:g}": routing_mask(self.grid, self.width.value, sharing_ratio=b, alpha=a, num_train_timesteps=self.T) for b, a in ((self.ratio.value, self.alpha.value), (0.8, 1.0), (0.5, 4.0))}, self.grid)
+        return viz.routing_masks({f"β = {b:g}, α = {a:g}": routing_mask(self.grid, self.width.value, sharing_ratio=b,
+                                                                        alpha=a, num_train_timesteps=self.T)
+                                  for b, a in ((self.ratio.value, self.alpha.value), (0.8, 1.0), (0.5, 4.0))},
+                                 self.grid)
 
 # %% ../../nbs/source/look/01_explore.ipynb #41d7749b
 class DenoiseExplorer(Explorer):
     "Base and patched model denoise the same noise, step by step. A model without a patch stands alone."
     def __init__(
-        self,
-        model: str | Path | nn.Module = "digits-dmp",  # a run, or a model
-        sampler: str = "ddim",
-        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,  # latents [B, C, h, w] → images; the run's VAE if None
+            self,
+            model: str | Path | nn.Module = "digits-dmp",   # a run, or a model
+            sampler: str = "ddim",
+            # latents [B, C, h, w] → images; the run's VAE if None
+            decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.model, self.schedule, self.objective, data = _resolve(model)
         self.sampler, self._kept = sampler, _Kept(256 << 20)
@@ -285,29 +336,41 @@ class DenoiseExplorer(Explorer):
         self.modes = ["base", "patched"] if patches_of(self.model) else ["model"]
         classes = _class_names(self.model, data)
         style = {"description_width": "initial"}
-        self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="seed", style=style, layout=widgets.Layout(width="140px"))
-        self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)], layout=widgets.Layout(width="140px"))
-        self.guidance = widgets.FloatSlider(value=1.5, min=0, max=6, step=0.25, description="guidance", continuous_update=False, style=style, layout=widgets.Layout(width="260px"), disabled=not classes)
-        self.steps = widgets.Dropdown(options=[10, 25, 50, 100], value=25, description="steps", style=style, layout=widgets.Layout(width="120px"))
+        self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="seed", style=style,
+                                           layout=widgets.Layout(width="140px"))
+        self.label = widgets.Dropdown(options=[(f"class {c}", i) for i, c in enumerate(classes)] or [("no classes", 0)],
+                                      layout=widgets.Layout(width="140px"))
+        self.guidance = widgets.FloatSlider(value=1.5, min=0, max=6, step=0.25, description="guidance",
+                                            continuous_update=False, style=style, layout=widgets.Layout(width="260px"),
+                                            disabled=not classes)
+        self.steps = widgets.Dropdown(options=[10, 25, 50, 100], value=25, description="steps", style=style,
+                                      layout=widgets.Layout(width="120px"))
         self.step = _slider("step", 0, 25, 25, width="520px")
         self.pictures = {(m, what): _picture(190) for m in self.modes for what in ("x_t", "x_0")}
         self.difference, self.text = _picture(190), widgets.HTML()
-        rows = [_row([_labelled(f"{m}: x<sub>t</sub>", self.pictures[m, "x_t"]), _labelled(f"{m}: predicted x<sub>0</sub>", self.pictures[m, "x_0"])]) for m in self.modes]
-        body = [widgets.HTML(STYLE), _row([widgets.VBox(rows), _labelled("patched − base, predicted x<sub>0</sub>: red is lighter, blue darker", self.difference)] if len(rows) > 1 else rows), self.text]
+        rows = [_row([_labelled(f"{m}: x<sub>t</sub>", self.pictures[m, "x_t"]),
+                      _labelled(f"{m}: predicted x<sub>0</sub>", self.pictures[m, "x_0"])]) for m in self.modes]
+        body = [widgets.HTML(STYLE), _row(
+            [widgets.VBox(rows), _labelled("patched − base, predicted x<sub>0</sub>: red is lighter, blue darker",
+                                           self.difference)] if len(rows) > 1 else rows), self.text]
         super().__init__([self.step, self.seed, self.label, self.guidance, self.steps], body)
 
     def trajectories(self) -> tuple[dict[str, tuple[list[int], torch.Tensor, torch.Tensor]], np.ndarray | None, float]:
-        "For the controls' present values: model → timesteps, x_t [steps, C, H, W], predicted x0 [steps, C, H, W] in pixels; the change of x0 by the patch [steps, H, W]; and the scale it is shown at."
+        """For the controls' present values: model → timesteps, x_t [steps, C, H, W], predicted x0 [steps,
+        C, H, W] in pixels; the change of x0 by the patch [steps, H, W]; and the scale it is shown at."""
         key = self.seed.value, self.label.value, self.guidance.value, self.steps.value
         if key not in self._kept:
             labels = [self.label.value] if anatomy_of(self.model).num_classes(self.model) else None
-            settings = dict(num_images=1, class_labels=labels, guidance_scale=self.guidance.value, sampler=self.sampler, num_inference_steps=self.steps.value, schedule=self.schedule, seed=self.seed.value, prediction_type=self.objective.prediction_type)
+            settings = dict(num_images=1, class_labels=labels, guidance_scale=self.guidance.value, sampler=self.sampler,
+                            num_inference_steps=self.steps.value, schedule=self.schedule, seed=self.seed.value,
+                            prediction_type=self.objective.prediction_type)
             found = {}
             for mode in self.modes:
                 with torch.no_grad(), patch_disabled(self.model) if mode == "base" else contextlib.nullcontext():
                     found[mode] = self._walk(settings)
             change = (found["patched"][2] - found["base"][2]).mean(1).numpy() if "patched" in found else None
-            self._kept[key] = found, change, 0.0 if change is None else max(0.02, float(np.abs(change).max()))   # one scale for the whole walk
+            # one scale for the whole walk
+            self._kept[key] = found, change, 0.0 if change is None else max(0.02, float(np.abs(change).max()))
         return self._kept[key]
 
     def _walk(self, settings) -> tuple[list[int], torch.Tensor, torch.Tensor]:
@@ -325,11 +388,15 @@ class DenoiseExplorer(Explorer):
         n = min(self.step.value, last)
         for mode, (_, x_t, x0) in found.items():
             scale = max(1, 190 // x_t.shape[-1])
-            self.pictures[mode, "x_t"].value, self.pictures[mode, "x_0"].value = png(pixels_of(x_t[n]), scale), png(pixels_of(x0[n]), scale)
-        self.text.value = f"<div style='font-size:13px'>step {n} of {last}" + (f", t = {t}" if (t := next(iter(found.values()))[0][n]) >= 0 else ": finished") + "</div>"
+            self.pictures[mode, "x_t"].value, self.pictures[mode, "x_0"].value = (png(pixels_of(x_t[n]), scale),
+                                                                                  png(pixels_of(x0[n]), scale))
+        self.text.value = (f"<div style='font-size:13px'>step {n} of {last}"
+                           + (f", t = {t}" if (t := next(iter(found.values()))[0][n]) >= 0 else ": finished")
+                           + "</div>")
         if change is not None:
             self.difference.value = png(coloured(change[n], viz.GATES, -limit, limit), max(1, 190 // change.shape[-1]))
-            self.text.value += f"<div style='font-size:12px; opacity:.8'>largest change of any step ± {limit:.2g}, here ± {float(np.abs(change[n]).max()):.2g}</div>"
+            self.text.value += (f"<div style='font-size:12px; opacity:.8'>largest change of any step ± {limit:.2g}, "
+                                f"here ± {float(np.abs(change[n]).max()):.2g}</div>")
 
     def static(self) -> Figure:
         found, *_ = self.trajectories()
@@ -345,24 +412,35 @@ class RunExplorer(Explorer):
         runs: Sequence[str | Path] | None = None,  # run folders or names; all below `runs/` if None
     ):
         if runs is None: runs = [r.folder for r in list_runs()[0] if r.config]
-        self.runs = {run_name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs) else {open_run(r).name: open_run(r).folder for r in runs}
-        if not self.runs: raise BadInput(f"there are no runs in {runs_root()}: expected at least one; train one with wb.train")
+        self.runs = ({run_name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs)
+                     else {open_run(r).name: open_run(r).folder for r in runs})
+        if not self.runs:
+            raise BadInput(f"there are no runs in {runs_root()}: expected at least one; train one with wb.train")
         names = list(self.runs)
-        self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))), layout=widgets.Layout(width="300px"))
-        self.column = widgets.Dropdown(options=self._columns() or ["loss"], description="curve", layout=widgets.Layout(width="240px"))
-        self.picture = widgets.Dropdown(options=["newest samples", *self._figures()], description="pictures", layout=widgets.Layout(width="240px"))
-        self.curves, self.table, self.pictures = widgets.Image(format="png", layout=widgets.Layout(width="560px", max_width="100%")), widgets.HTML(), widgets.HBox(layout=widgets.Layout(flex_flow="row wrap"))
-        super().__init__([self.chosen, self.column, self.picture], [widgets.HTML(STYLE), _row([self.curves, self.table]), self.pictures])
+        self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))),
+                                             layout=widgets.Layout(width="300px"))
+        self.column = widgets.Dropdown(options=self._columns() or ["loss"], description="curve",
+                                       layout=widgets.Layout(width="240px"))
+        self.picture = widgets.Dropdown(options=["newest samples", *self._figures()], description="pictures",
+                                        layout=widgets.Layout(width="240px"))
+        self.curves, self.table, self.pictures = (
+            widgets.Image(format="png", layout=widgets.Layout(width="560px", max_width="100%")), widgets.HTML(),
+            widgets.HBox(layout=widgets.Layout(flex_flow="row wrap")))
+        super().__init__([self.chosen, self.column, self.picture],
+                         [widgets.HTML(STYLE), _row([self.curves, self.table]), self.pictures])
 
     def _columns(self) -> list[str]:
-        found = {k for folder in self.runs.values() for row in read_rows(folder / "metrics.jsonl")[-1:] for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
+        found = {k for folder in self.runs.values() for row in read_rows(folder / "metrics.jsonl")[-1:]
+                 for k, v in row.items() if isinstance(v, (int, float)) and k != "step"}
         return sorted(found, key=lambda k: (k not in ("loss", "mse"), k))
 
-    def _figures(self) -> list[str]: return sorted({p.stem for folder in self.runs.values() for p in folder.glob("figures/*.png")})
+    def _figures(self) -> list[str]:
+        return sorted({p.stem for folder in self.runs.values() for p in folder.glob("figures/*.png")})
 
     def _picture(self, name: str) -> Path | None:
         "The file of a run that the choice of pictures means."
-        found = self.runs[name].glob("samples/step-*.png") if self.picture.value == "newest samples" else self.runs[name].glob(f"figures/{glob.escape(self.picture.value)}.png")
+        found = (self.runs[name].glob("samples/step-*.png") if self.picture.value == "newest samples"
+                 else self.runs[name].glob(f"figures/{glob.escape(self.picture.value)}.png"))
         return max((file for file in found if file.is_file()), default=None)
 
     def _measured(self, name: str) -> str:
@@ -381,8 +459,11 @@ class RunExplorer(Explorer):
         drawn = {n: m for n, m in found.items() if m}
         rows = []
         for name, m in found.items():
-            state = "files are gone" if m is None else "no such column yet" if not m else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}"
-            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
+            state = ("files are gone" if m is None else "no such column yet" if not m
+                     else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}")
+            rows.append(
+                f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td "
+                f"style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
         self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)
@@ -390,9 +471,11 @@ class RunExplorer(Explorer):
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
         before = self.pictures.children
-        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(value=read_regular(file), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        self.pictures.children = [_labelled(html.escape(f"{name}, {file.stem}"), widgets.Image(
+            value=read_regular(file), format="png", layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
-        for tile in before:   # the kernel and the browser keep every widget that nobody closes, its layout and style too
+        # the kernel and the browser keep every widget that nobody closes, its layout and style too
+        for tile in before:
             for part in (*tile.children, tile):
                 for widget in (part.layout, getattr(part, "style", None), part):
                     if widget is not None: widget.close()

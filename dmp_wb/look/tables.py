@@ -27,7 +27,8 @@ from ..store.run import Run
 # %% ../../nbs/source/look/02_tables.ipynb #2b2f8189
 def _said(e: Exception) -> str:
     "An error in one line, with its kind where the message may need it."
-    return ("" if isinstance(e, (BadInput, OSError)) or type(e) is RuntimeError else f"{type(e).__name__}: ") + " ".join(str(e).split())[:500]
+    return (("" if isinstance(e, (BadInput, OSError)) or type(e) is RuntimeError else f"{type(e).__name__}: ")
+            + " ".join(str(e).split())[:500])
 
 @dataclass
 class Compared:
@@ -47,13 +48,17 @@ class Compared:
 
 def labelled(models: Sequence[str | Path]) -> dict[str, str]: # label → model
     "“label:model” as such, and other models under their own name; a path's last parts, as many as tell them apart."
-    given = [(label, model) if sep and label and not expanded(str(m)).exists() else ("", str(m)) for m in models for label, sep, model in [str(m).partition(":")]]
+    given = [(label, model) if sep and label and not expanded(str(m)).exists() else ("", str(m)) for m in models
+             for label, sep, model in [str(m).partition(":")]]
     parts = lambda model, n: "/".join(Path(model.rstrip("/")).parts[-n:])
     out, n = {}, 1
-    while n < 8 and len({parts(m, n) for label, m in given if not label}) < len({m for label, m in given if not label}): n += 1
+    while n < 8 and len({parts(m, n) for label, m in given if not label}) < len({m for label, m in given if not label}):
+        n += 1
     for label, model in given:
         label = label or parts(model, n)
-        if out.setdefault(label, model) != model: raise BadInput(f"label {label!r} is given to {out[label]} and to {model}: expected a label of its own for each")
+        if out.setdefault(label, model) != model:
+            raise BadInput(
+                f"label {label!r} is given to {out[label]} and to {model}: expected a label of its own for each")
     return out
 
 def _inside(run: str | Path) -> list[str]:
@@ -79,44 +84,56 @@ def open_compared(
         try:   # of a config that can be loaded every value has its type
             facts = read_run(folder)
             out.runs[label] = dataclasses.replace(facts, config=flat(dataclasses.asdict(Run(folder).experiment)))
-        except Exception as e: out.note(f"{label} is left out: {_said(e)}")   # a folder from somewhere else takes no other down
+        except Exception as e:
+            # a folder from somewhere else takes no other down
+            out.note(f"{label} is left out: {_said(e)}")
         else: seen[folder.resolve()] = label
-    if not out.runs: raise BadInput(f"none of {', '.join(map(str, runs)) or 'no runs'} can be compared: expected training runs" + (f" ({out.notes[0]})" if out.notes else ""))
+    if not out.runs:
+        raise BadInput(f"none of {', '.join(map(str, runs)) or 'no runs'} can be compared: expected training runs"
+                       + (f" ({out.notes[0]})" if out.notes else ""))
     if len(out.runs) == 1: out.note("there is one run, so that nothing is compared with it")
     return out
 
 # %% ../../nbs/source/look/02_tables.ipynb #959b7839
 _USED = {   # keys that begin so matter only if
-    "model.": lambda c: c["base"] is None, "multitask.": lambda c: c["multitask.method"] != "none", "multitask.uw_lr": lambda c: c["multitask.method"] == "uw",
-    "train.sample_": lambda c: c["train.sample_every"] is not None, "train.nonfinite_limit": lambda c: c["train.on_nonfinite"] != "stop",
+    "model.": lambda c: c["base"] is None, "multitask.": lambda c: c["multitask.method"] != "none",
+    "multitask.uw_lr": lambda c: c["multitask.method"] == "uw",
+    "train.sample_": lambda c: c["train.sample_every"] is not None,
+    "train.nonfinite_limit": lambda c: c["train.on_nonfinite"] != "stop",
 }
 _ALWAYS = ("method", "multitask.method", "train.sample_every")
 _LEFT_OUT = ("name", "format")
 
 def usual_values() -> dict[str, object]: # dotted key → default
     "The defaults of an experiment and of every method that is known."
-    of_methods = {f"methods.{name}.{k}": v for name in method_names() for k, v in dataclasses.asdict(method_entry(name).config()).items()}
+    of_methods = {f"methods.{name}.{k}": v for name in method_names()
+                  for k, v in dataclasses.asdict(method_entry(name).config()).items()}
     return {"method": None, **flat(dataclasses.asdict(Experiment())), **of_methods}
 
 def config_in_use(config: Mapping[str, object]) -> dict[str, object]: # dotted keys
     "The keys that mattered to a run, with the defaults of those that its config lacks."
     mine = {".".join(k.split(".")[:2]) + "." for k in config if k.startswith("methods.")}   # of its methods alone
-    c = {k: v for k, v in usual_values().items() if not k.startswith("methods.") or k.startswith(tuple(mine))} | {**config}
-    return {k: v for k, v in c.items() if k not in _LEFT_OUT and (k in _ALWAYS or all(used(c) for start, used in _USED.items() if k.startswith(start)))}
+    c = ({k: v for k, v in usual_values().items() if not k.startswith("methods.") or k.startswith(tuple(mine))}
+         | {**config})
+    return {k: v for k, v in c.items() if k not in _LEFT_OUT
+            and (k in _ALWAYS or all(used(c) for start, used in _USED.items() if k.startswith(start)))}
 
 def differences(
     configs: Mapping[str, Mapping[str, object]],  # label → config with dotted keys
 ) -> dict[str, dict[str, object]]: # key → label → value; a label that the key does not matter to is left out
-    "The keys whose values are not the same for all; one that matters to some runs only is left out where they have its default."
+    """The keys whose values are not the same for all;
+    one that matters to some runs only is left out where they have its default."""
     used, usual = {label: config_in_use(c) for label, c in configs.items()}, usual_values()
     def differs(k):
         values = {written(c[k]) for c in used.values() if k in c}
         return len(values) > 1 or any(k not in c for c in used.values()) and values != {written(usual.get(k))}
-    return {k: {label: c[k] for label, c in used.items() if k in c} for k in dict.fromkeys(k for c in used.values() for k in c) if differs(k)}
+    return {k: {label: c[k] for label, c in used.items() if k in c}
+            for k in dict.fromkeys(k for c in used.values() for k in c) if differs(k)}
 
 def written(v) -> str:
     "A value of a config, as YAML would have it."
-    return "null" if v is None else str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float) else f"[{', '.join(map(written, v))}]" if isinstance(v, (list, tuple)) else str(v)
+    return ("null" if v is None else str(v).lower() if isinstance(v, bool) else f"{v:g}" if isinstance(v, float)
+            else f"[{', '.join(map(written, v))}]" if isinstance(v, (list, tuple)) else str(v))
 
 # %% ../../nbs/source/look/02_tables.ipynb #d756eabc
 class Cell(NamedTuple):
@@ -138,13 +155,16 @@ def html_table(
         text = f"<b>{escape(c.text)}</b>" if c.best else escape(c.text)
         return f"<td>{text}" + (f"<br><small>{escape(c.small)}</small>" if c.small else "") + "</td>"
     head = "".join(f"<th>{mark(c)}{escape(c)}</th>" for c in columns)
-    breaking = lambda key: escape(key).replace("_", "_<wbr>").replace(".", ".<wbr>")   # where a narrow screen may break a key
-    body = "".join(f"<tr><th>{breaking(name)}</th>{''.join(cell(row.get(c, '–')) for c in columns)}</tr>" for name, row in rows.items())
+    # where a narrow screen may break a key
+    breaking = lambda key: escape(key).replace("_", "_<wbr>").replace(".", ".<wbr>")
+    body = "".join(f"<tr><th>{breaking(name)}</th>{''.join(cell(row.get(c, '–')) for c in columns)}</tr>"
+                   for name, row in rows.items())
     return f'<div class="table"><table><thead><tr><th>{escape(corner)}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 def glance_table(compared: Compared, colours: Mapping[str, str] | None = None) -> str:
     "What each run is and how far it came, as HTML."
-    rows = {k: {} for k in ("method", "state", "steps", "trained parameters", "loss", "images a second", "last written")}
+    rows = {k: {}
+            for k in ("method", "state", "steps", "trained parameters", "loss", "images a second", "last written")}
     for label, r in compared.runs.items():
         with compared.noting(label, "summary"):
             s = Run(r.folder).summary
@@ -165,12 +185,16 @@ def differences_table(compared: Compared, colours: Mapping[str, str] | None = No
             if isinstance(made_with := Run(r.folder).summary.get("versions", {}), dict): versions[label] = made_with
     known = [v for v in versions.values() if v]
     for key in dict.fromkeys(k for v in known for k in v):
-        if len({v.get(key) for v in known}) > 1: found[f"version of {key}" if key not in ("platform", "git_commit") else key.replace("_", " ")] = {label: str(v[key])[:12] for label, v in versions.items() if key in v}
+        if len({v.get(key) for v in known}) > 1:
+            found[f"version of {key}" if key not in ("platform", "git_commit") else key.replace("_", " ")] = {
+                label: str(v[key])[:12] for label, v in versions.items() if key in v}
     if not found: return "<p>Nothing: their settings are the same.</p>"
-    return html_table({key: {label: written(v) for label, v in row.items()} for key, row in found.items()}, list(compared.runs), colours, "key")
+    return html_table({key: {label: written(v) for label, v in row.items()} for key, row in found.items()},
+                      list(compared.runs), colours, "key")
 
 # %% ../../nbs/source/look/02_tables.ipynb #f4afd578
-_SETTINGS = ("reference", "num_reference", "extractor", "sampler", "num_inference_steps", "guidance_scale", "num_images", "seed", "settings")
+_SETTINGS = ("reference", "num_reference", "extractor", "sampler", "num_inference_steps", "guidance_scale",
+             "num_images", "seed", "settings")
 
 def _number(v) -> bool: return isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e300   # nan is not
 
@@ -180,7 +204,8 @@ def _measured(row) -> dict | None:
     "An evaluation of a summary that may be anybody's: figures and intervals that are numbers; None if it is none."
     if not isinstance(row, dict): return None
     spans, settings = ({} if not isinstance(row.get(k), dict) else row[k] for k in ("intervals", "settings"))
-    spans = {m: span for m, span in spans.items() if isinstance(span, (list, tuple)) and len(span) == 2 and all(map(_number, span))}
+    spans = {m: span for m, span in spans.items()
+             if isinstance(span, (list, tuple)) and len(span) == 2 and all(map(_number, span))}
     return {k: v for k, v in row.items() if k not in METRICS or _number(v)} | {"intervals": spans, "settings": settings}
 
 def evaluations(compared: Compared, at_least: int = 2) -> dict[str, dict[str, dict]]: # settings in words → label → row
@@ -189,12 +214,16 @@ def evaluations(compared: Compared, at_least: int = 2) -> dict[str, dict[str, di
     for label, r in compared.runs.items():
         with compared.noting(label, "evaluations"):
             for row in filter(None, map(_measured, Run(r.folder).summary.get("evaluations", []))):
-                words = f"{_counted(row.get('num_images', 0))} samples against {row.get('num_reference') or 'no'} images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; {row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance {written(row.get('guidance_scale', 1))}, seed {row.get('seed', 0)}"
+                words = (f"{_counted(row.get('num_images', 0))} samples against {row.get('num_reference') or 'no'} "
+                         f"images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; "
+                         f"{row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance "
+                         f"{written(row.get('guidance_scale', 1))}, seed {row.get('seed', 0)}")
                 words += "".join(f", {k} {v}" for k, v in row["settings"].items())
                 found.setdefault(tuple(str(row.get(k)) for k in _SETTINGS), (words, {}))[1][label] = row
     kept = {key: both for key, both in found.items() if len(both[1]) >= min(at_least, len(compared.runs))}
     count = Counter(words for words, _ in kept.values())
-    return {words if count[words] == 1 else f"{words} (reference {key[0]})": rows for key, (words, rows) in kept.items()}
+    return {words if count[words] == 1 else f"{words} (reference {key[0]})": rows
+            for key, (words, rows) in kept.items()}
 
 def metrics_table(rows: Mapping[str, Mapping], columns: Sequence[str], colours: Mapping[str, str] | None = None) -> str:
     "Rows of `evaluate` (label → row) as HTML, with their intervals."
@@ -203,5 +232,7 @@ def metrics_table(rows: Mapping[str, Mapping], columns: Sequence[str], colours: 
         values = {label: r[m] for label, r in rows.items() if m in r}
         best = (min if m in LOWER_IS_BETTER else max)(values.values())
         span = lambda label, m=m: rows[label].get("intervals", {}).get(m)
-        out[f"{m} {'↓' if m in LOWER_IS_BETTER else '↑'}"] = {label: Cell(f"{v:.4g}", f"{span(label)[0]:.4g} – {span(label)[1]:.4g}" if span(label) else "", v == best and len(values) > 1) for label, v in values.items()}
+        out[f"{m} {'↓' if m in LOWER_IS_BETTER else '↑'}"] = {
+            label: Cell(f"{v:.4g}", f"{span(label)[0]:.4g} – {span(label)[1]:.4g}" if span(label) else "",
+                        v == best and len(values) > 1) for label, v in values.items()}
     return html_table(out, columns, colours, "metric")

@@ -33,7 +33,8 @@ ROUTES = LinearSegmentedColormap.from_list("routes", ["#f2f0eb", "#2a6f97"])
 
 def method_words() -> dict[str, tuple[str, str]]: # name → its label and its colour
     "What each method is called on pages, and its colour; fine-tuning and the like among them."
-    return {**TRAINED, **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
+    frozen = next((n for n in method_names() if method_entry(n).freezes), None)   # what "patched" most often means
+    return {**TRAINED, **({"patched": ("patched", method_entry(frozen).colour)} if frozen else {}), **{n: (method_entry(n).label, method_entry(n).colour) for n in method_names()}}
 
 def method_colour(name: str, index: int = 0, colours: Mapping[str, str] | None = None) -> str:
     "The colour of a method or run."
@@ -45,7 +46,8 @@ def run_colours(methods: Mapping[str, str]) -> dict[str, str]: # run → its met
     taken, out, usual = set(), {}, {n: colour for n, (_, colour) in method_words().items()}
     for name, method in methods.items():
         colour = usual.get(method if name not in usual else name)
-        if colour is None or colour in taken: colour = next((c for c in _SPARE if c not in taken), _SPARE[len(out) % len(_SPARE)])
+        if colour is None or colour in taken:
+            colour = next((c for c in _SPARE if c not in taken), _SPARE[len(out) % len(_SPARE)])
         taken.add(colour)
         out[name] = colour
     return out
@@ -56,11 +58,14 @@ def method_label(name: str, colours: Mapping[str, str] | None = None) -> str:
 
 def _array(x) -> np.ndarray:
     "An array of a tensor on any device and of any precision, or of a list that may hold such."
-    if hasattr(x, "detach"): return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).detach().cpu().numpy()
-    return np.stack([_array(v) for v in x]) if isinstance(x, (list, tuple)) and any(hasattr(v, "detach") for v in x) else np.asarray(x)
+    if hasattr(x, "detach"):
+        return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).detach().cpu().numpy()
+    return (np.stack([_array(v) for v in x]) if isinstance(x, (list, tuple)) and any(hasattr(v, "detach") for v in x)
+            else np.asarray(x))
 
 def _figure(rows: int, columns: int, width: float, height: float, **kwargs) -> tuple[Figure, np.ndarray]:
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, facecolor="white", **kwargs)
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
+                             facecolor="white", **kwargs)
     plt.close(fig)   # the caller shows it; pyplot must not show it a second time
     return fig, axes
 
@@ -107,12 +112,14 @@ def compare_samples(
     fig, axes = _figure(len(samples), 1, 0.4 * columns + 1.2, (0.42 * rows + 0.12) * len(samples) + 0.1)
     for i, (ax, (name, images)) in enumerate(zip(axes[:, 0], samples.items())):
         _show_image(ax, _tile(images, columns, math.ceil(len(images) / columns)))
-        ax.set_ylabel((labels or {}).get(name, method_label(name, colours)), rotation=0, ha="right", va="center", color=method_colour(name, i, colours), fontsize=10, fontweight="bold")
+        ax.set_ylabel((labels or {}).get(name, method_label(name, colours)), rotation=0, ha="right", va="center",
+                      color=method_colour(name, i, colours), fontsize=10, fontweight="bold")
     return fig
 
 # %% ../../nbs/source/look/00_viz.ipynb #972ceb12
 def _relative(gates: np.ndarray, counts=None) -> tuple[np.ndarray, Normalize]:
-    "log2 of the gate relative to uniform, and a symmetric scale for it; below an eighth a prompt is as good as off, so the scale ends there."
+    """log2 of the gate relative to uniform, and a symmetric scale for it;
+    below an eighth a prompt is as good as off, so the scale ends there."""
     uniform = gates.shape[-1] if counts is None else np.asarray(counts)[:, None]
     rel = np.log2(np.clip(gates * uniform, 2.0**-10, None))
     real = rel if counts is None else rel[:, np.arange(gates.shape[-1]) < uniform]
@@ -131,21 +138,24 @@ def _gate_colourbar(fig, norm: Normalize, axes, **kwargs):
     return bar
 
 def gate_heatmaps(
-    gates,                      # [timesteps, blocks, prompts], rows sum to 1
-    timesteps,                  # [timesteps]
-    columns: int = 4,
-    title: str | None = None,
-    counts: Sequence[int] | None = None,  # prompts of each block, where they differ (a U-Net's); the gates are zero beyond
-    blocks: Sequence[int] | None = None,  # the blocks' numbers in the model; 0, 1, … if None
+        gates,   # [timesteps, blocks, prompts], rows sum to 1
+        timesteps,   # [timesteps]
+        columns: int = 4,
+        title: str | None = None,
+        # prompts of each block, where they differ (a U-Net's); the gates are zero beyond
+        counts: Sequence[int] | None = None,
+        blocks: Sequence[int] | None = None,   # the blocks' numbers in the model; 0, 1, … if None
 ) -> Figure:
     "A panel for each block: prompts over timesteps."
     gates, timesteps = _array(gates), _array(timesteps)
-    if gates.ndim != 3 or len(gates) != len(timesteps): raise BadInput(f"gates have shape {gates.shape}: expected [{len(timesteps)} timesteps, blocks, prompts]")
+    if gates.ndim != 3 or len(gates) != len(timesteps):
+        raise BadInput(f"gates have shape {gates.shape}: expected [{len(timesteps)} timesteps, blocks, prompts]")
     rel, norm = _relative(gates, counts)
     panels = gates.shape[1]
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    fig, axes = _figure(rows, columns, 2.3 * columns + 1.0, 2.1 * rows + (0.4 if title else 0.1), sharex=True, sharey=counts is None)
+    fig, axes = _figure(rows, columns, 2.3 * columns + 1.0, 2.1 * rows + (0.4 if title else 0.1), sharex=True,
+                        sharey=counts is None)
     for i, ax in enumerate(axes.flat):
         if i >= panels: ax.set_visible(False); continue
         n = gates.shape[2] if counts is None else counts[i]
@@ -169,7 +179,8 @@ def gate_maps(
     "Gates as maps over the image: a row for each block, a column for each timestep."
     gates, timesteps = _array(gates), _array(timesteps)
     k, blocks, prompts = gates.shape
-    if prompts != grid_size[0] * grid_size[1]: raise BadInput(f"{prompts} prompts do not cover a grid of {grid_size[0]} × {grid_size[1]} tokens")
+    if prompts != grid_size[0] * grid_size[1]:
+        raise BadInput(f"{prompts} prompts do not cover a grid of {grid_size[0]} × {grid_size[1]} tokens")
     rel, norm = _relative(gates)
     light = np.ones(grid_size) if clean is None else (_array(clean).mean(0) + 1) / 2
     top = images is not None
@@ -179,7 +190,8 @@ def gate_maps(
         axes[0, j].set_title(f"t = {timesteps[j]:g}", fontsize=9)
         for i in range(blocks):
             ax, tint = axes[i + top, j], GATES(norm(rel[j, i].reshape(grid_size)))[..., :3]
-            rows, columns = (np.arange(n) * g // n for n, g in zip(light.shape, grid_size))   # the token that each pixel lies in
+            # the token that each pixel lies in
+            rows, columns = (np.arange(n) * g // n for n, g in zip(light.shape, grid_size))
             ax.imshow(tint[rows][:, columns] * (0.55 + 0.45 * light[..., None]), interpolation="nearest")
             ax.set_xticks([]), ax.set_yticks([])
             if j == 0: ax.set_ylabel(f"block {i}", fontsize=9)
@@ -203,11 +215,16 @@ def gate_entropy(
     for i in range(blocks): axes[0, 0].plot(timesteps, effective[:, i], color=colours[i], lw=1.6, label=f"block {i}")
     low = max(1.0, float(effective.min()))
     axes[0, 0].axhline(num_prompts, color="grey", lw=0.8, ls=":")
-    axes[0, 0].annotate(f"uniform: all {num_prompts}", (timesteps[-1], num_prompts), fontsize=8, color="grey", xytext=(-2, 3), textcoords="offset points", ha="right")
-    axes[0, 0].set(xlabel="timestep", ylabel="prompts in use, exp(entropy)", xlim=(timesteps[0], timesteps[-1]), ylim=(low - 0.1 * (num_prompts - low) - 0.05, num_prompts + 0.12 * (num_prompts - low) + 0.05))
-    if blocks <= 8: axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right" if effective[-1].mean() > effective[0].mean() else "lower left")
+    axes[0, 0].annotate(f"uniform: all {num_prompts}", (timesteps[-1], num_prompts), fontsize=8, color="grey",
+                        xytext=(-2, 3), textcoords="offset points", ha="right")
+    axes[0, 0].set(xlabel="timestep", ylabel="prompts in use, exp(entropy)", xlim=(timesteps[0], timesteps[-1]),
+                   ylim=(low - 0.1 * (num_prompts - low) - 0.05, num_prompts + 0.12 * (num_prompts - low) + 0.05))
+    if blocks <= 8:
+        axes[0, 0].legend(frameon=False, fontsize=8,
+                          loc="lower right" if effective[-1].mean() > effective[0].mean() else "lower left")
     sns.despine(ax=axes[0, 0])
-    im = axes[0, 1].imshow(effective.T, aspect="auto", cmap=MAGNITUDE, extent=(timesteps[0], timesteps[-1], blocks - 0.5, -0.5), interpolation="nearest")
+    im = axes[0, 1].imshow(effective.T, aspect="auto", cmap=MAGNITUDE,
+                           extent=(timesteps[0], timesteps[-1], blocks - 0.5, -0.5), interpolation="nearest")
     axes[0, 1].set(xlabel="timestep", ylabel="block", yticks=range(0, blocks, max(1, blocks // 8)))
     fig.colorbar(im, ax=axes[0, 1], label="prompts in use")
     if title: fig.suptitle(title, fontsize=11)
@@ -221,9 +238,11 @@ def prompt_similarity(
     columns: int = 4,
     title: str | None = None,
 ) -> Figure:
-    "Cosine similarity of the prompts of each block, with their mean gate over timesteps relative to uniform as bars beside it."
+    """Cosine similarity of the prompts of each block, with their mean
+    gate over timesteps relative to uniform as bars beside it."""
     prompts, gates = [_array(p) for p in prompts], None if gates is None else _array(gates)
-    if gates is not None and gates.shape[1] != len(prompts): raise BadInput(f"gates have {gates.shape[1]} blocks: expected {len(prompts)}, one for each pool of prompts")
+    if gates is not None and gates.shape[1] != len(prompts):
+        raise BadInput(f"gates have {gates.shape[1]} blocks: expected {len(prompts)}, one for each pool of prompts")
     columns = min(columns, len(prompts))
     rows = math.ceil(len(prompts) / columns)
     fig, axes = _figure(rows, columns, 2.6 * columns + 0.6, 2.3 * rows + (0.4 if title else 0.1))
@@ -249,21 +268,25 @@ def prompt_similarity(
 
 # %% ../../nbs/source/look/00_viz.ipynb #12fe57f8
 def film_strip(
-    images: Mapping[str, Sequence],  # model → images [steps, C, H, W] in [−1, 1] at the same steps of the same seed
-    timesteps: Sequence[int],        # [steps]
-    difference: tuple[str, str] | None = None,  # two models to draw the difference of, second − first; base and patched if both are there
-    title: str | None = None,
+        # model → images [steps, C, H, W] in [−1, 1] at the same steps of the same seed
+        images: Mapping[str, Sequence],
+        timesteps: Sequence[int],   # [steps]
+        # two models to draw the difference of, second − first; base and patched if both are there
+        difference: tuple[str, str] | None = None,
+        title: str | None = None,
 ) -> Figure:
     "A row for each model, a column for each step, and the difference of two models below."
     images = {k: _array(v) for k, v in images.items()}
     for name, v in images.items():
-        if len(v) != len(timesteps): raise BadInput(f"{name!r} has {len(v)} images: expected {len(timesteps)}, one for each timestep")
+        if len(v) != len(timesteps):
+            raise BadInput(f"{name!r} has {len(v)} images: expected {len(timesteps)}, one for each timestep")
     if difference is None and {"base", "patched"} <= images.keys(): difference = ("base", "patched")
     rows, k = len(images) + bool(difference), len(timesteps)
     fig, axes = _figure(rows, k, 1.05 * k + 1.0, 1.08 * rows + 0.3)
     for i, (name, v) in enumerate(images.items()):
         for j in range(k): _show_image(axes[i, j], v[j])
-        axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10, color=method_colour("dmp" if name == "patched" else name, i), fontweight="bold")
+        axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10,
+                              color=method_colour(name, i), fontweight="bold")
     for j, t in enumerate(timesteps): axes[0, j].set_title(f"t = {int(t)}", fontsize=9)
     if difference:
         change = [images[difference[1]][j].mean(0) - images[difference[0]][j].mean(0) for j in range(k)]
@@ -291,14 +314,20 @@ def run_table(
     ax.set_axis_off()
     ax.set(xlim=(-1.4, len(columns) - 0.5), ylim=(len(rows) - 0.4, -0.6 - 0.5))
     for j, c in enumerate(columns):
-        ax.text(j, -0.55, f"{c} {'↓' if c in lower_is_better else '↑'}", ha="center", va="center", fontsize=9, color="#444444")
+        ax.text(j, -0.55, f"{c} {'↓' if c in lower_is_better else '↑'}", ha="center", va="center", fontsize=9,
+                color="#444444")
         cells = {n: value(r[c]) for n, r in rows.items() if c in r}
         best = (min if c in lower_is_better else max)(cells.values())
         for i, (n, r) in enumerate(rows.items()):
             if c not in r: ax.text(j, i + 0.15, "–", ha="center", va="center", fontsize=10, color="#999999"); continue
-            ax.text(j, i + 0.15, f"{cells[n]:.4g}", ha="center", va="center", fontsize=10, fontweight="bold" if cells[n] == best else "normal")
-            if isinstance(found := r[c], (tuple, list)): ax.text(j, i + 0.47, f"{found[1]:.4g}–{found[2]:.4g}", ha="center", va="center", fontsize=6.5, color="#777777")
-    for i, n in enumerate(rows): ax.text(-1.35, i + 0.15, method_label(n), ha="left", va="center", fontsize=10, color=method_colour(n, i), fontweight="bold")
+            ax.text(j, i + 0.15, f"{cells[n]:.4g}", ha="center", va="center", fontsize=10,
+                    fontweight="bold" if cells[n] == best else "normal")
+            if isinstance(found := r[c], (tuple, list)):
+                ax.text(j, i + 0.47, f"{found[1]:.4g}–{found[2]:.4g}", ha="center", va="center", fontsize=6.5,
+                        color="#777777")
+    for i, n in enumerate(rows):
+        ax.text(-1.35, i + 0.15, method_label(n), ha="left", va="center", fontsize=10, color=method_colour(n, i),
+                fontweight="bold")
     ax.axhline(-0.3, color="#bbbbbb", lw=0.8)
     if title: ax.set_title(title, fontsize=11)
     return fig
@@ -313,18 +342,22 @@ def routing_masks(
     "The channels that each timestep's pathway runs through: a panel for each set of masks."
     masks, timesteps = {k: _array(m) for k, m in masks.items()}, _array(timesteps)
     for name, m in masks.items():
-        if m.ndim != 2 or len(m) != len(timesteps): raise BadInput(f"the masks of {name!r} have shape {m.shape}: expected [{len(timesteps)} timesteps, channels]")
+        if m.ndim != 2 or len(m) != len(timesteps):
+            raise BadInput(
+                f"the masks of {name!r} have shape {m.shape}: expected [{len(timesteps)} timesteps, channels]")
     columns = min(columns, len(masks))
     rows = math.ceil(len(masks) / columns)
     fig, axes = _figure(rows, columns, 2.5 * columns + 0.3, 2.1 * rows + (0.4 if title else 0.1), sharex=True)
     for i, ax in enumerate(axes.flat):
         if i >= len(masks): ax.set_visible(False); continue
         name, m = list(masks.items())[i]
-        ax.imshow(m.T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest", extent=(timesteps[0], timesteps[-1], m.shape[1] - 0.5, -0.5))
+        ax.imshow(m.T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
+                  extent=(timesteps[0], timesteps[-1], m.shape[1] - 0.5, -0.5))
         ax.set_title(name, fontsize=10)
         if i % columns == 0: ax.set_ylabel("channel")
         if i // columns == rows - 1: ax.set_xlabel("timestep")
-    swatches = [Patch(color=ROUTES(1.0), label="through the block"), Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
+    swatches = [Patch(color=ROUTES(1.0), label="through the block"),
+                Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
     fig.legend(handles=swatches, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     if title: fig.suptitle(title, fontsize=11)
     return fig
@@ -372,7 +405,8 @@ def timestep_affinities(
         ends = timesteps[name] if isinstance(timesteps, Mapping) else timesteps
         first, last = float(ends[0]), float(ends[-1])
         off = m[~np.eye(len(m), dtype=bool)]   # the diagonal is one and would use up the scale
-        im = ax.imshow(m, cmap=MAGNITUDE, vmin=off.min(), vmax=off.max(), interpolation="nearest", origin="lower", extent=(first, last, first, last))
+        im = ax.imshow(m, cmap=MAGNITUDE, vmin=off.min(), vmax=off.max(), interpolation="nearest", origin="lower",
+                       extent=(first, last, first, last))
         ax.set(title=name, xlabel="timestep")
         fig.colorbar(im, ax=ax, shrink=0.85).ax.tick_params(labelsize=8)
     axes[0, 0].set_ylabel("timestep")
@@ -387,7 +421,8 @@ def affinity_lines(
 ) -> Figure:
     "The affinity of some groups of timesteps with all others, a line each; a dot marks the group itself."
     affinity, x = _array(affinity), np.array([(a + b) / 2 for a, b in groups])
-    if affinity.shape != (len(of), len(groups)): raise BadInput(f"affinity has shape {affinity.shape}: expected [{len(of)}, {len(groups)}]")
+    if affinity.shape != (len(of), len(groups)):
+        raise BadInput(f"affinity has shape {affinity.shape}: expected [{len(of)}, {len(groups)}]")
     fig, axes = _figure(1, 1, 6.2, 2.7 + (0.3 if title else 0))
     ax = axes[0, 0]
     for row, span, colour in zip(affinity, of, MAGNITUDE(np.linspace(0.15, 0.8, len(of)))):
@@ -396,7 +431,8 @@ def affinity_lines(
         ax.plot(x[own], row[own], "o", color=colour, ms=5)
     ax.axhline(0, color="grey", lw=0.8)
     ax.set(xlabel="timestep", ylabel="affinity")
-    ax.legend(title="timesteps", frameon=False, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(title="timesteps", frameon=False, fontsize=8, title_fontsize=8, loc="center left",
+              bbox_to_anchor=(1, 0.5))
     sns.despine(ax=ax)
     if title: ax.set_title(title, fontsize=10)
     return fig
@@ -416,13 +452,16 @@ def training_curves(
         colour, values = method_colour(name, i, colours), _array(m[key]).astype(float)
         at, sums = np.arange(len(values)), np.concatenate([[0], np.cumsum(np.where(np.isfinite(values), values, 0))])
         known = np.concatenate([[0], np.cumsum(np.isfinite(values))])
-        half = np.minimum(np.minimum(at, at[::-1]), (window or max(1, len(values) // 20)) // 2)   # as wide to the left as to the right, also near the ends
-        average = (sums[at + half + 1] - sums[at - half]) / np.where(n := known[at + half + 1] - known[at - half], n, np.nan)
+        # as wide to the left as to the right, also near the ends
+        half = np.minimum(np.minimum(at, at[::-1]), (window or max(1, len(values) // 20)) // 2)
+        average = (sums[at + half + 1] - sums[at - half]) / np.where(n := known[at + half + 1] - known[at - half], n,
+                                                                     np.nan)
         ax.plot(m["step"], values, color=colour, lw=0.6, alpha=0.3)
         ax.plot(m["step"], average, color=colour, lw=1.8, label=method_label(name, colours))
         tails.append(values)
     everything = np.concatenate(tails)
-    ax.set(xlabel="optimiser step", ylabel=key, yscale="log" if np.nanmax(everything) > 4 * np.nanmin(everything) > 0 else "linear")
+    ax.set(xlabel="optimiser step", ylabel=key,
+           yscale="log" if np.nanmax(everything) > 4 * np.nanmin(everything) > 0 else "linear")
     if ax.get_yscale() == "log":
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_minor_formatter("")
@@ -442,13 +481,17 @@ def loss_by_timestep(
     "Loss over timestep intervals, and beside it the change against one of the methods, in percent."
     losses = {n: _array(v) for n, v in losses.items()}
     for n, v in losses.items():
-        if v.shape != (len(intervals),): raise BadInput(f"the losses of {n!r} have shape {v.shape}: expected [{len(intervals)} intervals]")
+        if v.shape != (len(intervals),):
+            raise BadInput(f"the losses of {n!r} have shape {v.shape}: expected [{len(intervals)} intervals]")
     others = [n for n in losses if n != against] if against in losses else []
     fig, axes = _figure(1, 1 + bool(others), 4.1 * (1 + bool(others)), 2.6)
     edges = [first for first, _ in intervals] + [intervals[-1][1] + 1]
     for i, n in enumerate(losses):
-        axes[0, 0].stairs(losses[n], edges, color=method_colour(n, i, colours), lw=1.8, label=method_label(n, colours), baseline=None)
-        if n in others: axes[0, 1].stairs(100 * (losses[n] / losses[against] - 1), edges, color=method_colour(n, i, colours), lw=1.8, baseline=0, fill=len(others) == 1, alpha=0.75 if len(others) == 1 else 1)
+        axes[0, 0].stairs(losses[n], edges, color=method_colour(n, i, colours), lw=1.8, label=method_label(n, colours),
+                          baseline=None)
+        if n in others:
+            axes[0, 1].stairs(100 * (losses[n] / losses[against] - 1), edges, color=method_colour(n, i, colours),
+                              lw=1.8, baseline=0, fill=len(others) == 1, alpha=0.75 if len(others) == 1 else 1)
     axes[0, 0].set(xlabel="timestep", ylabel=name, yscale="log")
     if len(losses) > 1: axes[0, 0].legend(frameon=False)
     if others:
@@ -457,24 +500,31 @@ def loss_by_timestep(
     for ax in axes.flat: sns.despine(ax=ax)
     return fig
 
-CURVES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "is": "Inception Score", "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage"}
+CURVES = {"fid": "FID", "sfid": "sFID", "kid": "KID", "is": "Inception Score", "precision": "precision",
+          "recall": "recall", "density": "density", "coverage": "coverage"}
 
 def guidance_curves(
-    rows: Mapping[str, Sequence[Mapping]],  # method → rows with "guidance_scale", metrics and perhaps "intervals", as `guidance_sweep` returns
-    metrics: Sequence[str] = ("fid", "is", "precision", "recall"),  # those that a row lacks are left out
-    colours: Mapping[str, str] | None = None,  # run → colour, as `run_colours` gives; by the names of methods if None
+        # method → rows with "guidance_scale", metrics and perhaps "intervals", as `guidance_sweep` returns
+        rows: Mapping[str, Sequence[Mapping]],
+        metrics: Sequence[str] = ("fid", "is", "precision", "recall"),   # those that a row lacks are left out
+        # run → colour, as `run_colours` gives; by the names of methods if None
+        colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    "Metrics against the guidance scale, one panel each; the ring marks each method's best scale, the band its interval."
+    """Metrics against the guidance scale, one panel each;
+    the ring marks each method's best scale, the band its interval."""
     rows = {name: sorted(r, key=lambda row: row["guidance_scale"]) for name, r in rows.items()}
     shown = [m for m in metrics if all(m in row for r in rows.values() for row in r)]
     extractor = next((row.get("extractor", "inception") for r in rows.values() for row in r), "inception")
     fig, axes = _figure(1, max(1, len(shown)), 2.5 * max(1, len(shown)), 2.3)
     for ax, m in zip(axes[0], shown):
         title, better = CURVES[m], "lower" if m in LOWER_IS_BETTER else "higher"
-        if m == "fid" and extractor.partition(":")[0] != "inception": title = f"Fréchet distance, {extractor.partition(':')[0]}"
+        if m == "fid" and extractor.partition(":")[0] != "inception":
+            title = f"Fréchet distance, {extractor.partition(':')[0]}"
         for i, (name, r) in enumerate(rows.items()):
-            colour, x, y = method_colour(name, i, colours), [row["guidance_scale"] for row in r], np.asarray([row[m] for row in r], dtype=float)
-            if all(m in row.get("intervals", {}) for row in r): ax.fill_between(x, *np.transpose([row["intervals"][m] for row in r]), color=colour, alpha=0.18, lw=0)
+            colour, x, y = (method_colour(name, i, colours), [row["guidance_scale"] for row in r],
+                            np.asarray([row[m] for row in r], dtype=float))
+            if all(m in row.get("intervals", {}) for row in r):
+                ax.fill_between(x, *np.transpose([row["intervals"][m] for row in r]), color=colour, alpha=0.18, lw=0)
             ax.plot(x, y, "o-", color=colour, ms=3.5, lw=1.6, label=method_label(name, colours))
             best = int(y.argmin() if better == "lower" else y.argmax())
             ax.plot(x[best], y[best], "o", ms=9, mfc="none", mec=colour, mew=1.2)
@@ -485,12 +535,15 @@ def guidance_curves(
     return fig
 
 def distances(
-    figures: Mapping[str, Mapping],  # method → {"frechet", "interval"[, "difference", "difference_interval"]}, as `frechet_bootstrap` returns
-    against: str = "base",
-    name: str = "Fréchet distance",
-    colours: Mapping[str, str] | None = None,  # run → colour, as `run_colours` gives; by the names of methods if None
+        # method → {"frechet", "interval"[, "difference", "difference_interval"]}, as `frechet_bootstrap` returns
+        figures: Mapping[str, Mapping],
+        against: str = "base",
+        name: str = "Fréchet distance",
+        # run → colour, as `run_colours` gives; by the names of methods if None
+        colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    "Distances with their intervals, and beside them the differences to one method, where the same seeds cancel the noise."
+    """Distances with their intervals, and beside them the differences
+    to one method, where the same seeds cancel the noise."""
     names = list(figures)
     fig, axes = _figure(1, 2, 8.2, 0.45 * len(names) + 0.9, sharey=True)
     rows = np.arange(len(names))[::-1]
@@ -501,7 +554,8 @@ def distances(
         if "difference" in f:
             axes[0, 1].plot(f["difference_interval"], [y, y], color=colour, lw=3, alpha=0.45, solid_capstyle="butt")
             axes[0, 1].plot(f["difference"], y, "o", color=colour, ms=7)
-    axes[0, 0].set(yticks=rows, yticklabels=[method_label(n, colours) for n in names], xlabel=f"{name} (lower is better)", ylim=(-0.6, len(names) - 0.4))
+    axes[0, 0].set(yticks=rows, yticklabels=[method_label(n, colours) for n in names],
+                   xlabel=f"{name} (lower is better)", ylim=(-0.6, len(names) - 0.4))
     axes[0, 1].axvline(0, color="grey", lw=0.8)
     axes[0, 1].set(xlabel=f"difference to {method_label(against, colours)} (left is better)")
     for ax in axes.flat:

@@ -36,7 +36,8 @@ PANEL_KINDS = ("gates", "mask", "lines", "matrix")
 @dataclass
 class Panel:
     "An array over timesteps that a page or an explorer draws."
-    kind: str                          # "gates" [T, blocks, experts], rows that sum to 1; "mask" [T, channels] in [0, 1]; "lines" [T, n]; "matrix" [T, n]
+    # "gates" [T, blocks, experts], rows that sum to 1; "mask" [T, channels] in [0, 1]; "lines" [T, n]; "matrix" [T, n]
+    kind: str
     title: str
     values: torch.Tensor
     timesteps: torch.Tensor            # [T]
@@ -46,9 +47,11 @@ class Panel:
     caption: str = ""
 
     def __post_init__(self):
-        if self.kind not in PANEL_KINDS: raise BadInput(f"the kind of a panel is {self.kind!r}: expected {', '.join(PANEL_KINDS)}")
+        if self.kind not in PANEL_KINDS:
+            raise BadInput(f"the kind of a panel is {self.kind!r}: expected {', '.join(PANEL_KINDS)}")
         if len(self.values) != len(self.timesteps):
-            raise BadInput(f"the panel {self.title!r} has {len(self.values)} rows: expected {len(self.timesteps)}, one a timestep")
+            raise BadInput(
+                f"the panel {self.title!r} has {len(self.values)} rows: expected {len(self.timesteps)}, one a timestep")
 
 # %% ../../nbs/source/methods/04_base.ipynb #55990501
 class Acting(Operation):
@@ -112,27 +115,35 @@ class Showing(Learning):
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 class Method(Showing):
-    "What is done to a backbone. A subclass gives `Config`, and what it does on a forward pass; here are its files: settings as JSON, parameters as safetensors if there are any."
+    """What is done to a backbone. A subclass gives `Config`, and what it does on a forward pass; here are its files:
+    settings as JSON, parameters as safetensors if there are any."""
     def save(self, folder: str | Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> Path:
         "Write it to a folder, atomically; other weights of the same shapes may be given, such as averaged ones."
         folder = expanded(folder)
         weights = state_dict if state_dict is not None else self.state_dict() if isinstance(self, nn.Module) else {}
         with atomic_folder(folder) as tmp:
             write_json(tmp / CONFIG_FILE, {"method": name_of(self), **dataclasses.asdict(self.config)})
-            if weights: save_file({k: v.detach().to("cpu").contiguous() for k, v in weights.items()}, tmp / WEIGHTS_FILE)
+            if weights:
+                save_file({k: v.detach().to("cpu").contiguous() for k, v in weights.items()}, tmp / WEIGHTS_FILE)
         return folder
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path):
-        "Put what `save` wrote on a model. Raises `BadInput`, leaving the model as it was, if it does not fit or is damaged."
+        """Put what `save` wrote on a model. Raises `BadInput`, leaving
+        the model as it was, if it does not fit or is damaged."""
         folder = expanded(folder)
         facts = read_json(folder / CONFIG_FILE)
         if not isinstance(facts, dict) or facts.get("method") != name_of(cls):
-            raise BadInput(f"{folder / CONFIG_FILE} has method {str(facts.get('method') if isinstance(facts, dict) else facts)[:80]!r}: expected {name_of(cls)!r}")
+            raise BadInput(
+                f"{folder / CONFIG_FILE} has method "
+                f"{str(facts.get('method') if isinstance(facts, dict) else facts)[:80]!r}: expected {name_of(cls)!r}")
         entry = method_entry(name_of(cls))
-        settings = {k: tuple(v) if isinstance(v, list) and str(entry.types().get(k)).startswith("tuple") else v for k, v in facts.items() if k != "method"}
+        settings = {k: tuple(v) if isinstance(v, list) and str(entry.types().get(k)).startswith("tuple") else v
+                    for k, v in facts.items() if k != "method"}
         unknown = set(settings) - set(entry.types())
-        if unknown: raise BadInput(f"{folder / CONFIG_FILE} has the setting {sorted(unknown)[0]!r}: expected {', '.join(entry.types())}")
+        if unknown:
+            raise BadInput(
+                f"{folder / CONFIG_FILE} has the setting {sorted(unknown)[0]!r}: expected {', '.join(entry.types())}")
         method = cls.attach_to(model, entry.made(**settings))
         if isinstance(method, nn.Module):
             try: _take(method, folder / WEIGHTS_FILE)
@@ -146,17 +157,20 @@ def _take(method: nn.Module, file: Path):
     "Give a method the weights of a file."
     if not file.is_file(): raise BadInput(f"there is no {file}: expected the weights of the method {name_of(method)}")
     try: weights = load_file(file)
-    except (SafetensorError, ValueError, OSError) as e: raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+    except (SafetensorError, ValueError, OSError) as e:
+        raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
     expected = {k: tuple(v.shape) for k, v in method.state_dict().items()}
     if {k: tuple(v.shape) for k, v in weights.items()} != expected:
-        raise BadInput(f"{file} holds other tensors than this model's {name_of(method)}: expected {str(expected)[:200]}")
+        raise BadInput(
+            f"{file} holds other tensors than this model's {name_of(method)}: expected {str(expected)[:200]}")
     wrong = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
     if wrong: raise BadInput(f"{file}: tensor {wrong[0]!r} holds NaN or infinite values")
     method.load_state_dict(weights)
 
 # %% ../../nbs/source/methods/04_base.ipynb #1ae86733
 class LeftOut:
-    "A `save_pretrained` that writes the plain model. A class and no closure, so that copy.deepcopy and pickle carry it to the copy."
+    """A `save_pretrained` that writes the plain model.
+    A class and no closure, so that copy.deepcopy and pickle carry it to the copy."""
     def __init__(self, model: nn.Module, place: str): self.model, self.place = model, place
 
     def __call__(self, *args, **kwargs):
@@ -175,7 +189,8 @@ def left_out(model: nn.Module, place: str):
 
 def leave_out(model: nn.Module, place: str):
     "From now on `save_pretrained` leaves out a part of the model, unless something does so already."
-    if hasattr(type(model), "save_pretrained") and "save_pretrained" not in vars(model): model.save_pretrained = LeftOut(model, place)
+    if hasattr(type(model), "save_pretrained") and "save_pretrained" not in vars(model):
+        model.save_pretrained = LeftOut(model, place)
 
 def take_in(model: nn.Module, place: str):
     "End what `leave_out` began."
@@ -198,7 +213,8 @@ class ModuleMethod(nn.Module, Method):
 
     @classmethod
     def attach_to(cls, model: nn.Module, config) -> "ModuleMethod":
-        "Put it on a model, or raise an error that leaves the model as it was. The backbone is frozen if the method freezes."
+        """Put it on a model, or raise an error that leaves the model as it was.
+        The backbone is frozen if the method freezes."""
         model = unwrap_model(model)
         method, first = cls(model, config), next(model.parameters())
         name = name_of(cls).replace("-", "_").replace(".", "_")
@@ -232,7 +248,8 @@ class ModuleMethod(nn.Module, Method):
 
 # %% ../../nbs/source/methods/04_base.ipynb #53f399fc
 def methods_of(model: nn.Module) -> dict[str, Any]: # name → Method
-    "The methods on a model, in the order in which they act; a second one of a name has a number. Empty for a plain model."
+    """The methods on a model, in the order in which they act; a second one of a name has a number.
+    Empty for a plain model."""
     model, found = unwrap_model(model), {}
     for operation in getattr(model, HOOKS_NAME).operations if hasattr(model, HOOKS_NAME) else []:
         if not isinstance(operation, Method): continue
@@ -245,7 +262,8 @@ def apply_methods(
     model: nn.Module,              # a supported backbone; changed in place
     configs: Mapping[str, Any],    # name → settings, as `Experiment.methods`
 ) -> dict[str, Any]: # as `methods_of`
-    "Put methods on a model, those that freeze it first. Raises `BadInput`, leaving the model as it was, where one does not fit."
+    """Put methods on a model, those that freeze it first.
+    Raises `BadInput`, leaving the model as it was, where one does not fit."""
     order = sorted(configs, key=lambda name: not method_entry(name).freezes)
     _check_company(model, order)
     done: list[Any] = []
@@ -262,10 +280,12 @@ def _check_company(model: nn.Module, names: Sequence[str]):
         for other in [*there, *names[:i]]:
             first = other.split(" ")[0]
             if first in method_entry(name).excludes or first in method_names() and name in method_entry(first).excludes:
-                raise BadInput(f"this {type(unwrap_model(model)).__name__} has {first}, which cannot be on the same model as {name}: expected one of them")
+                raise BadInput(f"this {type(unwrap_model(model)).__name__} has {first}, which cannot be on the same "
+                               f"model as {name}: expected one of them")
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
-    "What tells the methods on a model from others: under the names that the plan of a folder of samples has had since format 1."
+    """What tells the methods on a model from others:
+    under the names that the plan of a folder of samples has had since format 1."""
     groups = {e.formerly: None for e in map(method_entry, method_names()) if e.formerly}
     found: dict[str, Any] = dict(groups)
     others = {}
@@ -289,7 +309,8 @@ def restore_methods(
     configs: Mapping[str, Any],   # of the run's experiment
     folder: str | Path,           # the run folder
 ):
-    "Put the methods of a run back on its model: those with parameters from their files, the others from their settings."
+    """Put the methods of a run back on its model:
+    those with parameters from their files, the others from their settings."""
     for name in sorted(configs, key=lambda name: not method_entry(name).freezes):
         cls = method_class(name)
         if issubclass(cls, nn.Module): cls.load(model, Path(folder) / folder_of(name))
@@ -298,5 +319,6 @@ def restore_methods(
 def weights_fingerprint(module: nn.Module) -> str:
     "Sixteen hex digits that tell one set of parameters from another."
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items(): digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

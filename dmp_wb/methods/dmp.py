@@ -93,10 +93,12 @@ class Newest:
         self.by_replica: _Left | None = None   # where that pass was a replica's, of whose thread nobody asks
 
 
-class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"], paper_url="https://arxiv.org/abs/2405.17825"):
+class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=["diffusion", "dmp", "patch"],
+                  paper_url="https://arxiv.org/abs/2405.17825"):
     """The learnable part of DMP on a frozen backbone.
 
-    Parameters: `prompts` [patched blocks, prompts, D] (a list of [prompts, D] where blocks differ), `gate.weight` [prompts, D_t + 1],
+    Parameters: `prompts` [patched blocks, prompts, D] (a list of
+    [prompts, D] where blocks differ), `gate.weight` [prompts, D_t + 1],
     `gate.bias` [prompts], and with noisy gating `w_noise` [D_t, prompts].
     """
     def __init__(
@@ -119,14 +121,18 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         self.tokens = [math.prod(g) for g in self.grids]
         counts = [config.num_prompts or n for n in self.tokens]
         if config.mode == "prepend" and not anatomy.any_length:
-            raise BadInput(f"mode is 'prepend': expected 'add', the blocks of {type(model).__name__} take a fixed number of tokens")
+            raise BadInput(f"mode is 'prepend': expected 'add', the blocks of {type(model).__name__} take a fixed "
+                           "number of tokens")
         for i, tokens, n in zip(self.blocks, self.tokens, counts):
-            if config.mode == "add" and n > tokens: raise BadInput(f"num_prompts is {n}: expected at most {tokens}, the tokens of block {i}, in add mode")
-            if config.top_k is not None and config.top_k > n: raise BadInput(f"top_k is {config.top_k}: expected 1 to {n}, the prompts of block {i}")
+            if config.mode == "add" and n > tokens:
+                raise BadInput(f"num_prompts is {n}: expected at most {tokens}, the tokens of block {i}, in add mode")
+            if config.top_k is not None and config.top_k > n:
+                raise BadInput(f"top_k is {config.top_k}: expected 1 to {n}, the prompts of block {i}")
 
         shapes = [(n, widths[i]) for i, n in zip(self.blocks, counts)]
         if (numbers := sum(n * width for n, width in shapes)) > LARGEST:   # more than any memory
-            raise BadInput(f"the prompts of {len(shapes)} blocks would be {numbers:,} numbers: expected at most {LARGEST:,}; num_prompts sets how many a block has")
+            raise BadInput(f"the prompts of {len(shapes)} blocks would be {numbers:,} numbers: expected at most "
+                           f"{LARGEST:,}; num_prompts sets how many a block has")
         if len(set(shapes)) == 1: self.prompts = nn.Parameter(torch.zeros(len(shapes), *shapes[0]))
         else: self.prompts = Prompts(torch.zeros(*shape) for shape in shapes)
         # gates of equally many prompts are one; rows of the weight: where each lies
@@ -135,7 +141,8 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         ends = [0, *accumulate(self.groups)]
         self.rows = {n: slice(a, b) for n, a, b in zip(self.groups, ends, ends[1:])}
         self.gate: Any = Gate(anatomy.embedding_width(model) + 1, ends[-1]) if self.gated else None
-        self.w_noise = nn.Parameter(torch.zeros(anatomy.embedding_width(model), ends[-1])) if config.noisy_gating else None
+        self.w_noise = (nn.Parameter(torch.zeros(anatomy.embedding_width(model), ends[-1])) if config.noisy_gating
+                        else None)
         self.reset_parameters()
         object.__setattr__(self, "model", model)       # past nn.Module, which would make it our submodule
         self.off, self.tables = Scoped(), Scoped()     # what the `with` blocks of `patch_disabled` and `baked` say
@@ -193,12 +200,14 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         return [p for p in (*(self.gate.parameters() if self.gated else ()), self.w_noise) if p is not None]
 
     # --- gates
+    # [B, patched blocks, prompts], in the patch's dtype; rows sum to 1.
+    # Zero beyond a block's prompts where blocks differ
     def gates(
-        self,
-        timesteps,           # [B] integers or floats in 0…T−1 (0…T for flow matching), or one number
-        class_labels=None,   # [B] or one number, where the gate looks at a condition with classes
-        **inputs,            # other inputs of the model that its condition looks at, e.g. pooled_projections
-    ) -> torch.Tensor: # [B, patched blocks, prompts], in the patch's dtype; rows sum to 1. Zero beyond a block's prompts where blocks differ
+            self,
+            timesteps,   # [B] integers or floats in 0…T−1 (0…T for flow matching), or one number
+            class_labels=None,   # [B] or one number, where the gate looks at a condition with classes
+            **inputs,   # other inputs of the model that its condition looks at, e.g. pooled_projections
+    ) -> torch.Tensor:
         """The gate weights at any timesteps, without running the backbone. Prompt tuning has no gate: all ones.
 
         Raises `BadInput` for a timestep out of range, and for a condition that needs inputs that were not given.
@@ -208,10 +217,12 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         scale = anatomy.timestep_scale(self.model)
         with weights_loaded(self.model):
             t = t.to(self._device())
-            if class_labels is not None: inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
+            if class_labels is not None:
+                inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
             return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
 
-    def entropy(self, timesteps, class_labels=None, **inputs) -> torch.Tensor: # [B, patched blocks], in nats; log(prompts) when the gate is uniform
+    def entropy(self, timesteps, class_labels=None,
+                **inputs) -> torch.Tensor:   # [B, patched blocks], in nats; log(prompts) when the gate is uniform
         "Entropy of the gate at each timestep and block."
         return torch.special.entr(self.gates(timesteps, class_labels, **inputs)).sum(-1)
 
@@ -223,12 +234,15 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         return torch.device("cpu") if device.type == "meta" and is_offloaded(self) else device
 
     def _gate_input(self, model: nn.Module, timestep: torch.Tensor, inputs: dict) -> torch.Tensor | None: # [B, D_t]
-        "u: the timestep's embedding or the full condition, as the backbone makes it; in float32 where its weights are, also under autocast."
+        """u: the timestep's embedding or the full condition, as the backbone makes it;
+        in float32 where its weights are, also under autocast."""
         if not self.gated: return None
         anatomy, device = anatomy_of(model), timestep.device
-        wide = _autocasts(device) and next(self.model.parameters()).dtype in (torch.float32, torch.float64)   # a replica has no parameters
+        # a replica has no parameters
+        wide = _autocasts(device) and next(self.model.parameters()).dtype in (torch.float32, torch.float64)
         with torch.autocast(device.type, enabled=False) if wide else contextlib.nullcontext():
-            if self.config.gate_input == "timestep" or anatomy.condition is None: return anatomy.embed_timestep(model, timestep)
+            if self.config.gate_input == "timestep" or anatomy.condition is None:
+                return anatomy.embed_timestep(model, timestep)
 
             def move(v):
                 if isinstance(v, dict): return {k: move(w) for k, w in v.items()}
@@ -238,7 +252,8 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
             try: return anatomy.condition(model, timestep, used)
             except (KeyError, TypeError, AttributeError) as e:   # an input that the model needs is missing
                 if set(anatomy.condition_inputs) <= used.keys(): raise
-                raise BadInput(f"the gates look at the condition of {type(model).__name__}: expected {', '.join(anatomy.condition_inputs)}; got {', '.join(used) or 'none of them'}") from e
+                raise BadInput(f"the gates look at the condition of {type(model).__name__}: expected "
+                               f"{', '.join(anatomy.condition_inputs)}; got {', '.join(used) or 'none of them'}") from e
 
     def _gates_at(self, timestep: torch.Tensor, inputs: dict) -> dict[int, torch.Tensor]:
         "The gates without noise, outside of a forward pass; `timestep` as the model takes it."
@@ -250,16 +265,19 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         batch: int,
         noisy: bool,
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None, Sequence[torch.Tensor]]:
-        "By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss; and the prompts [prompts, D] of every patched block."
+        """By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss;
+        and the prompts [prompts, D] of every patched block."""
         prompts = self.prompts() if isinstance(self.prompts, Prompts) else _as_they_are(self.prompts)
         device = prompts[0].device if u is None else u.device
         with torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext():
             return *self._gates(u, batch, noisy, prompts[0]), prompts
 
-    def _gates(self, u: torch.Tensor | None, batch: int, noisy: bool, like: torch.Tensor) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
+    def _gates(self, u: torch.Tensor | None, batch: int, noisy: bool, like: torch.Tensor) -> tuple[
+            dict[int, torch.Tensor], torch.Tensor | None]:
         if u is None: return {n: like.new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
         shared, block_weight = self.gate(u)                                    # one matmul for all blocks
-        std = F.softplus(u.to(shared) @ _wide(self.w_noise).to(shared)) + NOISE_FLOOR if noisy and self.w_noise is not None else None
+        std = (F.softplus(u.to(shared) @ _wide(self.w_noise).to(shared)) + NOISE_FLOOR
+               if noisy and self.w_noise is not None else None)
         gates, loads, k = {}, [], self.config.top_k
         for n, group in self.groups.items():
             block = torch.tensor([self.blocks[p] for p in group], dtype=shared.dtype, device=shared.device)
@@ -267,22 +285,26 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
             if std is not None:
                 clean, spread = logits, std[:, None, self.rows[n]].expand_as(logits)
                 logits = clean + torch.randn_like(clean) * spread
-                if k is not None and k < n: loads.append(squared_variation(probability_in_top_k(clean, logits, spread, k).float().sum((0, 1))))
+                if k is not None and k < n:
+                    loads.append(squared_variation(probability_in_top_k(clean, logits, spread, k).float().sum((0, 1))))
             gates[n] = top_k_softmax(logits, k)
         return gates, torch.stack(loads).mean() if loads else None
 
     def _stack(self, gates: dict[int, torch.Tensor]) -> torch.Tensor: # [B, patched blocks, prompts]
         if len(gates) == 1: return next(iter(gates.values()))
-        by_block = {p: F.pad(gates[n][:, slot], (0, self.num_prompts - n)) for n, group in self.groups.items() for slot, p in enumerate(group)}
+        by_block = {p: F.pad(gates[n][:, slot], (0, self.num_prompts - n)) for n, group in self.groups.items()
+                    for slot, p in enumerate(group)}
         return torch.stack([by_block[p] for p in range(self.num_blocks)], dim=1)
 
     def _newest_pass(self) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
-        "Gates and load balance loss of this thread's newest forward pass; where it had none, as when a pool of threads runs the model, of the newest of all."
+        """Gates and load balance loss of this thread's newest forward pass;
+        where it had none, as when a pool of threads runs the model, of the newest of all."""
         return self.newest.by_replica or self.threads.here.left or self.newest.left or (None, None)
 
     @property
     def last_gates(self) -> torch.Tensor | None: # [B or 1, patched blocks, prompts]
-        "The gates of this thread's newest forward pass (of the newest of all, if it had none); one row if its batch shared the timestep."
+        """The gates of this thread's newest forward pass (of the newest of all, if it had none);
+        one row if its batch shared the timestep."""
         gates = self._newest_pass()[0]
         return None if gates is None else self._stack(gates)
 
@@ -294,8 +316,10 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     def gate_statistics(self) -> dict[str, torch.Tensor]: # scalars
-        """Of the newest forward pass: `gate_entropy`, in nats, mean over samples and blocks, and `prompt_use`, the share of prompts in use:
-        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike. Empty for a patch without a gate."""
+        """Of the newest forward pass: `gate_entropy`, in nats, mean over
+        samples and blocks, and `prompt_use`, the share of prompts in use:
+        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike.
+        Empty for a patch without a gate."""
         newest = self._newest_pass()[0]
         if not self.gated or newest is None: return {}
         gates = [g.detach().float() for g in newest.values()]
@@ -303,7 +327,8 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         return {"gate_entropy": torch.cat([entropy(g).flatten() for g in gates]).mean(),
                 "prompt_use": torch.cat([entropy(g.mean(0)).exp() / g.shape[-1] for g in gates]).mean()}
 
-    Config, freezes, folder = DMPConfig, True, "patch"   # its files in a run folder are where they have been since format 1
+    # its files in a run folder are where they have been since format 1
+    Config, freezes, folder = DMPConfig, True, "patch"
 
     def losses(self) -> dict[str, tuple[torch.Tensor, float]]:
         "The balance losses of the gate, and their weights."
@@ -324,7 +349,8 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         return self.baked(timesteps) if self.config.gate_input == "timestep" else contextlib.nullcontext(self)
 
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
-        "The gates; those of a class, where the gate looks at the class. Raises `BadInput` for a gate that looks at text."
+        """The gates; those of a class, where the gate looks at the class.
+        Raises `BadInput` for a gate that looks at text."""
         if not self.gated: return []
         t = torch.as_tensor(timesteps)
         classes = self.config.gate_input == "condition" and anatomy_of(self.model).num_classes(self.model)
@@ -343,13 +369,15 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
 
     def remove(self): unpatch(self.model, self.name)
 
-    def save(self, folder: str | Path, state_dict=None) -> Path: return save_patch(self.model, folder, state_dict, self.name)
+    def save(self, folder: str | Path, state_dict=None) -> Path:
+        return save_patch(self.model, folder, state_dict, self.name)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path) -> "PromptPatch": return load_patch(model, folder)
 
     def load_loss(self) -> torch.Tensor: # scalar
-        "Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k; zero without noise, without top_k and outside training."
+        """Load balance of the newest forward pass: CV² of the probability of each prompt to be among the top k;
+        zero without noise, without top_k and outside training."""
         load = self._newest_pass()[1]
         return self._weight().new_zeros(()) if load is None else load
 
@@ -364,14 +392,17 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         For sampling: the timestep's embedding and the matmul fall away. A timestep outside the table is a `BadInput`.
         It holds for the thread or asyncio task that is inside; others go on without a table.
         """
-        if self.config.gate_input == "condition": raise BadInput("gate_input is 'condition': expected 'timestep', a table by timestep cannot hold gates that look at more")
+        if self.config.gate_input == "condition":
+            raise BadInput("gate_input is 'condition': expected 'timestep', a table by timestep cannot hold gates that "
+                           "look at more")
         anatomy = anatomy_of(self.model)
         t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten()
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
         if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
             yield self
             return
-        with torch.no_grad(), weights_loaded(self.model):   # row by row, as a forward pass with one timestep computes them
+        # row by row, as a forward pass with one timestep computes them
+        with torch.no_grad(), weights_loaded(self.model):
             asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
             asked = asked[asked.double().argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
@@ -388,7 +419,8 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
             wrong = (known[place] - t).abs() > 1e-5 * t.abs()
             if wrong.any():
                 scale = anatomy_of(self.model).timestep_scale(self.model)
-                raise BadInput(f"timestep {t[wrong][0].item() * scale:g} is not in the baked table of {len(known)} timesteps: expected one of those it was made for")
+                raise BadInput(f"timestep {t[wrong][0].item() * scale:g} is not in the baked table of {len(known)} "
+                               "timesteps: expected one of those it was made for")
         return {n: g[place.to(g.device)] for n, g in table.items()}
 
     # --- what the hooks call
@@ -400,16 +432,20 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         anatomy = anatomy_of(self.model)
         if self.config.mode == "prepend":
             others = [o.name for o in call.operations if isinstance(o, PromptPatch) and o.config.mode == "prepend"]
-            if len(others) > 1: raise BadInput("two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
+            if len(others) > 1:
+                raise BadInput(
+                    "two patches in prepend mode are enabled: expected one at a time; see dmp_wb.use_patches")
             if call.leading is not None and any(isinstance(n, tuple) for n in call.leading):
-                raise BadInput("mode is 'prepend' and the texts of this batch have different lengths: expected equal ones, or a patch with mode 'add'")
+                raise BadInput("mode is 'prepend' and the texts of this batch have different lengths: expected equal "
+                               "ones, or a patch with mode 'add'")
         elif anatomy.called_grid is not None:
             grid = anatomy.called_grid(self.model, call.inputs)
             if grid is not None and grid != self.grids[0]: raise self._other_size(grid, 0)
         t, table, load = call.timestep.to(call.device), self.tables.value, None
         if table is not None and not self.training: gates, prompts = self._look_up(t, table), self(None, 0, False)[2]
         else:
-            if self.training: t = t.expand(call.batch)   # in training every sample has its own noise and its part in the balance
+            # in training every sample has its own noise and its part in the balance
+            if self.training: t = t.expand(call.batch)
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
         call.state[self.key] = gates, prompts
         self.newest.left = self.threads.here.left = gates, load
@@ -417,9 +453,12 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
 
     def _other_size(self, grid: Size, position: int) -> BadInput:
         size = lambda g: f"{math.prod(g)} tokens ({' × '.join(map(str, g))})"
-        return BadInput(f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for {size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
+        return BadInput(
+            f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for "
+            f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
 
-    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]: # [B or 1, n, 1], [n, D], as x
+    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[
+            torch.Tensor, torch.Tensor]:   # [B or 1, n, 1], [n, D], as x
         position = self.blocks.index(index)
         gates, pools = call.state[self.key]
         n = self.counts[position]
@@ -432,21 +471,26 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         n, first = len(prompts), call.longest_text_before(index) + call.prompts
         grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first,)
         tokens = math.prod(grid)
-        if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]): raise self._other_size(grid, position)
+        if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]):
+            raise self._other_size(grid, position)
         if n == tokens and first == 0 and x.ndim == 3: return torch.addcmul(x, gate, prompts)
         added = gate * prompts
         if n < tokens: added = added[:, torch.arange(tokens, device=x.device) * n // tokens]
         if x.ndim == 4: return x + added.transpose(1, 2).unflatten(2, x.shape[2:])
         if isinstance(text, tuple):   # every sample's image where its own text ends
-            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin)) for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
+            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin))
+                                for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
         return x + F.pad(added, (0, 0, first, 0))
 
     def _prepend(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        "Prompts are there inside the blocks alone: what a ControlNet adds between two blocks, and blocks that are skipped, find the tokens that they know."
+        """Prompts are there inside the blocks alone:
+        what a ControlNet adds between two blocks, and blocks that are skipped, find the tokens that they know."""
         if index in self.blocks:
             gate, prompts = self._prompts_of(index, x, call)
             lead: torch.Tensor | None = (gate * prompts).expand(len(x), -1, -1)
-        else:   # beyond the depth they go on as the last block left them; a block that a checkpoint runs again gets the same once more
+        else:
+            # beyond the depth they go on as the last block left them;
+            # a block that a checkpoint runs again gets the same once more
             if call.runs(): call.entered[index] = call.left
             lead = call.entered[index]
         call.prompts = 0 if lead is None else self.num_prompts
@@ -468,22 +512,28 @@ class PromptPatch(nn.Module, Method, ModelHubMixin, library_name="dmp_wb", tags=
         with _one_line(save_directory): _write_files(self, save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default", **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, model: nn.Module, name: str = "default",
+                        **hub) -> "PromptPatch":   # type: ignore[override]  # a patch needs its model
         "`load_patch`, under the name that the hub's users know."
         return load_patch(model, pretrained_model_name_or_path, name, **hub)
 
     def generate_model_card(self, **kwargs) -> ModelCard:
         "The README of a pushed patch: what it fits, how to load it, its settings."
         base, c = _base_facts(self.model, self.config), self.config
-        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), **({"base_model": base["id"]} if base.get("id") else {})})
-        method = {"none": "prompt tuning, the paper's baseline"}.get(c.gate_input, f"prompts in {self.num_blocks} blocks, mixed by a gate on the {c.gate_input}")
+        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(),
+                                **({"base_model": base["id"]} if base.get("id") else {})})
+        method = {"none": "prompt tuning, the paper's baseline"}.get(
+            c.gate_input, f"prompts in {self.num_blocks} blocks, mixed by a gate on the {c.gate_input}")
         repo = kwargs.get("repo_id", "owner/name")
-        return ModelCard.from_template(data, template_str=CARD, title=repo.split("/")[-1], repo=repo, method=method, base=base, parameters=f"{sum(p.numel() for p in self.parameters()):,}",
-                                       part="unet" if "UNet" in base["class"] else "transformer", settings={k: v for k, v in settings_of(c).items() if v is not None})
+        return ModelCard.from_template(data, template_str=CARD, title=repo.split("/")[-1], repo=repo, method=method,
+                                       base=base, parameters=f"{sum(p.numel() for p in self.parameters()):,}",
+                                       part="unet" if "UNet" in base["class"] else "transformer",
+                                       settings={k: v for k, v in settings_of(c).items() if v is not None})
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
         "Upload the patch with its model card to a repository on the hub; see `ModelHubMixin.push_to_hub`."
-        return super().push_to_hub(repo_id, **{**kwargs, "model_card_kwargs": {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}})
+        return super().push_to_hub(
+            repo_id, **{**kwargs, "model_card_kwargs": {"repo_id": repo_id, **(kwargs.get("model_card_kwargs") or {})}})
 
 class PromptTuning(PromptPatch):
     "A patch without a gate: its prompts act at every timestep alike."
@@ -498,11 +548,13 @@ class Patches(nn.ModuleDict):
 
     def __init__(self):
         super().__init__()
-        self.was_trainable: set[str] = set()   # by name: FSDP puts others in the place of parameters, and these would stay in memory
+        # by name: FSDP puts others in the place of parameters, and these would stay in memory
+        self.was_trainable: set[str] = set()
         self.handles: list = []
 
 class Around:
-    "A method of a patched model that runs inside a context. A class and no closure, so that copy.deepcopy and pickle carry it to the copy."
+    """A method of a patched model that runs inside a context.
+    A class and no closure, so that copy.deepcopy and pickle carry it to the copy."""
     def __init__(self, model: nn.Module, method: str, context):
         self.model, self.method, self.context = model, method, context
 
@@ -518,7 +570,8 @@ def _left_out(model: nn.Module):
     "Inside this context, and this thread, the model's state dict is that of the plain model."
     thread = threading.get_ident()
     def drop(model, state_dict, prefix, local_metadata):
-        mine = [k for k in state_dict if k.startswith(f"{prefix}{PATCH_NAME}.")] if threading.get_ident() == thread else []
+        mine = ([k for k in state_dict if k.startswith(f"{prefix}{PATCH_NAME}.")] if threading.get_ident() == thread
+                else [])
         for key in mine: del state_dict[key]
     handle = model.register_state_dict_post_hook(drop)
     try: yield
@@ -535,12 +588,15 @@ def _kept_learning(model: nn.Module):
 WRAPPED_METHODS = {"save_pretrained": _left_out, "add_adapter": _kept_learning, "load_lora_adapter": _kept_learning}
 
 def _notice_missing(model, state_dict, prefix, *found):
-    "Before a state dict is loaded: a warning where it is a whole one of the model without its patch. Whether that is an error as well is for PyTorch to say."
+    """Before a state dict is loaded: a warning where it is a whole one of the model without its patch.
+    Whether that is an error as well is for PyTorch to say."""
     here = {k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)}
-    if not {n for n, _ in model.named_parameters() if not n.startswith(f"{PATCH_NAME}.")} <= here: return   # a LoRA's tensors, or FSDP's pieces
+    # a LoRA's tensors, or FSDP's pieces
+    if not {n for n, _ in model.named_parameters() if not n.startswith(f"{PATCH_NAME}.")} <= here: return
     missing = [name for name in patches_of(model) if not any(k.startswith(f"{PATCH_NAME}.{name}.") for k in here)]
     if missing:
-        warnings.warn(f"the state dict holds no patch {', '.join(map(repr, missing))} of this {type(model).__name__}, which stays as it is: "
+        warnings.warn(f"the state dict holds no patch {', '.join(map(repr, missing))} of this {type(model).__name__}, "
+                      "which stays as it is: "
                       "expected one with it, or load_state_dict(…, strict=False) for a plain model's", stacklevel=6)
 
 # %% ../../nbs/source/methods/06_dmp.ipynb #5b1c0b03
@@ -550,7 +606,8 @@ def _chosen_dtype(dtype: torch.dtype | None, model: nn.Module) -> torch.dtype:
         own = getattr(model, "dtype", None) or next(model.parameters()).dtype
         return torch.promote_types(own, torch.float32) if own.is_floating_point and own.itemsize > 1 else torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise BadInput(f"dtype is {dtype!r}: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, or None for what trains well")
+        raise BadInput(f"dtype is {dtype!r}: expected torch.float32, torch.bfloat16, torch.float16 or torch.float64, "
+                       "or None for what trains well")
     return dtype
 
 # %% ../../nbs/source/methods/06_dmp.ipynb #5b1c0b07
@@ -558,55 +615,75 @@ _PATCHES: weakref.WeakSet = weakref.WeakSet()      # all of this process, on a m
 _OPTIMIZERS: weakref.WeakSet = weakref.WeakSet()   # those that were looked at
 
 def _tell_idle(optimizer: torch.optim.Optimizer, args, kwargs):
-    "After the first step of any optimiser: a warning if it holds a patch that got no gradient, or nothing but what a patch froze, and so learns nothing."
+    """After the first step of any optimiser:
+    a warning if it holds a patch that got no gradient, or nothing but what a patch froze, and so learns nothing."""
     if optimizer in _OPTIMIZERS: return
     _OPTIMIZERS.add(optimizer)
     held = {id(w): w for group in optimizer.param_groups for w in group["params"]}
     for p in list(_PATCHES):
         mine = [held[id(w)] for w in p.parameters() if id(w) in held]
-        if not mine and not any(w.requires_grad for w in held.values()) and any(id(w) in held for w in p.model.parameters()):   # it was made before the patch
-            warnings.warn(f"an optimiser holds parameters of a patched {type(p.model).__name__}, all of them frozen: expected those of the patch, as patch.parameters() gives", stacklevel=3)
+        # it was made before the patch
+        if not mine and not any(w.requires_grad for w in held.values()) and any(id(w) in held
+                                                                                for w in p.model.parameters()):
+            warnings.warn(f"an optimiser holds parameters of a patched {type(p.model).__name__}, all of them frozen: "
+                          "expected those of the patch, as patch.parameters() gives", stacklevel=3)
             return
         if not mine or any(w.grad is not None for w in mine): continue
-        why = ("its parameters are frozen, as peft's get_peft_model leaves them: expected patch.requires_grad_(True) before the optimiser is made"
-               if not any(w.requires_grad for w in mine) else "it is not on its model any more: expected an optimiser of the patch that is"
-               if p not in patches_of(p.model).values() else "the loss does not depend on it: expected a pass in which it is enabled")
+        why = ("its parameters are frozen, as peft's get_peft_model leaves them: expected patch.requires_grad_(True) "
+               "before the optimiser is made"
+               if not any(w.requires_grad for w in mine)
+               else "it is not on its model any more: expected an optimiser of the patch that is"
+               if p not in patches_of(p.model).values()
+               else "the loss does not depend on it: expected a pass in which it is enabled")
         warnings.warn(f"an optimiser holds the patch {p.name!r}, which learns nothing: {why}", stacklevel=3)
 
 register_optimizer_step_post_hook(_tell_idle)
 
 # %% ../../nbs/source/methods/06_dmp.ipynb #bbcc9644
 def unwrap_for_patch(model: nn.Module) -> nn.Module:
-    "The backbone to put a patch on. Raises `BadInput` for a model that is none, and for a wrapper that has taken the parameters it trains already."
+    """The backbone to put a patch on. Raises `BadInput` for a model that is
+    none, and for a wrapper that has taken the parameters it trains already."""
     for layer in wrappers_of(model):
-        if {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"} & {cls.__name__ for cls in type(layer).__mro__}:
-            raise BadInput(f"this {type(layer).__name__} has taken the parameters that it trains already: patch the model first, then wrap it")
+        if {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"} & {
+                cls.__name__ for cls in type(layer).__mro__}:
+            raise BadInput(f"this {type(layer).__name__} has taken the parameters that it trains already: patch the "
+                           "model first, then wrap it")
     model = unwrap_model(model)
     anatomy_of(model)
     return model
 
 def patch(
-    model: nn.Module,                 # a supported backbone (see `supported_models`); changed in place
-    config: DMPConfig | None = None,  # the paper's settings if None
-    name: str = "default",            # of this patch on this model
-    dtype: torch.dtype | None = None, # of the patch's numbers; None: float32, in which small steps count, whatever the backbone's
+        model: nn.Module,   # a supported backbone (see `supported_models`); changed in place
+        config: DMPConfig | None = None,   # the paper's settings if None
+        name: str = "default",   # of this patch on this model
+        # of the patch's numbers; None: float32, in which small steps count, whatever the backbone's
+        dtype: torch.dtype | None = None,
 ) -> PromptPatch:
-    """Freeze a backbone and hang a fresh patch on it; with zero init its outputs are those of the frozen backbone, to the bit, until the patch is trained.
+    """Freeze a backbone and hang a fresh patch on it;
+    with zero init its outputs are those of the frozen backbone, to the bit, until the patch is trained.
     What peft put into the model (a LoRA) goes on training.
 
-    Raises `BadInput` if there is a patch of that name already, if the config does not fit the model, or if the model is inside a wrapper
+    Raises `BadInput` if there is a patch of that name already, if the
+    config does not fit the model, or if the model is inside a wrapper
     that has taken the parameters it trains already, as DistributedDataParallel has; the model is then as it was.
     """
     model = unwrap_for_patch(model)
-    if name in patches_of(model): raise BadInput(f"this {type(model).__name__} is patched already by a patch named {name!r}: unpatch it first, or give another name")
+    if name in patches_of(model):
+        raise BadInput(f"this {type(model).__name__} is patched already by a patch named {name!r}: unpatch it first, "
+                       "or give another name")
     patches = model._modules.get(PATCH_NAME) or Patches()
-    if not isinstance(patches, Patches): raise BadInput(f"this {type(model).__name__} has a part of its own named {PATCH_NAME!r}: expected none, patches go there")
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name): raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
+    if not isinstance(patches, Patches):
+        raise BadInput(
+            f"this {type(model).__name__} has a part of its own named {PATCH_NAME!r}: expected none, patches go there")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(patches, name):
+        raise BadInput(f"name is {name!r}: expected letters, digits, - and _, and no attribute of a module")
     dtype = _chosen_dtype(dtype, model)
     config = config or DMPConfig()
     p = (PromptTuning if config.gate_input == "none" else PromptPatch)(model, config, name)
     first = next(model.parameters())
-    device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(model, "device", first.device)   # with group offloading where the model computes
+    # with group offloading where the model computes
+    device = torch.device("cpu") if first.device.type == "meta" and is_offloaded(model) else getattr(
+        model, "device", first.device)
     p.to(device=device, dtype=dtype)
     p.train(model.training)
     attach(model, p)
@@ -635,8 +712,10 @@ def get_patch(
     there, title = patches_of(model), f"this {type(unwrap_model(model)).__name__}"
     if not there:
         inside = backbones_inside(unwrap_model(model))
-        raise BadInput(f"{title} is not patched: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.patch or dmp_wb.load_patch first"))
-    if name is None and len(there) > 1: raise BadInput(f"{title} has the patches {', '.join(there)}: expected the name of one")
+        raise BadInput(f"{title} is not patched: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?"
+                                                      if inside else "call dmp_wb.patch or dmp_wb.load_patch first"))
+    if name is None and len(there) > 1:
+        raise BadInput(f"{title} has the patches {', '.join(there)}: expected the name of one")
     if name is not None and name not in there: raise unknown("patch", name, there)
     return there[name or next(iter(there))]
 
@@ -644,7 +723,8 @@ def unpatch(
     model: nn.Module,
     name: str | None = None,  # of one patch; all if None
 ) -> nn.Module: # as it was given
-    """Take patches off. With the last one the hooks are gone, and the backbone's parameters that the first patch froze train again,
+    """Take patches off. With the last one the hooks are gone, and
+    the backbone's parameters that the first patch froze train again,
     unless peft has frozen them meanwhile for a LoRA that is still there."""
     gone = [get_patch(model, name)] if name is not None else list(patches_of(model).values()) or [get_patch(model)]
     backbone = unwrap_model(model)
@@ -657,11 +737,13 @@ def unpatch(
         for method in WRAPPED_METHODS: vars(backbone).pop(method, None)
         del backbone._modules[PATCH_NAME]
         if not adapter_parameters(backbone):
-            for n, w in backbone.named_parameters(): w.requires_grad_(plain_name(n) in patches.was_trainable or w.requires_grad)
+            for n, w in backbone.named_parameters():
+                w.requires_grad_(plain_name(n) in patches.was_trainable or w.requires_grad)
     return model
 
 def use_patches(model: nn.Module, *names: str):
-    """Switch: exactly the patches of these names act from now on, in all threads; a forward pass that is under way goes on as it began.
+    """Switch: exactly the patches of these names act from now on, in all threads;
+    a forward pass that is under way goes on as it began.
 
     Raises `BadInput` for an unknown name or a model without patches, and changes nothing then.
     """
@@ -674,20 +756,24 @@ def patch_disabled(
     model: nn.Module,
     name: str | None = None,  # of one patch; all if None
 ):
-    "Inside this context the model acts as if it were not patched: for the thread or asyncio task that is inside, as with `torch.no_grad`."
+    """Inside this context the model acts as if it were not patched:
+    for the thread or asyncio task that is inside, as with `torch.no_grad`."""
     off = [get_patch(model, name)] if name is not None else list(patches_of(model).values()) or [get_patch(model)]
     with contextlib.ExitStack() as stack:
         for p in off: stack.enter_context(p.off.set(True))
         yield model
 
 # %% ../../nbs/source/methods/06_dmp.ipynb #3efcc91b
-CONFIG_FILE, WEIGHTS_FILE, KEPT_FILES = "adapter_config.json", "adapter_model.safetensors", ("README.md", ".gitattributes")
+CONFIG_FILE, WEIGHTS_FILE, KEPT_FILES = ("adapter_config.json", "adapter_model.safetensors",
+                                         ("README.md", ".gitattributes"))
 
 def _base_facts(model: nn.Module, config: DMPConfig) -> dict:
     "What a patch needs to fit: the class and its shapes; and which model it was, where that is known."
     a = anatomy_of(model)
-    same = lambda values: values[0] if len({str(v) for v in values}) == 1 else values   # one for all blocks, where they agree
-    facts = {"class": type(model).__name__, "num_blocks": len(a.blocks(model)), "grid_size": same([list(g) for g in a.block_grids(model, config.input_size)]),
+    # one for all blocks, where they agree
+    same = lambda values: values[0] if len({str(v) for v in values}) == 1 else values
+    facts = {"class": type(model).__name__, "num_blocks": len(a.blocks(model)),
+             "grid_size": same([list(g) for g in a.block_grids(model, config.input_size)]),
              "width": same(a.block_widths(model)), "embedding_width": a.embedding_width(model)}
     return facts | _origin(model)
 
@@ -701,11 +787,14 @@ def _origin(model: nn.Module) -> dict:
 def _write_files(p: PromptPatch, folder: Path, weights: dict[str, torch.Tensor] | None = None):
     from dmp_wb import __version__
     with weights_loaded(p.model, *p.modules()):   # copies: memory that a hook lends is taken back
-        weights = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in (p.state_dict() if weights is None else weights).items()}
-    _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()}, p.prompts[0].dtype, "the patch to save")
+        weights = {k: v.detach().to("cpu", copy=True).contiguous()
+                   for k, v in (p.state_dict() if weights is None else weights).items()}
+    _check_weights(weights, {k: v.shape for k, v in PromptPatch(p.model, p.config).state_dict().items()},
+                   p.prompts[0].dtype, "the patch to save")
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, {"method": "dmp", "dmp_wb_version": __version__, **settings_of(p.config),
-                                       "base_model": _base_facts(p.model, p.config) | ({"fingerprint": known} if (known := fingerprints_by_dtype(p.model)) else {})})
+                                      "base_model": _base_facts(p.model, p.config)
+                                      | ({"fingerprint": known} if (known := fingerprints_by_dtype(p.model)) else {})})
 
 @contextlib.contextmanager
 def _one_line(folder: Path):
@@ -724,13 +813,15 @@ def save_patch(
 ) -> Path:
     """Write a patch as `adapter_config.json` and `adapter_model.safetensors`.
 
-    Raises `BadInput` for a folder that holds something else, weights that could not be loaded again, and a disk that is full or read-only;
+    Raises `BadInput` for a folder that holds something else, weights
+    that could not be loaded again, and a disk that is full or read-only;
     an older patch there is then untouched.
     """
     p, folder = get_patch(model, name), expanded(folder)
     with _one_line(folder):
         theirs = {f.name for f in folder.iterdir()} if folder.is_dir() else set()
-        if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES} or theirs and CONFIG_FILE not in theirs):
+        if folder.exists() and (not folder.is_dir() or theirs - {CONFIG_FILE, WEIGHTS_FILE, *KEPT_FILES}
+                                or theirs and CONFIG_FILE not in theirs):
             raise BadInput(f"{folder} exists and is not a patch folder: expected a new name")
         with weights_loaded(p.model, *p.modules()), atomic_folder(folder) as tmp:
             for extra in theirs & set(KEPT_FILES): shutil.copy2(folder / extra, tmp / extra)
@@ -741,9 +832,13 @@ def _patch_folder(folder: str | Path, hub: dict) -> Path:
     "A local folder, or the files of a repository on the hub."
     path = expanded(folder)
     if path.is_dir(): return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir(): raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the id of one on the hub")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) or path.parent.is_dir():
+        raise MissingFile(f"no patch folder {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or the "
+                          "id of one on the hub")
     try: return Path(snapshot_download(str(folder), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub))
-    except (OSError, ValueError) as e: raise MissingFile(f"no patch folder {folder}, and the hub gave none of that id: {' '.join(str(e).split())[:200]}") from None
+    except (OSError, ValueError) as e:
+        raise MissingFile(f"no patch folder {folder}, and the hub gave none of that id: "
+                          f"{' '.join(str(e).split())[:200]}") from None
 
 def load_patch(
     model: nn.Module,    # a backbone of the class and shapes that the patch was made for
@@ -752,26 +847,33 @@ def load_patch(
     dtype: torch.dtype | None = None,  # as in `patch`
     **hub,               # for a repository: revision, token, cache_dir, local_files_only, force_download
 ) -> PromptPatch: # in eval mode
-    """Put a saved patch on a model. Raises `MissingFile` or `BadInput`, leaving the model as it was, if it does not fit or is damaged.
+    """Put a saved patch on a model. Raises `MissingFile` or `BadInput`,
+    leaving the model as it was, if it does not fit or is damaged.
 
     Warns where the model has other weights than the one that the patch was made for.
     """
     folder = _patch_folder(folder, hub)
     facts, config = _read_config(folder)
     made_for, model, cls = facts["base_model"], unwrap_for_patch(model), type(unwrap_model(model)).__name__
-    here = {"class": cls} if made_for.get("class") != cls else _base_facts(model, config)   # another class may not even take the input size
-    differs = [f"{k} {_short(made_for.get(k))} there, {here[k]} here" for k in ("class", "num_blocks", "grid_size", "width", "embedding_width") if k in here and made_for.get(k) != here[k]]
+    # another class may not even take the input size
+    here = {"class": cls} if made_for.get("class") != cls else _base_facts(model, config)
+    differs = [f"{k} {_short(made_for.get(k))} there, {here[k]} here"
+               for k in ("class", "num_blocks", "grid_size", "width", "embedding_width")
+               if k in here and made_for.get(k) != here[k]]
     if differs: raise BadInput(f"{folder} was made for another backbone: {'; '.join(differs)}")
     weights = _read_weights(folder / WEIGHTS_FILE)
     others = other_weights(made_for, model)
     p = _put(model, config, weights, str(folder / WEIGHTS_FILE), name, dtype)
-    if others: warnings.warn(f"the patch of {folder} was made on other weights than this {cls} has: expected those with fingerprint {others[0]}, found {others[1]}", stacklevel=2)
+    if others:
+        warnings.warn(f"the patch of {folder} was made on other weights than this {cls} has: expected those with "
+                      f"fingerprint {others[0]}, found {others[1]}", stacklevel=2)
     return p
 
 def _read_weights(file: Path) -> dict[str, torch.Tensor]:
     if not file.is_file(): raise MissingFile(f"no file {file}: expected the weights of the patch")
     try: return load_file(file)
-    except (OSError, SafetensorError, ValueError) as e: raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+    except (OSError, SafetensorError, ValueError) as e:
+        raise BadInput(f"{file} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
 
 def _short(value) -> str:
     "What stands in a file, as part of a line."
@@ -781,13 +883,19 @@ def _short(value) -> str:
 def _read_config(folder: Path) -> tuple[dict, DMPConfig]:
     file = folder / CONFIG_FILE
     facts = read_json(file)
-    if not isinstance(facts, dict) or facts.get("method") != "dmp": raise BadInput(f"{file} has method {_short(repr(facts.get('method') if isinstance(facts, dict) else facts))}: expected 'dmp'")
-    if not isinstance(facts.get("base_model"), dict): raise BadInput(f"{file} has base_model {_short(repr(facts.get('base_model')))}: expected the facts of the model it was made for")
+    if not isinstance(facts, dict) or facts.get("method") != "dmp":
+        raise BadInput(f"{file} has method {_short(repr(facts.get('method') if isinstance(facts, dict) else facts))}: "
+                       "expected 'dmp'")
+    if not isinstance(facts.get("base_model"), dict):
+        raise BadInput(f"{file} has base_model {_short(repr(facts.get('base_model')))}: expected the facts of the "
+                       "model it was made for")
     names = {f.name for f in dataclasses.fields(DMPConfig)}
     for key in facts:
-        if key not in names | {"method", "dmp_wb_version", "base_model"}: raise unknown(f"key in {file}", _short(key), names)
+        if key not in names | {"method", "dmp_wb_version", "base_model"}:
+            raise unknown(f"key in {file}", _short(key), names)
     for key, value in facts.items():
-        if key in names and len(text := str(value)) > 4000: raise BadInput(f"{file}: {key} is {_short(text)}: expected a shorter value")
+        if key in names and len(text := str(value)) > 4000:
+            raise BadInput(f"{file}: {key} is {_short(text)}: expected a shorter value")
     config = DMPConfig(**{k: v for k, v in facts.items() if k in names})
     try: config.check()
     except (BadInput, TypeError) as e: raise BadInput(f"{file}: {e}") from None
@@ -796,47 +904,67 @@ def _read_config(folder: Path) -> tuple[dict, DMPConfig]:
 def _check_weights(weights: dict[str, torch.Tensor], expected: dict[str, torch.Size], dtype: torch.dtype, origin: str):
     "Raise `BadInput` unless these are the tensors of a patch, finite in the precision they will be used in."
     if {k: v.shape for k, v in weights.items()} != expected:
-        raise BadInput(f"{origin} holds {_short({k: tuple(v.shape) for k, v in weights.items()})}: expected {_short({k: tuple(v) for k, v in expected.items()})}")
+        raise BadInput(f"{origin} holds {_short({k: tuple(v.shape) for k, v in weights.items()})}: expected "
+                       f"{_short({k: tuple(v) for k, v in expected.items()})}")
     for key, tensor in weights.items():
-        if not tensor.is_floating_point(): raise BadInput(f"{origin}: tensor {key!r} is {tensor.dtype}: expected floating point")
-        if not tensor.to(dtype).isfinite().all(): raise BadInput(f"{origin}: tensor {key!r} holds NaN or infinite values, or some beyond {dtype}")
+        if not tensor.is_floating_point():
+            raise BadInput(f"{origin}: tensor {key!r} is {tensor.dtype}: expected floating point")
+        if not tensor.to(dtype).isfinite().all():
+            raise BadInput(f"{origin}: tensor {key!r} holds NaN or infinite values, or some beyond {dtype}")
 
-def _put(model: nn.Module, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str, name: str, dtype: torch.dtype | None) -> PromptPatch:
+def _put(model: nn.Module, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str, name: str,
+         dtype: torch.dtype | None) -> PromptPatch:
     "A patch with these weights on a model, or an error that leaves the model alone."
     model = unwrap_for_patch(model)
     with torch.device("meta"): expected = {k: v.shape for k, v in PromptPatch(model, config).state_dict().items()}
-    used = [d for d in (getattr(model, "dtype", None), _chosen_dtype(dtype, model)) if d is not None and d.is_floating_point]
-    _check_weights(weights, expected, min(used, key=lambda d: torch.finfo(d).max), origin)   # what blocks compute in, or what is kept
+    used = [d for d in (getattr(model, "dtype", None), _chosen_dtype(dtype, model))
+            if d is not None and d.is_floating_point]
+    # what blocks compute in, or what is kept
+    _check_weights(weights, expected, min(used, key=lambda d: torch.finfo(d).max), origin)
     p = patch(model, config, name, dtype).eval()
     p.load_state_dict(weights)
     return p
 
 # %% ../../nbs/source/methods/06_dmp.ipynb #1cbc4b26
-REFERENCE_NAMES = {"prompt_embeddings": "prompts", "gate.weight": "gate.weight", "gate.bias": "gate.bias", "w_noise": "w_noise"}
+REFERENCE_NAMES = {"prompt_embeddings": "prompts", "gate.weight": "gate.weight", "gate.bias": "gate.bias",
+                   "w_noise": "w_noise"}
 
 def load_reference_patch(
-    model: nn.Module,               # a DiT of the sizes that the checkpoint was trained with
-    path_or_state_dict: str | Path | dict,  # a checkpoint of the released training script, or its content
-    mode: str = "add",
-    gate_input: str | None = None,  # None: as in the released code, "condition" in add mode and "timestep" in prepend mode
-    top_k: int | None = None,       # prompts that a gate keeps; the released code's `topk` is a share, of which it takes int(topk * prompts)
-    name: str = "default",
-    allow_pickled_code: bool = False,  # True runs whatever code the file's pickle names: only for a file you made yourself
-    dtype: torch.dtype | None = None,  # as in `patch`
-) -> PromptPatch: # in eval mode
-    "Put the patch of a checkpoint that the paper's code wrote on a model. A checkpoint without a gate is prompt tuning. Raises `BadInput`, leaving the model as it was, if it does not fit."
+        model: nn.Module,   # a DiT of the sizes that the checkpoint was trained with
+        path_or_state_dict: str | Path | dict,   # a checkpoint of the released training script, or its content
+        mode: str = "add",
+        # None: as in the released code, "condition" in add mode and "timestep" in prepend mode
+        gate_input: str | None = None,
+        # prompts that a gate keeps; the released code's `topk` is a share, of which it takes int(topk * prompts)
+        top_k: int | None = None,
+        name: str = "default",
+        # True runs whatever code the file's pickle names: only for a file you made yourself
+        allow_pickled_code: bool = False,
+        dtype: torch.dtype | None = None,   # as in `patch`
+) -> PromptPatch:   # in eval mode
+    """Put the patch of a checkpoint that the paper's code wrote on a model.
+    A checkpoint without a gate is prompt tuning. Raises `BadInput`, leaving the model as it was, if it does not fit."""
     given = isinstance(path_or_state_dict, dict)
     origin = "the state dict" if given else str(path_or_state_dict)
-    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
+    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict)
+                             else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
     weights = {ours: found[theirs] for theirs, ours in REFERENCE_NAMES.items() if theirs in found}
-    if "prompts" not in weights: raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found e.g. {sorted(found)[:3]}")
-    if weights["prompts"].ndim != 3: raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, prompts, width]")
+    if "prompts" not in weights:
+        raise BadInput(f"{origin} has no tensor 'prompt_embeddings': expected a checkpoint of a patched DiT, found "
+                       f"e.g. {sorted(found)[:3]}")
+    if weights["prompts"].ndim != 3:
+        raise BadInput(f"{origin}: 'prompt_embeddings' has shape {tuple(weights['prompts'].shape)}, expected [blocks, "
+                       "prompts, width]")
     model = unwrap_for_patch(model)
     anatomy, gated = anatomy_of(model), "gate.weight" in weights
-    weights["prompts"] = weights["prompts"][:len(anatomy.blocks(model))]   # the released code ignores what is beyond the last block
+    # the released code ignores what is beyond the last block
+    weights["prompts"] = weights["prompts"][:len(anatomy.blocks(model))]
     depth, num_prompts, _ = weights["prompts"].shape
     tokens = math.prod(anatomy.block_grids(model)[0])
-    if mode == "add" and num_prompts not in (1, tokens): raise BadInput(f"{origin} has {num_prompts} prompts a block and the model {tokens} tokens: expected mode='prepend', or a model of the input size it was trained with")
-    config = DMPConfig(mode=mode, gate_input=(gate_input or {"prepend": "timestep"}.get(mode, "condition")) if gated else "none", num_prompts=num_prompts, depth=depth,
+    if mode == "add" and num_prompts not in (1, tokens):
+        raise BadInput(f"{origin} has {num_prompts} prompts a block and the model {tokens} tokens: expected "
+                       "mode='prepend', or a model of the input size it was trained with")
+    config = DMPConfig(mode=mode, gate_input=(gate_input or {"prepend": "timestep"}.get(mode, "condition")) if gated
+                       else "none", num_prompts=num_prompts, depth=depth,
                        top_k=top_k if gated else None, noisy_gating="w_noise" in weights and gated)
     return _put(model, config, weights, origin, name, dtype)

@@ -150,7 +150,8 @@ def route(
     model: nn.Module,                 # a supported backbone, wrapped or not; changed in place
     config: DTRConfig | None = None,  # the paper's settings if None
 ) -> Router:
-    "Send every timestep through its own channels of a model's blocks. Raises `BadInput` if the model is routed already or the settings make no sense."
+    """Send every timestep through its own channels of a model's blocks.
+    Raises `BadInput` if the model is routed already or the settings make no sense."""
     model = unwrap_model(model)
     if get_router(model) is not None: raise BadInput(f"this {type(model).__name__} is routed already: unroute it first")
     router = Router(model, config or DTRConfig())
@@ -160,13 +161,15 @@ def route(
 def get_router(model: nn.Module) -> Router | None:
     "The route on a model; None if there is none."
     model = unwrap_model(model)
-    return next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None) if hasattr(model, HOOKS_NAME) else None
+    return (next((o for o in getattr(model, HOOKS_NAME).operations if isinstance(o, Router)), None)
+            if hasattr(model, HOOKS_NAME) else None)
 
 def unroute(model: nn.Module) -> nn.Module: # as it was given
     "Take the route off: the model is what it was."
     backbone, router = unwrap_model(model), get_router(model)
     if router is None:
         inside = backbones_inside(backbone)
-        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
+        raise BadInput(f"this {type(backbone).__name__} is not routed: " + (
+            f"did you mean its {' or '.join(f'.{i}' for i in inside)}?" if inside else "call dmp_wb.route first"))
     hooks_of(backbone).detach(router)
     return model

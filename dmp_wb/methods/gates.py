@@ -29,7 +29,8 @@ def probability_in_top_k(
     std: torch.Tensor,    # [..., n] of the noise
     k: int,               # 1…n−1
 ) -> torch.Tensor: # [..., n]
-    "The probability of each entry to be among the k largest if its own noise were drawn again (1701.06538, appendix A)."
+    """The probability of each entry to be among the k largest if
+    its own noise were drawn again (1701.06538, appendix A)."""
     top = noisy.topk(k + 1, dim=-1).values
     first_out, last_in = top[..., k:], top[..., k - 1:k]
     others = torch.where(noisy > first_out, first_out, last_in)   # the k-th largest of the other entries
@@ -41,19 +42,23 @@ def squared_variation(x: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/source/methods/05_gates.ipynb #9dcf17fd
 class Gate(nn.Module):
-    """The gates' weight and bias; no nn.Linear, so that nothing that looks for those in a backbone (LoRA, quantisation, layerwise casting) takes it for one.
+    """The gates' weight and bias; no nn.Linear, so that nothing that looks for
+    those in a backbone (LoRA, quantisation, layerwise casting) takes it for one.
 
-    It is called, and so are `Prompts` and `PromptPatch`, for the sake of hooks that load weights when a module is called and take them away after.
+    It is called, and so are `Prompts` and `PromptPatch`, for the sake of
+    hooks that load weights when a module is called and take them away after.
     """
     def __init__(self, width: int, prompts: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.zeros(prompts, width)), nn.Parameter(torch.zeros(prompts))
 
-    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # [B, prompts], [prompts], at least float32
+    def forward(self, u: torch.Tensor) -> tuple[torch.Tensor,
+                                                torch.Tensor]:   # [B, prompts], [prompts], at least float32
         "The logits without the block's number, from u [B, D_t]; and what they gain for each number."
         weight, bias = _wide(self.weight), _wide(self.bias)
         return F.linear(u.to(weight), weight[:, :-1], bias), weight[:, -1].clone()
 
-def _autocasts(device: torch.device) -> bool: return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+def _autocasts(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 def _wide(x: torch.Tensor) -> torch.Tensor: return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -29,12 +29,14 @@ from ..models.backbones import anatomy_of
 class PerThread(threading.local):
     """`here` is an object of every thread's own, made when a thread first asks. Copies and pickles start afresh.
 
-    torch.compile guards and writes attributes of `here`; what a threading.local lacks in some thread it would not notice.
+    torch.compile guards and writes attributes of `here`;
+    what a threading.local lacks in some thread it would not notice.
     """
     def __init__(self, make: Callable[[], Any]): self.make, self.here = make, make()
     def __reduce__(self): return PerThread, (self.make,)
 
-_OPEN: ContextVar[dict | None] = ContextVar("dmp_wb_open", default=None)   # by `Scoped`, the `with` blocks that are open
+# by `Scoped`, the `with` blocks that are open
+_OPEN: ContextVar[dict | None] = ContextVar("dmp_wb_open", default=None)
 
 class _Block:
     "A `with` block that sets a value."
@@ -83,12 +85,14 @@ class Call:
         self.model, self.operations = model, operations   # the model is a replica where DataParallel runs it
         self.state: dict = {}           # by operation, those that were enabled when it began
         self.started = False            # have the operations started?
-        self.task = _backward_task()    # the backward pass that it runs in, as part of a checkpoint around the whole model
+        # the backward pass that it runs in, as part of a checkpoint around the whole model
+        self.task = _backward_task()
         self.grad = torch.is_grad_enabled()
         self.carrier: Any = None        # a weak reference to the `Inputs` that keep it alive
         self.previous: Any = None       # the pass around this one, where a model calls itself
         self.around: Any = None         # and the pass of the block around this one
-        self.leading: list[int | tuple[int, ...]] | None = None   # by block, tokens before the image's: of a text; a tuple has one number a sample
+        # by block, tokens before the image's: of a text; a tuple has one number a sample
+        self.leading: list[int | tuple[int, ...]] | None = None
         self.prompts = 0                # prepended prompts in the tokens of the running block
         self.left: torch.Tensor | None = None            # the prepended prompts as the last block left them
         self.entered: dict[int, torch.Tensor | None] = {}  # by block, those that entered it
@@ -97,30 +101,41 @@ class Call:
         "Take from the model's arguments, by name, what the operations will need."
         model, anatomy = self.model, anatomy_of(self.model)
         given = inputs.get(anatomy.timestep_argument)
-        if given is None: raise BadInput(f"{type(model).__name__} was called without a timestep: expected the argument {anatomy.timestep_argument!r}, which its patch or route needs")
-        names = [k for k in ("hidden_states", "sample", *arguments, *inputs) if k in inputs and k != anatomy.timestep_argument]
+        if given is None:
+            raise BadInput(f"{type(model).__name__} was called without a timestep: expected the argument "
+                           f"{anatomy.timestep_argument!r}, which its patch or route needs")
+        names = [k for k in ("hidden_states", "sample", *arguments, *inputs)
+                 if k in inputs and k != anatomy.timestep_argument]
         images: Any = next((inputs[k] for k in names if first_tensor(inputs[k], 2) is not None), None)
         some = first_tensor(images, 2)
-        if some is None: raise BadInput(f"{type(model).__name__} was called without images: expected a tensor or a list of tensors, one an image")
-        self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else some.device)   # [B] or [1], as the model takes it
+        if some is None:
+            raise BadInput(f"{type(model).__name__} was called without images: expected a tensor or a list of tensors, "
+                           "one an image")
+        # [B] or [1], as the model takes it
+        self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else some.device)
         self.batch = len(images)
         self.inputs: Any = inputs   # dropped when all have started
-        if anatomy.leading_tokens is not None: self.leading = self._leading(anatomy.leading_tokens(model, inputs), inputs)
+        if anatomy.leading_tokens is not None:
+            self.leading = self._leading(anatomy.leading_tokens(model, inputs), inputs)
 
     def _leading(self, given: Sequence, inputs: dict) -> list:
         "Numbers, and tuples of them where the samples' differ."
         mask = inputs.get("encoder_attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2 and all(isinstance(v, int) for v in given) and any(given) and not torch.compiler.is_compiling():
+        if (isinstance(mask, torch.Tensor) and mask.ndim == 2 and all(isinstance(v, int) for v in given) and any(given)
+                and not torch.compiler.is_compiling()):
             lengths = sorted({int(n) for n in (mask != 0).sum(1).tolist()})
             if len(lengths) > 1:
-                raise BadInput(f"the texts of this batch have lengths {' and '.join(map(str, lengths))}, and leading_tokens gives one number for all: expected a number for each sample, "
+                raise BadInput(f"the texts of this batch have lengths {' and '.join(map(str, lengths))}, and "
+                               "leading_tokens gives one number for all: expected a number for each sample, "
                                "equal ones where short texts are padded before the image")
         known: dict[int, Any] = {}   # most blocks share one object, and asking a GPU takes long
         for v in given:
             if id(v) in known: continue
             many = v.tolist() if isinstance(v, torch.Tensor) else list(v) if isinstance(v, Sequence) else v
             if isinstance(many, list):
-                if len(many) not in (1, self.batch): raise BadInput(f"leading_tokens of {type(self.model).__name__} gives {len(many)} numbers for a block: expected one, or one for each of the {self.batch} samples")
+                if len(many) not in (1, self.batch):
+                    raise BadInput(f"leading_tokens of {type(self.model).__name__} gives {len(many)} numbers for a "
+                                   f"block: expected one, or one for each of the {self.batch} samples")
                 many = many[0] if len(set(many)) == 1 else tuple(map(int, many))
             known[id(v)] = many
         return [known[id(v)] for v in given]
@@ -129,14 +144,16 @@ class Call:
         "Whether this is its own time: not a block that the backward pass runs again."
         return self.task == _backward_task()
 
-    def text_before(self, index: int) -> int | tuple[int, ...]: return 0 if self.leading is None else self.leading[index]
+    def text_before(self, index: int) -> int | tuple[int, ...]:
+        return 0 if self.leading is None else self.leading[index]
 
     def longest_text_before(self, index: int) -> int:
         text = self.text_before(index)
         return max(text) if isinstance(text, tuple) else text
 
     def start(self, device: torch.device):
-        "Let the operations prepare. `device` is where the model computes, now that the hooks around its forward have run."
+        """Let the operations prepare. `device` is where the model
+        computes, now that the hooks around its forward have run."""
         self.started, self.device = True, device
         with contextlib.nullcontext() if torch.is_grad_enabled() == self.grad else torch.set_grad_enabled(self.grad):
             for operation in self.operations: operation.start(self)
@@ -162,7 +179,9 @@ class Operation:
     rank = 0         # operations act before a block in this order, after it in the reverse order
     key = ""         # its name on the model
 
-    def acts_on(self, model) -> list[tuple[int, nn.Module]]: raise NotImplementedError   # the modules it acts around, each with its number
+    # the modules it acts around, each with its number
+    def acts_on(self, model) -> list[tuple[int, nn.Module]]:
+        raise NotImplementedError
     def rests_here(self) -> bool: return False   # in this thread, for now
     def on(self, model: nn.Module) -> "Operation": return self   # what acts on a replica of DataParallel
     def start(self, call: Call): "Prepare the call's `state` under this key."
@@ -179,7 +198,8 @@ class _Running:
         self.around: Any = None   # the one that the running block belongs to
 
 class BlockHooks:
-    """The operations on one model. Hooks are bound methods and partials of them, so that copy.deepcopy and pickle carry them to the copy.
+    """The operations on one model. Hooks are bound methods and partials
+    of them, so that copy.deepcopy and pickle carry them to the copy.
 
     Every thread has its own forward passes, so a pool of threads may share a model.
     """
@@ -188,8 +208,10 @@ class BlockHooks:
         self.model, self.operations, self.handles = model, [], []
         self.resting: frozenset[str] = frozenset()   # keys of operations that do not act in any thread
         self.threads = PerThread(_Running)
-        signatures = [list(inspect.signature(vars(cls)["forward"]).parameters)[1:] for cls in type(model).__mro__ if "forward" in vars(cls)]
-        self.arguments = next((names for names in signatures if argument in names), signatures[0])   # a subclass may take *args
+        signatures = [list(inspect.signature(vars(cls)["forward"]).parameters)[1:]
+                      for cls in type(model).__mro__ if "forward" in vars(cls)]
+        # a subclass may take *args
+        self.arguments = next((names for names in signatures if argument in names), signatures[0])
 
     @property
     def call(self) -> Call | None:
@@ -208,7 +230,8 @@ class BlockHooks:
         "Exactly these do not act from now on. One assignment: no thread sees half of it."
         self.resting = frozenset(keys)
 
-    def attach(self, operation: Operation): self._renew(sorted([*self.operations, operation], key=lambda o: (o.rank, o.key)))
+    def attach(self, operation: Operation):
+        self._renew(sorted([*self.operations, operation], key=lambda o: (o.rank, o.key)))
 
     def detach(self, operation: Operation):
         self._renew([o for o in self.operations if o is not operation])
@@ -223,23 +246,31 @@ class BlockHooks:
         around: dict[nn.Module, list] = {}
         for operation in operations:
             modules = operation.acts_on(self.model)
-            if len({id(m) for _, m in modules}) < len(modules): raise BadInput(f"a module is several blocks of this {type(self.model).__name__}: expected a module of its own for each")
+            if len({id(m) for _, m in modules}) < len(modules):
+                raise BadInput(f"a module is several blocks of this {type(self.model).__name__}: expected a module of "
+                               "its own for each")
             for index, module in modules: around.setdefault(module, []).append((index, operation))
         anatomy = anatomy_of(self.model)
         places = {module: anatomy.output_index(module) for module in around}
         for handle in self.handles: handle.remove()
         self.operations, self.handles = operations, []
-        if "torch._dynamo" in sys.modules: torch.compiler.reset()   # graphs that were compiled know nothing of hooks that came or went since
+        # graphs that were compiled know nothing of hooks that came or went since
+        if "torch._dynamo" in sys.modules: torch.compiler.reset()
         if not operations: return
         self.handles += [self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
                          self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)]
         for module in _parts(self.model):
-            if module not in around: self.handles.append(module.register_forward_pre_hook(self._before_part, with_kwargs=True))
+            if module not in around:
+                self.handles.append(module.register_forward_pre_hook(self._before_part, with_kwargs=True))
         for module, steps in around.items():
-            self.handles.append(module.register_forward_pre_hook(partial(self._note_call, anatomy.tokens_argument), prepend=True, with_kwargs=True))
-            self.handles.append(module.register_forward_pre_hook(partial(self._before_block, steps, anatomy.tokens_argument), with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(partial(self._note_call, anatomy.tokens_argument),
+                                                                 prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(
+                partial(self._before_block, steps, anatomy.tokens_argument), with_kwargs=True))
             acting = [(i, o) for i, o in reversed(steps) if type(o).after is not Operation.after]
-            if acting: self.handles.append(module.register_forward_hook(partial(self._after_block, acting, places[module]), always_call=True))
+            if acting:
+                self.handles.append(
+                    module.register_forward_hook(partial(self._after_block, acting, places[module]), always_call=True))
 
     def _before_model(self, model, args, kwargs):
         resting = self.resting
@@ -259,15 +290,21 @@ class BlockHooks:
         here = self.threads.here
         call = kwargs.call if isinstance(kwargs, Inputs) else _held(here.call)
         if call is None: return
-        if output is None and call.carrier is not None and not isinstance(kwargs, Inputs) and call.carrier() is not None: return   # the pass around the one that failed
+        # the pass around the one that failed
+        if (output is None and call.carrier is not None and not isinstance(kwargs, Inputs)
+                and call.carrier() is not None):
+            return
         here.call, here.around = call.previous, call.around
         if isinstance(kwargs, Inputs): kwargs.call = None
-        if output is None: call.state, call.left, call.entered, call.inputs = {}, None, {}, None   # a traceback would hold them
+        # a traceback would hold them
+        if output is None: call.state, call.left, call.entered, call.inputs = {}, None, {}, None
 
     def _before_part(self, module, args, kwargs):
-        "The operations start with the first part of the model that is called: hooks that load weights when the model is called have run by then."
+        """The operations start with the first part of the model that is called:
+        hooks that load weights when the model is called have run by then."""
         call = self.call
-        if call is not None and not call.started and call.task == _backward_task(): self._start(call, (args, tuple(kwargs.values())))
+        if call is not None and not call.started and call.task == _backward_task():
+            self._start(call, (args, tuple(kwargs.values())))
 
     def _start(self, call: Call, given):
         if call.carrier is not None and call.carrier() is not None: self.threads.here.call = weakref.ref(call)
@@ -277,9 +314,13 @@ class BlockHooks:
 
     def _note_call(self, argument, block, args, kwargs):
         "Before all other hooks: FSDP's gives the block other tensors than those that a checkpoint keeps."
-        if argument not in kwargs and not args: raise BadInput(f"{type(block).__name__} was called without {argument!r}: expected its tokens there or first; see Anatomy.tokens_argument")
+        if argument not in kwargs and not args:
+            raise BadInput(f"{type(block).__name__} was called without {argument!r}: expected its tokens there or "
+                           "first; see Anatomy.tokens_argument")
         x = kwargs[argument] if argument in kwargs else args[0]
-        if not isinstance(x, torch.Tensor): raise BadInput(f"{type(block).__name__} takes a {type(x).__name__} as {argument!r}: expected one tensor of tokens; see Anatomy.tokens_argument")
+        if not isinstance(x, torch.Tensor):
+            raise BadInput(f"{type(block).__name__} takes a {type(x).__name__} as {argument!r}: expected one tensor of "
+                           "tokens; see Anatomy.tokens_argument")
         call = self._call_of(x)
         if not call.started: self._start(call, x)
         self.threads.here.around = _hold(call)
@@ -307,12 +348,16 @@ class BlockHooks:
         return (*output[:place], x, *output[place + 1:])
 
     def _call_of(self, x: torch.Tensor) -> Call:
-        "The forward pass that a block's tokens belong to: the running one, unless the backward pass runs a checkpointed block again."
+        """The forward pass that a block's tokens belong to:
+        the running one, unless the backward pass runs a checkpointed block again."""
         task, call = _backward_task(), self.call
         if call is not None and call.task == task: return call
         if task != -1 and hasattr(x, "_dmp_wb_call"): return x._dmp_wb_call
-        if task != -1: raise BadInput("a patched or routed block is run again by a reentrant checkpoint: expected use_reentrant=False, which keeps the tokens it was given")
-        raise BadInput("a block of a patched or routed model was called alone: expected a call of the model, which tells it the timestep")
+        if task != -1:
+            raise BadInput("a patched or routed block is run again by a reentrant checkpoint: expected "
+                           "use_reentrant=False, which keeps the tokens it was given")
+        raise BadInput("a block of a patched or routed model was called alone: expected a call of the model, which "
+                       "tells it the timestep")
 
 def _parts(model: nn.Module) -> list[nn.Module]:
     "What a model's forward calls: its children, and the modules in its lists of them."
@@ -333,12 +378,14 @@ def _group(module: nn.Module) -> Any:
     return None if hook is None else hook.group
 
 def is_on_disk(model: nn.Module) -> bool:
-    "Whether diffusers' group offloading keeps weights in files, so that what the parameters hold between calls means nothing."
+    """Whether diffusers' group offloading keeps weights in files,
+    so that what the parameters hold between calls means nothing."""
     return any(getattr(_group(m), "offload_to_disk_path", None) for m in model.modules())
 
 @contextlib.contextmanager
 def weights_loaded(model: nn.Module, *parts: nn.Module):
-    "Inside, the weights are there that diffusers' group offloading, or accelerate for these parts, holds back until the model, or one of these parts of it, is called."
+    """Inside, the weights are there that diffusers' group offloading, or accelerate for
+    these parts, holds back until the model, or one of these parts of it, is called."""
     groups: dict[int, Any] = {}
     if hooks_of(model).call is None:   # a model that runs has them already
         groups = {id(group): group for group in map(_group, (model, *parts)) if group is not None}

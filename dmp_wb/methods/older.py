@@ -31,7 +31,8 @@ def _setting(entry: Entry, key: str) -> str | None:
     if key in dict(entry.moved): return dict(entry.moved)[key]
     group, _, setting = key.partition(".")
     known = entry.formerly and group == entry.formerly and setting in entry.types()
-    return setting if known and setting not in getattr(entry.config, "fixed", ()) else None   # a fixed one was given and not looked at
+    # a fixed one was given and not looked at
+    return setting if known and setting not in getattr(entry.config, "fixed", ()) else None
 
 def newer_names(key: str) -> list[str]:
     "The keys of today that a key of format 1 may stand for."
@@ -59,7 +60,8 @@ def modern(
     out = {key: value for key, value in given.items() if key not in old}
     on = active_methods(out)
     if "method" in old: _switch(_plain(old["method"]), old["method"], on, out)
-    for group in dict.fromkeys(e.formerly for e in entries() if e.formerly and not e.freezes): _group(group, old, on, out)
+    for group in dict.fromkeys(e.formerly for e in entries() if e.formerly and not e.freezes):
+        _group(group, old, on, out)
     for key, value in old.items():
         for entry in entries():
             setting = _setting(entry, key)
@@ -67,7 +69,8 @@ def modern(
     return out
 
 def _switch(word, value, on: dict[str, bool], out: dict[str, Any]):
-    "Make the method of that word the one that freezes the backbone; settings that it shares with the one before go along."
+    """Make the method of that word the one that freezes the backbone;
+    settings that it shares with the one before go along."""
     word = str(word)
     frozen = {e.name: e for e in entries() if e.freezes}
     if word not in TRAINED and word not in method_names(): raise unknown("method", word, [*TRAINED, *method_names()])
@@ -76,7 +79,8 @@ def _switch(word, value, on: dict[str, bool], out: dict[str, Any]):
         for key in [k for k in out if k == f"methods.{name}" or k.startswith(f"methods.{name}.")]:
             kept, setting = out.pop(key), key.split(".")[-1]
             fixed = [s for e in (frozen[name], frozen.get(word)) if e for s in getattr(e.config, "fixed", ())]
-            if word in frozen and setting in frozen[word].types() and setting not in fixed: out.setdefault(f"methods.{word}.{setting}", kept)
+            if word in frozen and setting in frozen[word].types() and setting not in fixed:
+                out.setdefault(f"methods.{word}.{setting}", kept)
     if word not in TRAINED:
         on[word] = True
         out.setdefault(f"methods.{word}", ({}, value[1]) if isinstance(value, tuple) else {})
@@ -103,7 +107,8 @@ def modern_config(
     "A config with the keys of today, and the names of its methods."
     found = modern(config)
     on = {**{str(name): True for name in named}, **active_methods(found)}
-    return {k: v for k, v in found.items() if not (k.startswith("methods.") and k.count(".") == 1)}, [n for n in on if on[n]]
+    return ({k: v for k, v in found.items() if not (k.startswith("methods.") and k.count(".") == 1)},
+            [n for n in on if on[n]])
 
 # %% ../../nbs/source/methods/08_older.ipynb #d0c390d7
 def older_attribute(
@@ -126,7 +131,8 @@ def newer_methods(
     if word not in TRAINED: methods[word] = older.get(method_entry(word).formerly or "") or method_entry(word).config()
     for key, config in older.items():
         group = [e for e in entries() if e.formerly == key]
-        if key != "method" and not group: raise BadInput(f"an experiment has no {key!r}: expected methods={{name: settings}}, data, optim, train, …")
+        if key != "method" and not group:
+            raise BadInput(f"an experiment has no {key!r}: expected methods={{name: settings}}, data, optim, train, …")
         for entry in group:
             off = getattr(entry.config, "off", {})
             if not entry.freezes and any(getattr(config, k) != v for k, v in off.items()): methods[entry.name] = config

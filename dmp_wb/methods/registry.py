@@ -50,21 +50,23 @@ class Entry:
 _ENTRIES: dict[str, Entry] = {}
 
 # %% ../../nbs/source/methods/01_registry.ipynb #29e2bd43
-PARTS = ("acts_on", "start", "before", "after", "losses", "statistics", "learning_rates", "prepared", "panels", "save", "load", "attach_to", "remove")
+PARTS = ("acts_on", "start", "before", "after", "losses", "statistics", "learning_rates", "prepared", "panels", "save",
+         "load", "attach_to", "remove")
 
 def register_method(
-    name: str,                         # in experiments and on command lines
-    method,                            # a class of the protocol, see `dmp_wb.Method`; or "package.module:Class", imported when used
-    *,
-    config: type | None = None,        # the dataclass of its settings; the class's `Config` if None
-    label: str | None = None,          # on pages; the class's `label`, else the name
-    colour: str | None = None,         # of its curves, as matplotlib takes it
-    freezes: bool | None = None,       # whether the backbone is frozen; the class's `freezes` if None
-    excludes: tuple[str, ...] | None = None,  # methods that cannot be on the same model
-    formerly: str | None = None,       # the group of its settings in experiments of format 1
-    moved: dict[str, str] | None = None,      # other keys of format 1 → its setting
+        name: str,   # in experiments and on command lines
+        method,   # a class of the protocol, see `dmp_wb.Method`; or "package.module:Class", imported when used
+        *,
+        config: type | None = None,   # the dataclass of its settings; the class's `Config` if None
+        label: str | None = None,   # on pages; the class's `label`, else the name
+        colour: str | None = None,   # of its curves, as matplotlib takes it
+        freezes: bool | None = None,   # whether the backbone is frozen; the class's `freezes` if None
+        excludes: tuple[str, ...] | None = None,   # methods that cannot be on the same model
+        formerly: str | None = None,   # the group of its settings in experiments of format 1
+        moved: dict[str, str] | None = None,   # other keys of format 1 → its setting
 ) -> Entry:
-    "Make a method known everywhere. Raises `BadInput` for a name that is taken and for a class that misses a part of the protocol."
+    """Make a method known everywhere. Raises `BadInput` for a name that
+    is taken and for a class that misses a part of the protocol."""
     _check_name(name, method)
     given = lambda value, key, usual: value if value is not None else getattr(method, key, None) or usual
     config = given(config, "Config", None)
@@ -80,7 +82,8 @@ def _same_class(a, b) -> bool:
     return a is b or not isinstance(a, str) and not isinstance(b, str) and place(a) == place(b)
 
 def _check_name(name, method):
-    if not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum() or name != name.lower():
+    if (not isinstance(name, str) or not name or not name.replace("-", "").replace("_", "").isalnum()
+            or name != name.lower()):
         raise BadInput(f"the name of a method is {name!r}: expected lower-case letters, digits, - and _")
     if name in _ENTRIES and not _same_class(_ENTRIES[name].method, method):
         raise BadInput(f"the method {name!r} is registered already: expected another name")
@@ -93,10 +96,13 @@ def _check_class(name: str, method, config):
             raise BadInput(f"the method {name!r}, class {method.__name__}, has no {', '.join(missing)}: "
                            "expected the protocol of dmp_wb.Method")
     if not dataclasses.is_dataclass(config) or not isinstance(config, type):
-        raise BadInput(f"the method {name!r} has the settings {config!r}: expected a dataclass, as `Config` of its class")
+        raise BadInput(
+            f"the method {name!r} has the settings {config!r}: expected a dataclass, as `Config` of its class")
     wanting = [f.name for f in dataclasses.fields(config) if f.init and f.default is dataclasses.MISSING
                and f.default_factory is dataclasses.MISSING]
-    if wanting: raise BadInput(f"the method {name!r} has settings without a default, {', '.join(wanting)}: expected one for each")
+    if wanting:
+        raise BadInput(
+            f"the method {name!r} has settings without a default, {', '.join(wanting)}: expected one for each")
 
 # %% ../../nbs/source/methods/01_registry.ipynb #35351be4
 def method_names() -> list[str]:
@@ -112,13 +118,15 @@ def method_entry(
     load_plugins()
     if name in _ENTRIES: return _ENTRIES[name]
     error = unknown(what, name, _ENTRIES)
-    raise BadInput(f"{error}; a method of your own is known once its file is: dmp-wb --plugin FILE …, or {PLUGINS}=FILE")
+    raise BadInput(
+        f"{error}; a method of your own is known once its file is: dmp-wb --plugin FILE …, or {PLUGINS}=FILE")
 
 def main_method(
     names,               # of an experiment's methods
     base: str | None,    # what it starts from
 ) -> str:
-    "What an experiment trains, in a word: the method that freezes the backbone, else finetune or pretrain. Names that are not known count for nothing."
+    """What an experiment trains, in a word: the method that freezes the backbone, else finetune or pretrain.
+    Names that are not known count for nothing."""
     load_plugins()
     frozen = [name for name in names if name in _ENTRIES and _ENTRIES[name].freezes]
     return frozen[0] if frozen else "pretrain" if base is None else "finetune"
@@ -140,8 +148,10 @@ def name_of(
 ) -> str:
     "The name under which a method is registered; of a class that is not, its own."
     cls = method if inspect.isclass(method) else type(method)
-    named = {e.method if isinstance(e.method, str) else f"{e.method.__module__}:{e.method.__qualname__}": n for n, e in _ENTRIES.items()}
-    found = [named[f"{c.__module__}:{c.__qualname__}"] for c in cls.__mro__ if f"{c.__module__}:{c.__qualname__}" in named]
+    named = {e.method if isinstance(e.method, str) else f"{e.method.__module__}:{e.method.__qualname__}": n
+             for n, e in _ENTRIES.items()}
+    found = [named[f"{c.__module__}:{c.__qualname__}"]
+             for c in cls.__mro__ if f"{c.__module__}:{c.__qualname__}" in named]
     return found[0] if found else cls.__name__.lower()
 
 # %% ../../nbs/source/methods/01_registry.ipynb #8a904680
@@ -151,14 +161,17 @@ _LOADED: dict[str, Any] = {}
 def load_plugin(
     file: str | Path,   # a Python file that registers something
 ):
-    "Run a file of one's own, once, here and in the processes that are started from here. Raises `BadInput` if that fails."
+    """Run a file of one's own, once, here and in the processes that are started from here.
+    Raises `BadInput` if that fails."""
     path = expanded(file).resolve()
-    if not path.is_file(): raise MissingFile(f"no plug-in {path}: expected a Python file that registers a method, a metric or the like")
+    if not path.is_file():
+        raise MissingFile(f"no plug-in {path}: expected a Python file that registers a method, a metric or the like")
     known = [p for p in os.environ.get(PLUGINS, "").split(os.pathsep) if p]
     if str(path) not in known: os.environ[PLUGINS] = os.pathsep.join([*known, str(path)])
     if str(path) in _LOADED: return _LOADED[str(path)]
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None: raise BadInput(f"the plug-in {path} is no Python file: expected one that ends in .py")
+    if spec is None or spec.loader is None:
+        raise BadInput(f"the plug-in {path} is no Python file: expected one that ends in .py")
     module = importlib.util.module_from_spec(spec)
     _LOADED[str(path)] = module
     before = sys.modules.get(path.stem)
@@ -179,7 +192,8 @@ def load_plugins():
 # %% ../../nbs/source/methods/01_registry.ipynb #dc9c04c0
 register_method("dmp", "dmp_wb.methods.dmp:PromptPatch", config=DMPConfig, label="DMP", colour="#0072b2", freezes=True,
                 formerly="patch", excludes=("prompt-tuning",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
-register_method("prompt-tuning", "dmp_wb.methods.dmp:PromptTuning", config=PromptTuningConfig, label="prompt-tuned", colour="#009e73",
+register_method("prompt-tuning", "dmp_wb.methods.dmp:PromptTuning", config=PromptTuningConfig, label="prompt-tuned",
+                colour="#009e73",
                 freezes=True, formerly="patch", excludes=("dmp",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
 register_method("dtr", "dmp_wb.methods.dtr:Router", config=DTRConfig, label="DTR", colour="#d55e00", formerly="routing")
 register_method("lmask", "dmp_wb.methods.lmask:LearnedMask", config=LearnedMaskConfig, label="learned mask", colour="#cc79a7",

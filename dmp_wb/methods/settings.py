@@ -26,7 +26,8 @@ class DMPConfig:
     mode: str = "add"                  # where the prompts go: "add" or "prepend"
     gate_input: str = "timestep"       # what the gate looks at: "timestep", "condition", or "none" (prompt tuning)
     num_prompts: int | None = None     # n, prompts a block; None: one a token
-    depth: Any = None                  # patched blocks: None for all, a number for the first so many, or a list of block numbers
+    # patched blocks: None for all, a number for the first so many, or a list of block numbers
+    depth: Any = None
     top_k: int | None = None           # prompts that a gate keeps, 1…n; None: all
     init: str = "zero"                 # "zero" (the patched model starts as the model) or "random"
     noisy_gating: bool = False         # learned noise on the logits in training
@@ -34,7 +35,9 @@ class DMPConfig:
     load_weight: float = 1.0           # weight of the load balance loss; it exists with noise and top_k < n
     num_train_timesteps: int = 1000    # T of the backbone's schedule
     gate_lr_scale: float = 10.0        # in training, the gate's learning rate is this times `optim.lr` (section 4)
-    input_size: list[int] | None = None  # (rows, columns) of the latents, for Flux before they are packed; (frames, rows, columns) of videos; None: the model's own
+    # (rows, columns) of the latents, for Flux before they are packed; (frames, rows, columns) of videos;
+    # None: the model's own
+    input_size: list[int] | None = None
 
     def check(self):
         "Raise `BadInput` for a value that makes no sense for any model."
@@ -45,16 +48,21 @@ class DMPConfig:
         whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1
         for key in ("num_prompts", "top_k", "num_train_timesteps"):
             value = getattr(self, key)
-            if not whole(value) and (value is not None or key == "num_train_timesteps"): raise BadInput(f"{key} is {value!r}: expected a whole number, at least 1")
+            if not whole(value) and (value is not None or key == "num_train_timesteps"):
+                raise BadInput(f"{key} is {value!r}: expected a whole number, at least 1")
         for key in ("importance_weight", "load_weight"):
             value = getattr(self, key)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf: raise BadInput(f"{key} is {value!r}: expected a number ≥ 0")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise BadInput(f"{key} is {value!r}: expected a number ≥ 0")
         if not isinstance(self.gate_lr_scale, (int, float)) or not 0 < self.gate_lr_scale < math.inf:
             raise BadInput(f"gate_lr_scale is {self.gate_lr_scale!r}: expected a number > 0")
-        if not isinstance(self.noisy_gating, bool): raise BadInput(f"noisy_gating is {self.noisy_gating!r}: expected true or false")
+        if not isinstance(self.noisy_gating, bool):
+            raise BadInput(f"noisy_gating is {self.noisy_gating!r}: expected true or false")
         if self.gate_input == "none" and (self.top_k is not None or self.noisy_gating):
-            raise BadInput(f"{'top_k' if self.top_k is not None else 'noisy_gating'} is set, but gate_input is 'none': expected a gate to act on")
-        if self.input_size is not None and not (isinstance(self.input_size, (list, tuple)) and 2 <= len(self.input_size) <= 3 and all(map(whole, self.input_size))):
+            raise BadInput(f"{'top_k' if self.top_k is not None else 'noisy_gating'} is set, but gate_input is 'none': "
+                           "expected a gate to act on")
+        if self.input_size is not None and not (isinstance(self.input_size, (list, tuple)) and 2 <= len(self.input_size)
+                                                <= 3 and all(map(whole, self.input_size))):
             raise BadInput(f"input_size is {self.input_size!r}: expected [rows, columns] or [frames, rows, columns]")
 
     def patched_blocks(self, num_blocks: int) -> list[int]:
@@ -62,11 +70,14 @@ class DMPConfig:
         d = self.depth
         if d is None: return list(range(num_blocks))
         if isinstance(d, int) and not isinstance(d, bool):
-            if not 1 <= d <= num_blocks: raise BadInput(f"depth is {d}: expected 1 to {num_blocks}, the model has {num_blocks} blocks")
+            if not 1 <= d <= num_blocks:
+                raise BadInput(f"depth is {d}: expected 1 to {num_blocks}, the model has {num_blocks} blocks")
             return list(range(d))
         blocks = list(d) if isinstance(d, Sequence) and not isinstance(d, str) else [d]
-        if not blocks or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_blocks for i in blocks) or len(set(blocks)) < len(blocks):
-            raise BadInput(f"depth is {d!r}: expected a number of blocks or a list of different block numbers 0 to {num_blocks - 1}")
+        if not blocks or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < num_blocks
+                                 for i in blocks) or len(set(blocks)) < len(blocks):
+            raise BadInput(f"depth is {d!r}: expected a number of blocks or a list of different block numbers 0 to "
+                           f"{num_blocks - 1}")
         return sorted(blocks)
 
 # %% ../../nbs/source/methods/00_settings.ipynb #f9d97c23
@@ -79,7 +90,8 @@ class PromptTuningConfig(DMPConfig):
     def check(self):
         "Raise `BadInput` for a value that makes no sense for any model."
         super().check()
-        if self.gate_input != "none": raise BadInput(f"gate_input is {self.gate_input!r}: expected 'none' for prompt tuning, or the method dmp")
+        if self.gate_input != "none":
+            raise BadInput(f"gate_input is {self.gate_input!r}: expected 'none' for prompt tuning, or the method dmp")
 
 # %% ../../nbs/source/methods/00_settings.ipynb #6892a5f1
 KINDS = ("dtr", "random")
@@ -89,7 +101,8 @@ class DTRConfig:
     "Hyper-parameters of a route (2310.07138, section 4)."
     sharing_ratio: float = 0.8        # β: the share of channels that a timestep uses, in (0, 1]
     alpha: float = 4.0                # α > 0: how much of the sliding falls to the large timesteps
-    kind: str = "dtr"                 # "dtr": the mask slides; "random": R-TR, a random set of channels at each timestep
+    # "dtr": the mask slides; "random": R-TR, a random set of channels at each timestep
+    kind: str = "dtr"
     num_train_timesteps: int = 1000   # T of the backbone's schedule
     seed: int = 0                     # of the random sets
 
@@ -98,21 +111,26 @@ class DTRConfig:
     def check(self):
         "Raise `BadInput` for a value that makes no sense."
         plain_fields(self)
-        if not (isinstance(self.sharing_ratio, (int, float)) and 0 < self.sharing_ratio <= 1): raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected a number in (0, 1]")
-        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")): raise BadInput(f"alpha is {self.alpha}: expected a number > 0")
+        if not (isinstance(self.sharing_ratio, (int, float)) and 0 < self.sharing_ratio <= 1):
+            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected a number in (0, 1]")
+        if not (isinstance(self.alpha, (int, float)) and 0 < self.alpha < float("inf")):
+            raise BadInput(f"alpha is {self.alpha}: expected a number > 0")
         if self.kind not in KINDS: raise unknown("kind of route", self.kind, KINDS)
         if not isinstance(self.seed, int): raise BadInput(f"seed is {self.seed!r}: expected a whole number")
-        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2: raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
+        if not isinstance(self.num_train_timesteps, int) or self.num_train_timesteps < 2:
+            raise BadInput(f"num_train_timesteps is {self.num_train_timesteps}: expected at least 2")
 
     @property
     def words(self) -> str:
         "What decides the masks, for a title."
-        return f"β = {self.sharing_ratio:g}, " + (f"α = {self.alpha:g}" if self.kind == "dtr" else f"{self.kind}, seed {self.seed}")
+        return f"β = {self.sharing_ratio:g}, " + (f"α = {self.alpha:g}" if self.kind == "dtr"
+                                                  else f"{self.kind}, seed {self.seed}")
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."
         kept = int(channels * self.sharing_ratio)
-        if kept < 1: raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
+        if kept < 1:
+            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
         return kept
 
 # %% ../../nbs/source/methods/00_settings.ipynb #0d177f02

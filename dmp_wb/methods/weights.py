@@ -22,8 +22,10 @@ def parts_of_methods(model: nn.Module) -> list[str]:
     return [name for name, part in unwrap_model(model).named_children() if getattr(part, "of_methods", False)]
 
 def adapter_parameters(model: nn.Module) -> set[str]:
-    "The names of the parameters that peft put into a model to train them: those of LoRAs and the like, and biases that a LoRA trains."
-    found = {f"{place}.{name}" for place, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"
+    """The names of the parameters that peft put into a model to train them:
+    those of LoRAs and the like, and biases that a LoRA trains."""
+    found = {f"{place}.{name}"
+             for place, module in model.named_modules() if type(module).__module__.partition(".")[0] == "peft"
              for name, _ in module.named_parameters() if not name.startswith(("base_layer.", "original_module."))}
     settings = getattr(model, "peft_config", None)
     if found and isinstance(settings, dict) and any(getattr(c, "bias", "none") != "none" for c in settings.values()):
@@ -39,7 +41,8 @@ def fingerprint(
     model: nn.Module,                  # wrapped or not; its patches do not count, nor do LoRAs
     dtype: torch.dtype | None = None,  # of the model if it were cast to this; None: as it is
 ) -> str:
-    "Sixteen hex digits that tell one set of weights from another: a hash of every tensor's name, shape and first 256 values."
+    """Sixteen hex digits that tell one set of weights from another:
+    a hash of every tensor's name, shape and first 256 values."""
     model, digest = unwrap_model(model), hashlib.sha256()
     others, own = adapter_parameters(model), tuple(f"{part}." for part in parts_of_methods(model))
     for name, tensor in model.state_dict().items():
@@ -50,31 +53,39 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 # %% ../../nbs/source/methods/03_weights.ipynb #2af0b0c7
-COMPARED = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}   # wider ones first
+# wider ones first
+COMPARED = {torch.float64: "float64", torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 def _dtype_of_weights(model: nn.Module) -> torch.dtype | None:
-    "The narrowest of the weights' dtypes; None where their numbers are elsewhere, split or packed, so that no fingerprint can be taken."
+    """The narrowest of the weights' dtypes;
+    None where their numbers are elsewhere, split or packed, so that no fingerprint can be taken."""
     if is_on_disk(unwrap_model(model)): return None
     own = tuple(f"{part}." for part in parts_of_methods(model))
     tensors = [v for k, v in unwrap_model(model).state_dict().items() if not (own and k.startswith(own))]
-    if any(isinstance(v, DTensor) or v.device.type == "meta" or v.is_floating_point() and v.dtype not in COMPARED for v in tensors): return None
+    if any(isinstance(v, DTensor) or v.device.type == "meta" or v.is_floating_point() and v.dtype not in COMPARED
+           for v in tensors):
+        return None
     if any(not v.is_floating_point() and v.ndim > 1 for v in tensors): return None
     there = {v.dtype for v in tensors if v.is_floating_point()}
-    return None if {torch.bfloat16, torch.float16} <= there else next((d for d in reversed(COMPARED) if d in there), None)
+    return None if {torch.bfloat16, torch.float16} <= there else next((d for d in reversed(COMPARED) if d in there),
+                                                                      None)
 
 def fingerprints_by_dtype(model: nn.Module) -> dict[str, str]:
-    "By dtype, the fingerprint of a model as it is and as it would be in narrower ones: a model is often used in another than it was trained in."
+    """By dtype, the fingerprint of a model as it is and as it would be in narrower ones:
+    a model is often used in another than it was trained in."""
     own = _dtype_of_weights(model)
     if own is None: return {}
     narrower = [d for d in COMPARED if d == own or torch.finfo(d).bits < torch.finfo(own).bits]
     return {COMPARED[d]: fingerprint(model, d) for d in narrower}
 
 def other_weights(made_for: dict, model: nn.Module) -> tuple[str, str] | None:
-    "The fingerprints of the model that a patch was made for and of this one, in the narrower of their dtypes, where they differ; None where they agree or nothing is known."
+    """The fingerprints of the model that a patch was made for and of this one, in the
+    narrower of their dtypes, where they differ; None where they agree or nothing is known."""
     known, own = made_for.get("fingerprint"), _dtype_of_weights(model)
     if not isinstance(known, dict) or own is None: return None
     widest = next((d for d, name in COMPARED.items() if name in known), own)
-    dtype = own if COMPARED[own] in known else widest if torch.finfo(widest).bits < torch.finfo(own).bits else None   # not bfloat16 and float16
+    # not bfloat16 and float16
+    dtype = own if COMPARED[own] in known else widest if torch.finfo(widest).bits < torch.finfo(own).bits else None
     if dtype is None: return None
     made, here = known[COMPARED[dtype]], fingerprint(model, dtype)
     return None if made == here else (str(made), here)

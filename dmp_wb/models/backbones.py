@@ -25,9 +25,11 @@ def _divide(size: Size, patch: Size) -> Size:
 def _grid(model, input_size=None) -> Size:
     "The token grid of a model for images, or of an input of another size."
     side = model.config.sample_size
-    return _divide(input_size or ((side, side) if isinstance(side, int) else tuple(side)), (model.config.patch_size,) * 2)
+    return _divide(input_size or ((side, side) if isinstance(side, int) else tuple(side)),
+                   (model.config.patch_size,) * 2)
 
-def _called_grid(model, inputs) -> Size: return tuple(s // model.config.patch_size for s in inputs["hidden_states"].shape[-2:])
+def _called_grid(model, inputs) -> Size:
+    return tuple(s // model.config.patch_size for s in inputs["hidden_states"].shape[-2:])
 
 def _dtype(model: nn.Module, linear: nn.Linear) -> torch.dtype:
     "What a layer computes in: its weights' dtype, or the model's where the weights are stored in fewer bits."
@@ -45,7 +47,9 @@ def _time_embedding(m, timestep):
 
 _inner_dim = lambda m: m.config.num_attention_heads * m.config.attention_head_dim
 
-_IMAGES: dict[str, Any] = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)   # diffusers' transformers for images
+# %% ../../nbs/source/models/03_backbones.ipynb #e6c23aae
+# diffusers' transformers for images
+_IMAGES: dict[str, Any] = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)
 
 register_backbone(DiT, Anatomy(
     blocks=lambda m: m.blocks,
@@ -61,7 +65,8 @@ register_backbone(DiT, Anatomy(
 
 def _dit_condition(m, timestep, inputs):
     emb = m.transformer_blocks[0].norm1.emb
-    return _embed(m, emb, timestep) + emb.class_embedder.embedding_table(inputs["class_labels"])   # past its label dropout
+    # past its label dropout
+    return _embed(m, emb, timestep) + emb.class_embedder.embedding_table(inputs["class_labels"])
 
 register_backbone("DiTTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
@@ -75,6 +80,7 @@ register_backbone("DiTTransformer2DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #d11e8d50
 def _pixart_condition(m, timestep, inputs):
     sizes = inputs.get("added_cond_kwargs") or {"resolution": None, "aspect_ratio": None}
     some = next((v for v in sizes.values() if v is not None), timestep)
@@ -114,9 +120,11 @@ register_backbone("SanaTransformer2DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #f92647c8
 def _hunyuan_condition(m, timestep, inputs):
     e = m.time_extra_emb
-    return e(timestep, inputs["encoder_hidden_states_t5"], inputs.get("image_meta_size"), inputs.get("style"), hidden_dtype=_dtype(m, e.timestep_embedder.linear_1))
+    return e(timestep, inputs["encoder_hidden_states_t5"], inputs.get("image_meta_size"), inputs.get("style"),
+             hidden_dtype=_dtype(m, e.timestep_embedder.linear_1))
 
 register_backbone("HunyuanDiT2DModel", Anatomy(
     blocks=lambda m: m.blocks,
@@ -159,7 +167,8 @@ register_backbone("FluxTransformer2DModel", Anatomy(
     grid_size=lambda m, input_size=(128, 128): _divide(input_size, (2, 2)),
     called_grid=_flux_grid,
     width=_inner_dim,
-    embed_timestep=lambda m, t: _embed(m, m.time_text_embed, t.to(_dtype(m, m.x_embedder)) * 1000),   # in the model's dtype, as the model does
+    # in the model's dtype, as the model does
+    embed_timestep=lambda m, t: _embed(m, m.time_text_embed, t.to(_dtype(m, m.x_embedder)) * 1000),
     embedding_width=_inner_dim,
     condition=_text_time_condition,
     condition_inputs=("pooled_projections", "guidance"),
@@ -169,6 +178,7 @@ register_backbone("FluxTransformer2DModel", Anatomy(
     tokens_output=1,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #66017700
 def _auraflow_text(m, inputs):
     text = inputs["encoder_hidden_states"].shape[1] + m.register_tokens.shape[1]
     return [0] * len(m.joint_transformer_blocks) + [text] * len(m.single_transformer_blocks)
@@ -194,7 +204,8 @@ register_backbone("AuraFlowTransformer2DModel", Anatomy(
 def _cogvideox_grid(m, input_size=None):
     c = m.config
     if input_size is not None and len(input_size) != 3: raise ValueError("expected frames, rows and columns")
-    frames, rows, columns = input_size or ((c.sample_frames - 1) // c.temporal_compression_ratio + 1, c.sample_height, c.sample_width)
+    frames, rows, columns = input_size or ((c.sample_frames - 1) // c.temporal_compression_ratio + 1, c.sample_height,
+                                           c.sample_width)
     return (-(-frames // (c.patch_size_t or 1)), rows // c.patch_size, columns // c.patch_size)
 
 def _cogvideox_condition(m, timestep, inputs):
@@ -204,7 +215,8 @@ def _cogvideox_condition(m, timestep, inputs):
 register_backbone("CogVideoXTransformer3DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_cogvideox_grid,
-    called_grid=lambda m, inputs: _cogvideox_grid(m, (inputs["hidden_states"].shape[1], *inputs["hidden_states"].shape[-2:])),
+    called_grid=lambda m, inputs: _cogvideox_grid(
+        m, (inputs["hidden_states"].shape[1], *inputs["hidden_states"].shape[-2:])),
     width=_inner_dim,
     embed_timestep=_time_embedding,
     embedding_width=lambda m: m.config.time_embed_dim,
@@ -213,6 +225,7 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #afd5c5e4
 def _wan_embedding(m, timestep):
     e = m.condition_embedder
     return e.time_embedder(e.timesteps_proj(timestep).to(_dtype(m, e.time_embedder.linear_1)))
@@ -220,7 +233,8 @@ def _wan_embedding(m, timestep):
 register_backbone("WanTransformer3DModel", Anatomy(
     blocks=lambda m: m.blocks,
     grid_size=lambda m, input_size=(21, 60, 104): _divide(input_size, tuple(m.config.patch_size)),
-    called_grid=lambda m, inputs: tuple(s // p for s, p in zip(inputs["hidden_states"].shape[-3:], m.config.patch_size)),
+    called_grid=lambda m, inputs: tuple(s // p
+                                        for s, p in zip(inputs["hidden_states"].shape[-3:], m.config.patch_size)),
     width=_inner_dim,
     embed_timestep=_wan_embedding,
     embedding_width=_inner_dim,
@@ -237,13 +251,16 @@ def _unet_widths(m):
 
 def _unet_grids(m, input_size=None):
     size = input_size or m.config.sample_size
-    if size is None: raise BadInput(f"this {type(m).__name__} fixes no sample_size: expected an input_size (height, width) in the patch's config")
+    if size is None:
+        raise BadInput(f"this {type(m).__name__} fixes no sample_size: expected an input_size (height, width) in the "
+                       "patch's config")
     level = (size, size) if isinstance(size, int) else tuple(size)
     if len(level) != 2: raise ValueError("expected rows and columns")
     down = []
     for block in m.down_blocks:
         down.append(level)
-        if getattr(block, "downsamplers", None) is not None or hasattr(block, "resnet_down") and block.resnet_down is not None:
+        if (getattr(block, "downsamplers", None) is not None
+                or hasattr(block, "resnet_down") and block.resnet_down is not None):
             level = tuple(-(-s // 2) for s in level)
     return down + [level] * (m.mid_block is not None) + down[::-1]
 
@@ -254,11 +271,13 @@ def _unet_routed(m):
     units = []
     for block in _unet_blocks(m):
         for unit in block.modules():
-            keeps_width = isinstance(unit, ResnetBlock2D) and unit.in_channels == unit.out_channels and not (unit.up or unit.down)
+            keeps_width = (isinstance(unit, ResnetBlock2D) and unit.in_channels == unit.out_channels
+                           and not (unit.up or unit.down))
             if keeps_width or isinstance(unit, BasicTransformerBlock): units.append(unit)
         units += [a for a in getattr(block, "attentions", None) or () if isinstance(a, Attention)]
     return units
 
+# %% ../../nbs/source/models/03_backbones.ipynb #e56cb2e2
 def _unet2d_condition(m, timestep, inputs):
     e_t, labels = _time_embedding(m, timestep), inputs.get("class_labels")
     if m.class_embedding is None: return e_t
@@ -270,29 +289,37 @@ def _unet2d_condition_condition(m, timestep, inputs):
     c = m.time_embedding(waves, inputs.get("timestep_cond"))
     label = m.get_class_embed(c, inputs.get("class_labels"))
     if label is not None:
-        if m.config.class_embeddings_concat: raise BadInput("gate_input is 'condition': expected 'timestep' for a U-Net that concatenates its class embedding")
+        if m.config.class_embeddings_concat:
+            raise BadInput(
+                "gate_input is 'condition': expected 'timestep' for a U-Net that concatenates its class embedding")
         c = c + label
     extra = m.get_aug_embed(c, inputs.get("encoder_hidden_states"), inputs.get("added_cond_kwargs"))
     if extra is not None: c = c + (extra[0] if isinstance(extra, tuple) else extra)
     return c if m.time_embed_act is None else m.time_embed_act(c)
 
-_UNET: dict[str, Any] = dict(blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
-             embedding_width=lambda m: m.time_embedding.linear_2.out_features, routed_blocks=_unet_routed, tokens_output=0)
+_UNET: dict[str, Any] = dict(
+    blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
+    embedding_width=lambda m: m.time_embedding.linear_2.out_features, routed_blocks=_unet_routed, tokens_output=0)
 
-register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",), num_classes=lambda m: m.config.num_class_embeds))
+register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",),
+                                         num_classes=lambda m: m.config.num_class_embeds))
+
 register_backbone("UNet2DConditionModel", Anatomy(
     **_UNET, condition=_unet2d_condition_condition,
-    condition_inputs=("timestep_cond", "class_labels", "encoder_hidden_states", "added_cond_kwargs"), num_classes=lambda m: m.config.num_class_embeds))
+    condition_inputs=("timestep_cond", "class_labels", "encoder_hidden_states", "added_cond_kwargs"),
+    num_classes=lambda m: m.config.num_class_embeds))
 
 # %% ../../nbs/source/models/03_backbones.ipynb #4dae6a5b
 def registered() -> dict[str, Anatomy]:
     "The anatomies by the name of their class."
-    return dict(sorted(((k if isinstance(k, str) else k.__name__, a) for k, a in _ANATOMIES.items()), key=lambda pair: pair[0]))
+    return dict(sorted(((k if isinstance(k, str) else k.__name__, a) for k, a in _ANATOMIES.items()),
+                       key=lambda pair: pair[0]))
 
 def supported_models() -> list[str]:
     "The names of the backbone classes that can be patched and routed."
     return list(registered())
 
+# %% ../../nbs/source/models/03_backbones.ipynb #e105abc6
 def _registration(model) -> Anatomy | None:
     for cls in type(model).__mro__:
         if cls in _ANATOMIES: return _ANATOMIES[cls]
@@ -300,13 +327,15 @@ def _registration(model) -> Anatomy | None:
     return None
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    "The anatomy of a model's class or of the nearest registered base class; raises `BadInput` that says how to register one."
+    """The anatomy of a model's class or of the nearest registered base class;
+    raises `BadInput` that says how to register one."""
     if (found := _registration(model)) is not None: return found
     name, inside = type(model).__name__, backbones_inside(model)
     hint = f"; did you mean its {' or '.join('.' + part for part in inside)}?" if inside else \
         f"; add yours with dmp_wb.register_backbone({name}, dmp_wb.Anatomy(...))"
     raise BadInput(f"{name} is not a known backbone: expected one of {', '.join(supported_models())}{hint}")
 
+# %% ../../nbs/source/models/03_backbones.ipynb #1f3aff0f
 def backbones_inside(
     holder,  # a pipeline, a module of the user's own: anything with attributes
 ) -> list[str]: # dotted, e.g. ["transformer"]; the outermost ones
@@ -315,5 +344,6 @@ def backbones_inside(
     else: named = [(k, v) for k, v in getattr(holder, "__dict__", {}).items() if isinstance(v, nn.Module)]
     found: list[str] = []
     for name, module in named:
-        if not any(name.startswith(f"{outer}.") for outer in found) and _registration(unwrap_model(module)) is not None: found.append(name)
+        if not any(name.startswith(f"{outer}.") for outer in found) and _registration(unwrap_model(module)) is not None:
+            found.append(name)
     return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'PIPELINE_NULL_CLASS', 'TimestepEmbedder', 'LabelEmbedder', 'PatchEmbedder', 'Attention', 'Mlp',
-           'modulate', 'DiTBlock', 'FinalLayer', 'DiT', 'from_official']
+           'modulate', 'DiTBlock', 'FinalLayer', 'position_table', 'initialise', 'DiT', 'from_name', 'from_official']
 
 # %% ../../nbs/source/models/01_dit.ipynb #77cfe6af
 import math
@@ -39,10 +39,13 @@ class TimestepEmbedder(nn.Module):
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         waves = get_timestep_embedding(timestep, self.frequency_size, flip_sin_to_cos=True, downscale_freq_shift=0)
         stored = self.mlp[0].weight.dtype
-        return self.mlp(waves.to(stored if stored in COMPUTED else get_parameter_dtype(self)))   # layerwise casting: stored in fewer bits
+        # layerwise casting: stored in fewer bits
+        return self.mlp(waves.to(stored if stored in COMPUTED else get_parameter_dtype(self)))
 
+# %% ../../nbs/source/models/01_dit.ipynb #60eb4d0b
 class LabelEmbedder(nn.Module):
-    "Class labels [B] → e_y [B, hidden_size]. The last row, `num_classes`, is the null class of classifier-free guidance."
+    """Class labels [B] → e_y [B, hidden_size].
+    The last row, `num_classes`, is the null class of classifier-free guidance."""
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
@@ -53,7 +56,8 @@ class LabelEmbedder(nn.Module):
         except IndexError:   # on the CPU, where it costs no waiting; a GPU's own assertion says less
             last = self.embedding_table.num_embeddings - 1
             wrong = class_labels[(class_labels < 0) | (class_labels > last)]
-            raise BadInput(f"class_labels holds {wrong.flatten()[0]}: expected 0 to {last}, the last being the null class") from None
+            raise BadInput(f"class_labels holds {wrong.flatten()[0]}: expected 0 to {last}, the last being the null "
+                           "class") from None
 
 class PatchEmbedder(nn.Module):
     "Latents [B, C, H, W] → tokens [B, N, hidden_size], row by row."
@@ -61,7 +65,8 @@ class PatchEmbedder(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor: return self.proj(hidden_states).flatten(2).transpose(1, 2)
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.proj(hidden_states).flatten(2).transpose(1, 2)
 
 # %% ../../nbs/source/models/01_dit.ipynb #7b671fd0
 class Attention(nn.Module):
@@ -86,6 +91,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
+# %% ../../nbs/source/models/01_dit.ipynb #c2dd6f9e
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     "Tokens [B, N, D], scaled and shifted per sample by [B, D]."
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
@@ -101,11 +107,13 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, hidden_states: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(condition).chunk(6, dim=1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = (
+            self.adaLN_modulation(condition).chunk(6, dim=1))
         x = hidden_states
         x = torch.addcmul(x, gate_attn[:, None], self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return torch.addcmul(x, gate_mlp[:, None], self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
+# %% ../../nbs/source/models/01_dit.ipynb #ba72301a
 class FinalLayer(nn.Module):
     "Tokens [B, N, D] and condition [B, D] → one patch of output a token, [B, N, p·p·C]."
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
@@ -120,26 +128,98 @@ class FinalLayer(nn.Module):
 
 # %% ../../nbs/source/models/01_dit.ipynb #e1f825da
 PIPELINE_NULL_CLASS = 1000  # `DiTPipeline` asks for this label when it means "no class", however many classes there are
-
-# %% ../../nbs/source/models/01_dit.ipynb #422bc9c1
 def _whole(value) -> bool: return isinstance(value, Integral) and not isinstance(value, bool)
 
-def _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers, num_attention_heads, mlp_ratio, num_classes) -> tuple[int, int]:
-    "The height and width of a DiT's input. Raises `BadInput` for sizes of which no DiT can be made, before anything is."
-    sides = tuple(sample_size) if isinstance(sample_size, (list, tuple)) and len(sample_size) == 2 else (sample_size, sample_size)
-    given = [("sample_size", sides[0]), ("sample_size", sides[1]), ("patch_size", patch_size), ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_layers", num_layers), ("num_attention_heads", num_attention_heads)]
+def _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers, num_attention_heads,
+                 mlp_ratio, num_classes) -> tuple[int, int]:
+    """The height and width of a DiT's input.
+    Raises `BadInput` for sizes of which no DiT can be made, before anything is."""
+    sides = (tuple(sample_size) if isinstance(sample_size, (list, tuple)) and len(sample_size) == 2
+             else (sample_size, sample_size))
+    given = [("sample_size", sides[0]), ("sample_size", sides[1]), ("patch_size", patch_size),
+             ("in_channels", in_channels), ("hidden_size", hidden_size), ("num_layers", num_layers),
+             ("num_attention_heads", num_attention_heads)]
     given += [("out_channels", out_channels)] if out_channels is not None else []
     for key, value in given:
         if not _whole(value) or not 1 <= value <= LIMITS[key]:
-            raise BadInput(f"{key} is {str(value)[:60]}: expected a whole number, " + (f"at most {LIMITS[key]:,}" if _whole(value) and value > 1 else "at least 1"))
-    if any(side % patch_size for side in sides): raise BadInput(f"sample_size is {sample_size}: expected a multiple of patch_size {patch_size}")
-    if hidden_size % num_attention_heads: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads {num_attention_heads}")
-    if hidden_size % 4: raise BadInput(f"hidden_size is {hidden_size}: expected a multiple of 4, which the 2-D position embedding needs")
+            raise BadInput(f"{key} is {str(value)[:60]}: expected a whole number, "
+                           + (f"at most {LIMITS[key]:,}" if _whole(value) and value > 1 else "at least 1"))
+    if any(side % patch_size for side in sides):
+        raise BadInput(f"sample_size is {sample_size}: expected a multiple of patch_size {patch_size}")
+    if hidden_size % num_attention_heads:
+        raise BadInput(
+            f"hidden_size is {hidden_size}: expected a multiple of num_attention_heads {num_attention_heads}")
+    if hidden_size % 4:
+        raise BadInput(
+            f"hidden_size is {hidden_size}: expected a multiple of 4, which the 2-D position embedding needs")
     if num_classes is not None and (not _whole(num_classes) or not 0 <= num_classes <= LIMITS["num_classes"]):
-        raise BadInput(f"num_classes is {str(num_classes)[:60]}: expected 0 to {LIMITS['num_classes']:,}, or None for a model without label embedding")
-    if isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float)) or not 1 / hidden_size <= mlp_ratio <= 1024: raise BadInput(f"mlp_ratio is {str(mlp_ratio)[:60]}: expected a number above 0, at most 1024")
+        raise BadInput(f"num_classes is {str(num_classes)[:60]}: expected 0 to {LIMITS['num_classes']:,}, or None for "
+                       "a model without label embedding")
+    if (isinstance(mlp_ratio, bool) or not isinstance(mlp_ratio, (int, float))
+            or not 1 / hidden_size <= mlp_ratio <= 1024):
+        raise BadInput(f"mlp_ratio is {str(mlp_ratio)[:60]}: expected a number above 0, at most 1024")
     return sides
 
+# %% ../../nbs/source/models/01_dit.ipynb #422bc9c1
+def position_table(hidden_size: int, grid_size: tuple[int, int]) -> torch.Tensor: # [1, rows × columns, hidden_size]
+    "Sines and cosines of each token's place."
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid_size), indexing="ij")
+    # the first half of the channels holds the column, as in the official code
+    grid = torch.stack([columns, rows])[:, None]
+    return get_2d_sincos_pos_embed_from_grid(hidden_size, grid, output_type="pt").float()[None]
+
+def initialise(model: "DiT"):
+    "Xavier for linear layers, normal(0.02) for the embedders, zero for every adaLN and the final layer."
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.data.flatten(1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    for i in (0, 2): nn.init.normal_(model.t_embedder.mlp[i].weight, std=0.02)
+    if model.y_embedder is not None: nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    for layer in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
+                  model.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+# %% ../../nbs/source/models/01_dit.ipynb #f3b1db2d
+def _checked_inputs(model: "DiT", hidden_states: torch.Tensor, timestep, class_labels) -> tuple:
+    "The timestep and the labels as tensors; raises `BadInput` where they, or the images, do not fit the model."
+    if hidden_states.ndim != 4:
+        raise BadInput(
+            f"hidden_states has shape {tuple(hidden_states.shape)}: expected [batch, channels, height, width]")
+    B, C, H, W = hidden_states.shape
+    if (C, H, W) != (model.config.in_channels, *model.input_size):
+        raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects "
+                       f"{model.config.in_channels}×{model.input_size[0]}×{model.input_size[1]}")
+    told = torch.as_tensor(timestep, device=hidden_states.device)
+    if told.ndim > 1 or told.ndim and len(told) not in (1, B):
+        raise BadInput(
+            f"timestep has shape {tuple(told.shape)}: expected one number, or one for each of the {B} samples")
+    if class_labels is not None and model.y_embedder is not None:
+        class_labels = _checked_labels(class_labels, B, hidden_states.device)
+    return told, class_labels
+
+def _checked_labels(class_labels, batch_size: int, device: torch.device) -> torch.Tensor:
+    """What a caller gave as labels, as a tensor.
+    Looks at its shape and dtype alone, which needs no waiting for a device."""
+    if not isinstance(class_labels, torch.Tensor):
+        try: class_labels = torch.as_tensor(class_labels, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"class_labels is {str(class_labels)[:60]}: expected whole numbers") from None
+    if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+        raise BadInput(f"class_labels is of {class_labels.dtype}: expected integers")
+    if class_labels.ndim > 1 or class_labels.ndim and len(class_labels) not in (1, batch_size):
+        raise BadInput(f"class_labels has shape {tuple(class_labels.shape)}: expected one label for each of the "
+                       f"{batch_size} samples")
+    return class_labels if class_labels.dtype in (torch.int64, torch.int32) else class_labels.long()
+
+def _warn_of_pipeline(num_classes: int):
+    warnings.warn(f"this DiT has {num_classes} classes: diffusers' DiTPipeline takes class {PIPELINE_NULL_CLASS} for "
+                  f"the null class, which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows", stacklevel=4)
+
+# %% ../../nbs/source/models/01_dit.ipynb #713a58d6
 class DiT(ModelMixin, ConfigMixin):
     """A Diffusion Transformer (Peebles & Xie, 2212.09748).
 
@@ -150,49 +230,32 @@ class DiT(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self,
-        sample_size: int | tuple[int, int] = 32,  # input side, or (height, width); multiples of `patch_size`
-        patch_size: int = 2,
-        in_channels: int = 4,
-        out_channels: int | None = None,          # `in_channels`, or twice that for a learned variance; None means the former
-        hidden_size: int = 1152,                  # a multiple of 4 and of `num_attention_heads`
-        num_layers: int = 28,
-        num_attention_heads: int = 16,
-        mlp_ratio: float = 4.0,
-        num_classes: int | None = 1000,           # None: unconditional; 0: too, but with the null class's row, as DMP's FFHQ models
+            self,
+            sample_size: int | tuple[int, int] = 32,   # input side, or (height, width); multiples of `patch_size`
+            patch_size: int = 2,
+            in_channels: int = 4,
+            out_channels: int | None = None,   # None: `in_channels`; twice that for a learned variance
+            hidden_size: int = 1152,   # a multiple of 4 and of `num_attention_heads`
+            num_layers: int = 28,
+            num_attention_heads: int = 16,
+            mlp_ratio: float = 4.0,
+            num_classes: int | None = 1000,   # None: unconditional; 0: too, with a null class, as DMP's FFHQ models
     ):
         super().__init__()
-        height, width = _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers, num_attention_heads, mlp_ratio, num_classes)
-        if num_classes is not None and num_classes > PIPELINE_NULL_CLASS:
-            warnings.warn(f"this DiT has {num_classes} classes: diffusers' DiTPipeline takes class {PIPELINE_NULL_CLASS} for the null class, "
-                          f"which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows", stacklevel=3)
+        height, width = _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers,
+                                     num_attention_heads, mlp_ratio, num_classes)
+        if num_classes is not None and num_classes > PIPELINE_NULL_CLASS: _warn_of_pipeline(num_classes)
         self.register_to_config(out_channels=out_channels or in_channels)  # DiTPipeline reads it from the config
         self.input_size = (height, width)
         self.grid_size = (height // patch_size, width // patch_size)
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes is not None else None
-        rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in self.grid_size), indexing="ij")
-        grid = torch.stack([columns, rows])[:, None]   # the first half of the channels holds the column, as in the official code
-        self.register_buffer("pos_embed", get_2d_sincos_pos_embed_from_grid(hidden_size, grid, output_type="pt").float()[None])
+        self.register_buffer("pos_embed", position_table(hidden_size, self.grid_size))
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.config.out_channels)
         self.gradient_checkpointing = False
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Xavier for linear layers, normal(0.02) for the embedders, zero for every adaLN and the final layer."
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for i in (0, 2): nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        if self.y_embedder is not None: nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        initialise(self)
 
     @property
     def learn_sigma(self) -> bool: return self.config.out_channels == 2 * self.config.in_channels
@@ -208,9 +271,11 @@ class DiT(ModelMixin, ConfigMixin):
         if self.y_embedder is None: return c
         null = self.config.num_classes
         if class_labels is None: class_labels = torch.full((batch_size,), null, device=c.device)
-        elif null < PIPELINE_NULL_CLASS: class_labels = torch.where(class_labels == PIPELINE_NULL_CLASS, null, class_labels)
+        elif null < PIPELINE_NULL_CLASS:
+            class_labels = torch.where(class_labels == PIPELINE_NULL_CLASS, null, class_labels)
         c = c + self.y_embedder(class_labels)
-        return c if self.t_embedder.mlp[0].weight.dtype in COMPUTED else c.to(self.dtype)   # layerwise casting leaves the label table as it was
+        # layerwise casting leaves the label table as it was
+        return c if self.t_embedder.mlp[0].weight.dtype in COMPUTED else c.to(self.dtype)
 
     def forward(
         self,
@@ -220,62 +285,55 @@ class DiT(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ):  # Transformer2DModelOutput with `.sample` [B, out_channels, H, W], or a tuple with it
         "One denoising evaluation."
-        if hidden_states.ndim != 4: raise BadInput(f"hidden_states has shape {tuple(hidden_states.shape)}: expected [batch, channels, height, width]")
-        B, C, H, W = hidden_states.shape
-        if (C, H, W) != (self.config.in_channels, *self.input_size):
-            raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects {self.config.in_channels}×{self.input_size[0]}×{self.input_size[1]}")
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
-        if timestep.ndim > 1 or timestep.ndim and len(timestep) not in (1, B): raise BadInput(f"timestep has shape {tuple(timestep.shape)}: expected one number, or one for each of the {B} samples")
-        if class_labels is not None and self.y_embedder is not None: class_labels = self._checked_labels(class_labels, B, hidden_states.device)
+        timestep, class_labels = _checked_inputs(self, hidden_states, timestep, class_labels)
         x = self.x_embedder(hidden_states) + self.pos_embed.to(hidden_states.dtype)
-        c = self.condition(timestep, class_labels, B)
+        c = self.condition(timestep, class_labels, len(hidden_states))
         for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing: x = self._gradient_checkpointing_func(block, x, c)
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                x = self._gradient_checkpointing_func(block, x, c)
             else: x = block(x, c)
         x = self.unpatchify(self.final_layer(x, c))
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    def _checked_labels(self, class_labels, batch_size: int, device: torch.device) -> torch.Tensor:
-        "What a caller gave as labels, as a tensor. Looks at its shape and dtype alone, which needs no waiting for a device."
-        if not isinstance(class_labels, torch.Tensor):
-            try: class_labels = torch.as_tensor(class_labels, device=device)
-            except (TypeError, ValueError, RuntimeError): raise BadInput(f"class_labels is {str(class_labels)[:60]}: expected whole numbers") from None
-        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
-            raise BadInput(f"class_labels is of {class_labels.dtype}: expected integers")
-        if class_labels.ndim > 1 or class_labels.ndim and len(class_labels) not in (1, batch_size):
-            raise BadInput(f"class_labels has shape {tuple(class_labels.shape)}: expected one label for each of the {batch_size} samples")
-        return class_labels if class_labels.dtype in (torch.int64, torch.int32) else class_labels.long()
-
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         "[B, N, p·p·C] → [B, C, H, W]."
         (h, w), p = self.grid_size, self.config.patch_size
-        return x.reshape(-1, h, w, p, p, self.config.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(-1, self.config.out_channels, h * p, w * p)
+        return x.reshape(-1, h, w, p, p, self.config.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(
+            -1, self.config.out_channels, h * p, w * p)
 
-    @classmethod
-    def from_name(
-        cls,
-        name: str | None = None,    # "DiT-S/2" … "DiT-XL/8"; None when all sizes are given
-        learn_sigma: bool = True,   # the output holds a variance as well
-        **sizes,                    # any argument of `DiT`; None means the name's value
-    ) -> "DiT":
-        "A randomly initialised member of the family; raises `BadInput` for an unknown name."
-        given = {k: v for k, v in sizes.items() if v is not None or k == "num_classes"}
-        if name is not None:
-            if name not in NAMES: raise unknown("model", name, NAMES)
-            letter, patch = name.removeprefix("DiT-").split("/")
-            given = {**vars(SIZES[letter]), "patch_size": int(patch), **given}
-        given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
-        return cls(**given)
+# %% ../../nbs/source/models/01_dit.ipynb #576f553b
+def from_name(
+    cls,
+    name: str | None = None,    # "DiT-S/2" … "DiT-XL/8"; None when all sizes are given
+    learn_sigma: bool = True,   # the output holds a variance as well
+    **sizes,                    # any argument of `DiT`; None means the name's value
+) -> "DiT":
+    "A randomly initialised member of the family; raises `BadInput` for an unknown name."
+    given = {k: v for k, v in sizes.items() if v is not None or k == "num_classes"}
+    if name is not None:
+        if name not in NAMES: raise unknown("model", name, NAMES)
+        letter, patch = name.removeprefix("DiT-").split("/")
+        given = {**vars(SIZES[letter]), "patch_size": int(patch), **given}
+    given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
+    return cls(**given)
+
+DiT.from_name = classmethod(from_name)
 
 # %% ../../nbs/source/models/01_dit.ipynb #3b929358
 def _dit_sizes(sd: dict, num_attention_heads: int | None, origin: str) -> dict:
     "The arguments of `DiT` that a state dict implies."
     needed = ("x_embedder.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "final_layer.linear.weight")
     for key in needed:
-        if key not in sd: raise BadInput(f"{origin} has no tensor {key!r}: expected an official DiT checkpoint, found e.g. {[k[:100] for k in sorted(sd)[:3]]}")
-    for key, sides in (("x_embedder.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2), ("final_layer.linear.weight", 2), ("y_embedder.embedding_table.weight", 2)):
-        if key in sd and (sd[key].ndim != sides or not sd[key].numel()): raise BadInput(f"{origin}: {key!r} has shape {tuple(sd[key].shape)}: expected {sides} sides, none of them 0")
-    if sd["pos_embed"].ndim < 2: raise BadInput(f"{origin}: 'pos_embed' has shape {tuple(sd['pos_embed'].shape)}: expected [1, tokens, width]")
+        if key not in sd:
+            raise BadInput(f"{origin} has no tensor {key!r}: expected an official DiT checkpoint, found e.g. "
+                           f"{[k[:100] for k in sorted(sd)[:3]]}")
+    for key, sides in (("x_embedder.proj.weight", 4), ("blocks.0.mlp.fc1.weight", 2), ("final_layer.linear.weight", 2),
+                       ("y_embedder.embedding_table.weight", 2)):
+        if key in sd and (sd[key].ndim != sides or not sd[key].numel()):
+            raise BadInput(
+                f"{origin}: {key!r} has shape {tuple(sd[key].shape)}: expected {sides} sides, none of them 0")
+    if sd["pos_embed"].ndim < 2:
+        raise BadInput(f"{origin}: 'pos_embed' has shape {tuple(sd['pos_embed'].shape)}: expected [1, tokens, width]")
     numbers = [int(found[1]) for k in sd if (found := re.match(r"blocks\.(\d{1,9})\.", k))]
     hidden_size, in_channels, patch_size = sd["x_embedder.proj.weight"].shape[:3]
     tokens = sd["pos_embed"].shape[-2]
@@ -284,44 +342,61 @@ def _dit_sizes(sd: dict, num_attention_heads: int | None, origin: str) -> dict:
     if num_attention_heads is None:
         num_attention_heads = {s.hidden_size: s.num_attention_heads for s in SIZES.values()}.get(hidden_size)
         if num_attention_heads is None:
-            raise BadInput(f"{origin} has width {hidden_size}, which is none of the family's {[s.hidden_size for s in SIZES.values()]}: pass num_attention_heads")
+            raise BadInput(f"{origin} has width {hidden_size}, which is none of the family's "
+                           f"{[s.hidden_size for s in SIZES.values()]}: pass num_attention_heads")
     table = sd.get("y_embedder.embedding_table.weight")
     return dict(
         sample_size=side * patch_size, patch_size=patch_size, in_channels=in_channels, hidden_size=hidden_size,
         out_channels=sd["final_layer.linear.weight"].shape[0] // patch_size**2, num_attention_heads=num_attention_heads,
         num_layers=1 + max(numbers),
-        mlp_ratio=(sd["blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / hidden_size if sd["blocks.0.mlp.fc1.weight"].shape[0] % hidden_size else
-        sd["blocks.0.mlp.fc1.weight"].shape[0] // hidden_size, num_classes=None if table is None else table.shape[0] - 1)
+        mlp_ratio=(sd["blocks.0.mlp.fc1.weight"].shape[0] + 0.5) / hidden_size
+        if sd["blocks.0.mlp.fc1.weight"].shape[0] % hidden_size else
+        sd["blocks.0.mlp.fc1.weight"].shape[0] // hidden_size,
+        num_classes=None if table is None else table.shape[0] - 1)
 
+# %% ../../nbs/source/models/01_dit.ipynb #e847e332
 def from_official(
     cls,
     path_or_state_dict: str | Path | dict,     # a .pt or .safetensors file, or its content
     num_attention_heads: int | None = None,    # None: by the family's table, from the width
     allow_pickled_code: bool = False,          # as in `read_state_dict`
 ) -> "DiT":
-    """A `DiT` with the weights of an official checkpoint, plain or nested under `ema` / `model` (`ema` wins). Raises `BadInput` for anything else.
+    """A `DiT` with the weights of an official checkpoint, plain or nested under `ema` / `model` (`ema` wins).
+    Raises `BadInput` for anything else.
 
-    In a checkpoint of DMP's or DTR's training script, what those methods add is left aside: see `load_reference_patch` and `route`.
+    In a checkpoint of DMP's or DTR's training script, what those methods add is left aside:
+    see `load_reference_patch` and `route`.
     """
     given = isinstance(path_or_state_dict, dict)
     origin = "the state dict" if given else str(path_or_state_dict)
-    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict) else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
-    patched = sorted({k.split(".")[1] for k in found if re.match(r"dmp\.[\w-]+\.", k)})   # what a patched model's own state dict holds
-    if patched: warnings.warn(f"{origin} holds the patch {', '.join(patched)} as well, which is left aside: patch the model and load_state_dict what it holds", stacklevel=2)
+    found = plain_state_dict(path_or_state_dict if isinstance(path_or_state_dict, dict)
+                             else read_state_dict(path_or_state_dict, allow_pickled_code), origin)
+    # what a patched model's own state dict holds
+    patched = sorted({k.split(".")[1] for k in found if re.match(r"dmp\.[\w-]+\.", k)})
+    if patched:
+        warnings.warn(f"{origin} holds the patch {', '.join(patched)} as well, which is left aside: patch the model "
+                      "and load_state_dict what it holds", stacklevel=2)
     sd = {k: v for k, v in found.items() if not OTHER_METHODS.fullmatch(k) and not (patched and k.startswith("dmp."))}
     table = found.get("blocks.0.routing._unit_mapping")
     if table is not None:
-        if table.ndim != 2 or not table.numel() or not table.is_floating_point(): raise BadInput(f"{origin}: 'blocks.0.routing._unit_mapping' has shape {tuple(table.shape)}: expected a mask for each timestep")
-        warnings.warn(f"{origin} was trained with routing masks: call dmp_wb.route(model, dmp_wb.DTRConfig(sharing_ratio={table[0].mean():.2g}, num_train_timesteps={len(table)}))", stacklevel=2)
+        if table.ndim != 2 or not table.numel() or not table.is_floating_point():
+            raise BadInput(f"{origin}: 'blocks.0.routing._unit_mapping' has shape {tuple(table.shape)}: expected a "
+                           "mask for each timestep")
+        warnings.warn(f"{origin} was trained with routing masks: call dmp_wb.route(model, "
+                      f"dmp_wb.DTRConfig(sharing_ratio={table[0].mean():.2g}, num_train_timesteps={len(table)}))",
+                      stacklevel=2)
     model = cls(**_dit_sizes(sd, num_attention_heads, origin))
     own = model.state_dict()
     for key, tensor in own.items():
         if key not in sd: raise BadInput(f"{origin} has no tensor {key!r}")
-        if not sd[key].is_floating_point() or sd[key].layout != torch.strided: raise BadInput(f"{origin}: {key!r} is {sd[key].dtype}: expected floating point, stored plainly")
+        if not sd[key].is_floating_point() or sd[key].layout != torch.strided:
+            raise BadInput(f"{origin}: {key!r} is {sd[key].dtype}: expected floating point, stored plainly")
         if sd[key].numel() != tensor.numel() or (key != "pos_embed" and sd[key].shape != tensor.shape):
             raise BadInput(f"{origin}: {key!r} has shape {tuple(sd[key].shape)}, expected {tuple(tensor.shape)}")
     extra = sorted(set(sd) - set(own))
-    if extra: raise BadInput(f"{origin} holds tensors that a DiT does not have: {[k[:100] for k in extra[:4]]}" + (" …" if len(extra) > 4 else ""))
+    if extra:
+        raise BadInput(f"{origin} holds tensors that a DiT does not have: {[k[:100] for k in extra[:4]]}"
+                       + (" …" if len(extra) > 4 else ""))
     model.load_state_dict({k: v.reshape(own[k].shape) for k, v in sd.items()})
     return model.eval()
 

@@ -24,38 +24,50 @@ from ..core.errors import BadInput, MissingFile
 def _plain_dict(*factory) -> dict: return {}   # torch fills no defaultdict, and OmegaConf's caches are not needed
 
 # what training scripts store beside tensors: options and settings, which are only data
-INERT = [argparse.Namespace, (_plain_dict, "collections.defaultdict"), dict, list, int, str, float, bool, Any, DictConfig, ListConfig, ContainerMetadata, Metadata,
+INERT = [argparse.Namespace, (_plain_dict, "collections.defaultdict"), dict, list, int, str, float, bool, Any,
+         DictConfig, ListConfig, ContainerMetadata, Metadata,
          AnyNode, BooleanNode, BytesNode, FloatNode, IntegerNode, StringNode]
 
-OTHER_METHODS = re.compile(r"prompt_embeddings|gate\.(weight|bias)|w_noise|blocks\.\d+\.routing\..*")   # tensors that the codes of DMP and DTR add to a DiT's
+# tensors that the codes of DMP and DTR add to a DiT's
+OTHER_METHODS = re.compile(r"prompt_embeddings|gate\.(weight|bias)|w_noise|blocks\.\d+\.routing\..*")
 
 def read_state_dict(
-    path: str | Path,  # .safetensors, or a pickled .pt / .pth / .bin / .ckpt
-    allow_pickled_code: bool = False,  # True runs whatever code the file's pickle names: only for a file you made yourself
+        path: str | Path,   # .safetensors, or a pickled .pt / .pth / .bin / .ckpt
+        # True runs whatever code the file's pickle names: only for a file you made yourself
+        allow_pickled_code: bool = False,
 ) -> dict:
-    "The content of a checkpoint file, without running any code in it unless asked to; raises `MissingFile` or `BadInput`."
+    """The content of a checkpoint file, without running any code in it unless asked to;
+    raises `MissingFile` or `BadInput`."""
     path = Path(path)
     if not path.is_file(): raise MissingFile(f"no checkpoint {path}: expected a .pt or .safetensors file")
     if path.suffix == ".safetensors":
         try: return load_file(path)
-        except (OSError, SafetensorError, ValueError) as e: raise BadInput(f"{path} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
+        except (OSError, SafetensorError, ValueError) as e:
+            raise BadInput(f"{path} is not a whole safetensors file: {' '.join(str(e).split())[:200]}") from None
     try:
         if allow_pickled_code: return torch.load(path, map_location="cpu", weights_only=False)
-        with torch.serialization.safe_globals(INERT): return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        with torch.serialization.safe_globals(INERT):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as e:   # whatever a damaged or hostile file makes torch, tarfile or pickle raise
         reason = [type(e).__name__, *str(e).split("WeightsUnpickler error:")[-1].strip().splitlines()[:1]][-1][:300]
         wanted = re.search(r"GLOBAL (\S+)", reason)
-        if wanted: reason = f"its pickle asks for {wanted[1]}, which could run code; allow_pickled_code=True runs it, and is for files you made yourself"
+        if wanted:
+            reason = (f"its pickle asks for {wanted[1]}, which could run code; allow_pickled_code=True runs it, and is "
+                      "for files you made yourself")
         raise BadInput(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
 
+# %% ../../nbs/source/models/00_weights.ipynb #ee7af066
 def plain_state_dict(
     content: dict,             # a state dict, or one nested under `ema` or `model`
     origin: str = "checkpoint",  # its name in error messages
 ) -> dict[str, torch.Tensor]:
-    "The tensors themselves, taken from under `ema` (preferred), `model` or `state_dict`, without DDP's `module.` prefix."
-    if not isinstance(content, dict): raise BadInput(f"{origin} holds a {type(content).__name__}: expected a state dict")
+    """The tensors themselves, taken from under `ema` (preferred),
+    `model` or `state_dict`, without DDP's `module.` prefix."""
+    if not isinstance(content, dict):
+        raise BadInput(f"{origin} holds a {type(content).__name__}: expected a state dict")
     for key in ("ema", "model", "state_dict"):
         if isinstance(content.get(key), dict): content = content[key]; break
-    tensors = {k.removeprefix("module."): v for k, v in content.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
+    tensors = {k.removeprefix("module."): v
+               for k, v in content.items() if isinstance(v, torch.Tensor) and isinstance(k, str)}
     if not tensors: raise BadInput(f"{origin} holds no tensors: expected a state dict, or one under 'ema' or 'model'")
     return tensors

@@ -32,7 +32,8 @@ def split_tensors(
     "The tree with each tensor replaced by a reference, and the tensors by path."
     if isinstance(tree, torch.Tensor): return {"__tensor__": path}, {path: tree.detach().cpu().contiguous()}
     if isinstance(tree, dict): items, rebuild = [(str(k), v) for k, v in tree.items()], dict
-    elif isinstance(tree, (list, tuple)): items, rebuild = [(str(i), v) for i, v in enumerate(tree)], lambda pairs: [v for _, v in pairs]
+    elif isinstance(tree, (list, tuple)):
+        items, rebuild = [(str(i), v) for i, v in enumerate(tree)], lambda pairs: [v for _, v in pairs]
     else: return tree, {}
     out, tensors = [], {}
     for key, value in items:
@@ -57,9 +58,12 @@ def save_checkpoint(
     keep_every: int | None = None,  # those at multiples of this step stay too
     keep_best: str | None = None,   # and the one with the lowest value of this column of metrics.jsonl
 ) -> Path:
-    "Write `checkpoints/step-NNNNNNN` atomically. Raises `BadInput` if the disk does not take it, or something else has that place; older checkpoints are then untouched."
+    """Write `checkpoints/step-NNNNNNN` atomically. Raises `BadInput` if the disk does not
+    take it, or something else has that place; older checkpoints are then untouched."""
     folder = Path(run) / "checkpoints" / f"step-{step:07d}"
-    if os.path.lexists(folder) and not folder.is_symlink() and not removable(run, folder): raise BadInput(f"{folder} is there, and is no checkpoint that this run has written: expected it to be moved away, it stays as it is")
+    if os.path.lexists(folder) and not folder.is_symlink() and not removable(run, folder):
+        raise BadInput(f"{folder} is there, and is no checkpoint that this run has written: expected it to be moved "
+                       "away, it stays as it is")
     try:
         _claim(run)
         with atomic_folder(folder) as tmp:
@@ -70,12 +74,15 @@ def save_checkpoint(
             write_json(tmp / "state.json", state)
             write_json(tmp / "manifest.json", {f.name: sha256_of(f) for f in sorted(tmp.iterdir())})
     except (OSError, SafetensorError) as e:
-        raise BadInput(f"the checkpoint of step {step} cannot be written below {Path(run) / 'checkpoints'}: {getattr(e, 'strerror', None) or e}; the older checkpoints are untouched") from e
+        raise BadInput(f"the checkpoint of step {step} cannot be written below {Path(run) / 'checkpoints'}: "
+                       f"{getattr(e, 'strerror', None) or e}; the older checkpoints are untouched") from e
     prune_checkpoints(run, step, keep_last, keep_every, keep_best)
     return folder
 
-def prune_checkpoints(run: str | Path, step: int, keep_last: int = 2, keep_every: int | None = None, keep_best: str | None = None):
-    "Remove the checkpoints before a step's own that `save_checkpoint` would not keep: a kill, or other settings, may have left some."
+def prune_checkpoints(run: str | Path, step: int, keep_last: int = 2, keep_every: int | None = None,
+                      keep_best: str | None = None):
+    """Remove the checkpoints before a step's own that `save_checkpoint` would not keep:
+    a kill, or other settings, may have left some."""
     older = [p for p in list_checkpoints(run) if _step(p) < step]
     best = best_checkpoint(run, keep_best) if keep_best else None
     for old in older[:max(0, len(older) - keep_last + 1)]:
@@ -86,22 +93,27 @@ def best_checkpoint(
     metric: str = "loss",  # a column of metrics.jsonl; lower is better
 ) -> Path | None:
     "The checkpoint whose line of metrics.jsonl has the lowest value, found by reading; None if no checkpoint has one."
-    values = {row["step"]: row[metric] for row in read_rows(Path(run) / "metrics.jsonl") if row.get(metric) is not None and row[metric] == row[metric]}
+    values = {row["step"]: row[metric] for row in read_rows(Path(run) / "metrics.jsonl")
+              if row.get(metric) is not None and row[metric] == row[metric]}
     scored = [(values[_step(p)], p) for p in list_checkpoints(run) if _step(p) in values]
     return min(scored)[1] if scored else None
 
 def run_lock(folder: str | Path):
-    "Hold a run folder for writing. A second process gets a `BadInput` that names the first; the lock of a dead process is gone with it."
-    return locked(Path(folder) / ".lock", f"run {folder}", children=False)   # readers of data are forked, and may outlive the block
+    """Hold a run folder for writing. A second process gets a `BadInput` that names the first;
+    the lock of a dead process is gone with it."""
+    # readers of data are forked, and may outlive the block
+    return locked(Path(folder) / ".lock", f"run {folder}", children=False)
 
 def _step(folder: Path) -> int: return int(folder.name.removeprefix("step-"))
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     "The checkpoint folders of a run, oldest first, whole or not."
-    return sorted((p for p in Path(run).glob("checkpoints/step-*") if re.fullmatch(r"step-\d{1,18}", p.name) and p.is_dir()), key=_step)
+    return sorted((p for p in Path(run).glob("checkpoints/step-*")
+                   if re.fullmatch(r"step-\d{1,18}", p.name) and p.is_dir()), key=_step)
 
 def drop_checkpoints_after(run: str | Path, step: int):
-    "Remove checkpoints beyond a step, damaged or of a future that is being taken again, and what killed saves left behind."
+    """Remove checkpoints beyond a step, damaged or of a future that
+    is being taken again, and what killed saves left behind."""
     for p in list_checkpoints(run):
         if _step(p) > step: remove_checkpoint(run, p)
     for p in Path(run).glob("checkpoints/.step-*"): remove_checkpoint(run, p)
@@ -127,11 +139,13 @@ def load_checkpoint(folder: str | Path) -> dict[str, Any]:
     "The trees of a checkpoint, and `step`."
     folder = Path(folder)
     state = read_json(folder / "state.json")
-    return {name: tree if name == "step" else join_tensors(tree, load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {})
+    return {name: tree if name == "step" else join_tensors(
+        tree, load_file(folder / f"{name}.safetensors") if (folder / f"{name}.safetensors").exists() else {})
             for name, tree in state.items()}
 
 # %% ../../nbs/source/store/01_checkpoints.ipynb #c94b17e2
-OWNER_FILE = ".dmp-wb-run"   # in a folder that a link named `checkpoints` leads to: which run writes there, and what was there before
+# in a folder that a link named `checkpoints` leads to: which run writes there, and what was there before
+OWNER_FILE = ".dmp-wb-run"
 
 def _linked(run: str | Path) -> bool:
     "Whether `checkpoints` leads out of the run's own folder."
@@ -141,25 +155,37 @@ def _owner(run: str | Path) -> dict:
     "What the folder that `checkpoints` leads to says of this run; empty if it says nothing, or names another run."
     try: said = read_json((Path(run) / "checkpoints").resolve() / OWNER_FILE)
     except BadInput: return {}
-    return said if isinstance(said, dict) and said.get("run") == str(Path(run).resolve()) and isinstance(said.get("others"), list) else {}
+    return (said if isinstance(said, dict) and said.get("run") == str(Path(run).resolve())
+            and isinstance(said.get("others"), list) else {})
 
 def _claim(run: str | Path):
-    "Before a checkpoint is written through a link: note which run writes there, and that what is there already is not its own."
+    """Before a checkpoint is written through a link:
+    note which run writes there, and that what is there already is not its own."""
     if not _linked(run) or _owner(run): return
     real = (Path(run) / "checkpoints").resolve()
-    if (real.parent / "config.yaml").exists(): raise BadInput(f"{Path(run) / 'checkpoints'} leads to the checkpoints of another run, {real.parent}: expected a folder of its own")
+    if (real.parent / "config.yaml").exists():
+        raise BadInput(f"{Path(run) / 'checkpoints'} leads to the checkpoints of another run, {real.parent}: expected "
+                       "a folder of its own")
     others = sorted(p.name for p in real.glob("*step-*"))
-    if others: warnings.warn(f"{real} held {len(others)} checkpoints before {Path(run) / 'checkpoints'} led there: they are read, and never removed", stacklevel=3)
+    if others:
+        warnings.warn(f"{real} held {len(others)} checkpoints before {Path(run) / 'checkpoints'} led there: they are "
+                      "read, and never removed", stacklevel=3)
     write_json(real / OWNER_FILE, {"run": str(Path(run).resolve()), "others": others})
 
 def removable(run: str | Path, folder: Path) -> bool:
     """Whether a folder in `checkpoints` is a checkpoint, or what is left of one, that this run has written.
 
-    A run folder may have come from elsewhere. Only a real folder counts that holds nothing but the files of a checkpoint;
-    behind a link named `checkpoints`, as one to another disk, only one that this run has written since the link is there.
+    A run folder may have come from elsewhere.
+    Only a real folder counts that holds nothing but the files of a checkpoint;
+    behind a link named `checkpoints`, as one to another disk,
+    only one that this run has written since the link is there.
     """
-    if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"step-\d+|\.step-\d+\.\w+\.(tmp|old)", folder.name): return False
-    if any(p.is_symlink() or not p.is_file() or not re.fullmatch(r"\w+\.safetensors|state\.json|manifest\.json|\..+\.tmp", p.name) for p in folder.iterdir()): return False
+    if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"step-\d+|\.step-\d+\.\w+\.(tmp|old)",
+                                                                      folder.name):
+        return False
+    if any(p.is_symlink() or not p.is_file() or not re.fullmatch(
+        r"\w+\.safetensors|state\.json|manifest\.json|\..+\.tmp", p.name) for p in folder.iterdir()):
+        return False
     return not _linked(run) or bool(said := _owner(run)) and folder.name not in said["others"]
 
 def remove_checkpoint(run: str | Path, folder: Path) -> bool: # whether it is gone

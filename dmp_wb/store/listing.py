@@ -46,7 +46,9 @@ class RunFacts:
     config: dict = field(default_factory=dict)               # config.yaml, with dotted keys
 
     @property
-    def progress(self) -> str: return "" if self.step is None else f"{self.step:,}" if not self.steps or self.step == self.steps else f"{self.step:,}/{self.steps:,}"
+    def progress(self) -> str:
+        return ("" if self.step is None else f"{self.step:,}" if not self.steps or self.step == self.steps
+                else f"{self.step:,}/{self.steps:,}")
 
     def value(self, key: str):
         "A column by its name, else a metric, else a key of the config; None if there is none."
@@ -57,8 +59,10 @@ class RunFacts:
     def plain(self) -> dict:
         "For JSON."
         when = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(min(max(self.when, 0), _LAST_SECOND)))
-        config = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in self.config.items()}   # JSON has no nan
-        return {"name": self.name, "folder": str(self.folder), "method": self.method, "state": self.state, "step": self.step, "steps": self.steps, "loss": self.loss, "metrics": self.metrics,
+        # JSON has no nan
+        config = {k: v if not isinstance(v, float) or math.isfinite(v) else str(v) for k, v in self.config.items()}
+        return {"name": self.name, "folder": str(self.folder), "method": self.method, "state": self.state,
+                "step": self.step, "steps": self.steps, "loss": self.loss, "metrics": self.metrics,
                 "when": when, "error": self.error, "config": config}
 
 _LAST_SECOND = 253402300799   # of the year 9999
@@ -77,10 +81,12 @@ class _NoRun(BadInput):
 
 def _config(folder: Path) -> dict:
     tree, missing = received_yaml(folder / "config.yaml"), {"train", "data"}
-    if not isinstance(tree, dict) or not missing <= tree.keys() or not {"method", "methods"} & tree.keys(): raise BadInput("config.yaml is of something else: expected the experiment that a run of dmp_wb writes")
+    if not isinstance(tree, dict) or not missing <= tree.keys() or not {"method", "methods"} & tree.keys():
+        raise BadInput("config.yaml is of something else: expected the experiment that a run of dmp_wb writes")
     config = flat(tree)
     for key, value in config.items():
-        if isinstance(value, int) and value.bit_length() > 64: raise BadInput(f"config.yaml: {key} is a number of {value.bit_length()} bits: expected at most 64")
+        if isinstance(value, int) and value.bit_length() > 64:
+            raise BadInput(f"config.yaml: {key} is a number of {value.bit_length()} bits: expected at most 64")
     _typed(config, "method", str, "text", "config.yaml")
     _typed(config, "base", str, "text", "config.yaml")
     _typed(config, "train.steps", int, "a whole number", "config.yaml")
@@ -91,8 +97,10 @@ def _typed(tree: dict, key: str, kinds, expected: str, file: str, usual=None):
     "A value of a file that may be anybody's; `usual` if it is missing or null."
     value = tree.get(key)
     if value is None: return usual
-    if not isinstance(value, kinds) or isinstance(value, bool): raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected {expected}")
-    if isinstance(value, int) and value.bit_length() > 64: raise BadInput(f"{file}: {key} is a number of {value.bit_length()} bits: expected at most 64")
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise BadInput(f"{file}: {key} is {repr(value)[:80]}: expected {expected}")
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise BadInput(f"{file}: {key} is a number of {value.bit_length()} bits: expected at most 64")
     return value
 
 def _json(file: Path) -> dict:
@@ -114,23 +122,27 @@ def _list(value) -> list: return value if isinstance(value, list) else []
 def _notebook(folder: Path) -> _Notebook | None:
     "What run.json says, or the newest run notebook that papermill wrote into a folder."
     if "notebook" in (plan := _json(folder / "run.json")):
-        name, status, error = (_typed(plan, key, str, "text", "run.json", usual) for key, usual in (("notebook", ""), ("status", "waiting"), ("error", None)))
+        name, status, error = (_typed(plan, key, str, "text", "run.json", usual)
+                               for key, usual in (("notebook", ""), ("status", "waiting"), ("error", None)))
         return _Notebook(Path(name).stem, status, error)
     for _, file in sorted(((_modified(file), file) for file in folder.glob("*.ipynb")), reverse=True):
         with contextlib.suppress(BadInput, ValueError, RecursionError):   # somebody else's
             meta, cells = _notebook_parts(file)
             ran = _dict(meta.get("papermill"))
             if not (_dict(meta.get("dmp_wb")).get("page") and "papermill" in meta): continue
-            raised = [o for c in cells for o in map(_dict, _list(_dict(c).get("outputs"))) if o.get("output_type") == "error"]
+            raised = [o for c in cells
+                      for o in map(_dict, _list(_dict(c).get("outputs"))) if o.get("output_type") == "error"]
             status = "failed" if raised else "finished" if ran.get("end_time") else "running"
-            return _Notebook(Path(str(ran.get("input_path") or file.name)).stem, status, f"{raised[0].get('ename')}: {raised[0].get('evalue')}" if raised else None)
+            return _Notebook(Path(str(ran.get("input_path") or file.name)).stem, status,
+                             f"{raised[0].get('ename')}: {raised[0].get('evalue')}" if raised else None)
     return None
 
 def _modified(file: Path) -> float:
     try: return file.stat().st_mtime
     except OSError: return 0.0
 
-def _notebook_parts(file: Path) -> tuple[dict, list]: # metadata, cells; no cells where the metadata says that none raised
+def _notebook_parts(file: Path) -> tuple[dict,
+                                         list]:   # metadata, cells; no cells where the metadata says that none raised
     "Of a notebook with many pictures only the end is read, where its metadata are."
     end = read_regular(file, tail=1 << 17)
     if len(end) == 1 << 17 and (at := end.rfind(b'\n "metadata": {')) >= 0:
@@ -147,19 +159,24 @@ def read_run(
     "What a run folder tells. Raises `BadInput` for a folder that is no run, or one whose files cannot be read."
     folder = Path(folder)
     trains, notebook = os.path.lexists(folder / "config.yaml"), _notebook(folder) or _Notebook("", "", None)
-    if not trains and not notebook.name: raise _NoRun(f"{short(folder)} is no run: expected config.yaml or an executed run notebook")
+    if not trains and not notebook.name:
+        raise _NoRun(f"{short(folder)} is no run: expected config.yaml or an executed run notebook")
     when = changed(folder)
-    config, summary, row = (_config(folder), _json(folder / "summary.json"), last_row(folder / "metrics.jsonl")) if trains else ({}, {}, {})
+    config, summary, row = ((_config(folder), _json(folder / "summary.json"), last_row(folder / "metrics.jsonl"))
+                            if trains else ({}, {}, {}))
     done = summary.get("status") == "finished" if trains else notebook.status == "finished"
     failed, error = notebook.status == "failed", notebook.error
     if not failed and not done and (bad := _nonfinite(folder)): failed, error = True, bad
     busy = writer_of(folder) or not trains and notebook.status == "running" and fresh(folder)
     waits = notebook.status == "waiting" and not done
-    state = "running" if busy else "waiting" if waits else "failed" if failed else "finished" if done else "cut off"   # one that failed may be tried again just now
+    # one that failed may be tried again just now
+    state = "running" if busy else "waiting" if waits else "failed" if failed else "finished" if done else "cut off"
     method = config["method"] if trains else notebook.name
-    step = _typed(summary, "steps", int, "a whole number", "summary.json", _typed(row, "step", int, "a whole number", "metrics.jsonl"))
+    step = _typed(summary, "steps", int, "a whole number", "summary.json",
+                  _typed(row, "step", int, "a whole number", "metrics.jsonl"))
     metrics = newest_metrics(summary if trains else _json(folder / "evaluation.json"))
-    return RunFacts(run_name(folder, root), folder, method, state, step, config.get("train.steps"), _finite(summary.get("loss", row.get("loss"))), metrics, when,
+    return RunFacts(run_name(folder, root), folder, method, state, step, config.get("train.steps"),
+                    _finite(summary.get("loss", row.get("loss"))), metrics, when,
                     " ".join(str(error).split())[:300] if state == "failed" else None, config)
 
 def _finite(v) -> float | None:
@@ -167,18 +184,22 @@ def _finite(v) -> float | None:
     except OverflowError: return None
 
 def _nonfinite(folder: Path) -> str | None:
-    steps = [int(m[1]) for p in folder.glob("nonfinite-step-*") if (m := re.match(r"nonfinite-step-(\d{1,15})\b", p.name))]
+    steps = [int(m[1])
+             for p in folder.glob("nonfinite-step-*") if (m := re.match(r"nonfinite-step-(\d{1,15})\b", p.name))]
     return f"the loss was not finite at step {max(steps):,}" if steps else None
 
 def newest_metrics(
     found: dict,   # the content of a summary.json or an evaluation.json
 ) -> dict[str, float]:
     "The figures of the newest row of `evaluations`, or of an evaluation of several models."
-    if isinstance(figures := found.get("figures"), dict): return {f"frechet {n}": f["frechet"] for n, f in figures.items() if isinstance(f, dict) and _finite(f.get("frechet")) is not None}
+    if isinstance(figures := found.get("figures"), dict):
+        return {f"frechet {n}": f["frechet"]
+                for n, f in figures.items() if isinstance(f, dict) and _finite(f.get("frechet")) is not None}
     rows = [r for r in _typed(found, "evaluations", list, "a list of rows", "its summary", []) if isinstance(r, dict)]
     return {m: rows[-1][m] for m in METRICS if _finite(rows[-1].get(m)) is not None} if rows else {}
 
-METRICS = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage")   # as `metrics.evaluate` names them
+# as `metrics.evaluate` names them
+METRICS = ("fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage")
 LOWER_IS_BETTER = ("fid", "sfid", "kid", "frechet", "loss", "mse")   # of the others higher is
 
 # %% ../../nbs/source/store/00_listing.ipynb #64c2f823
@@ -195,25 +216,33 @@ def find_runs(
         try:
             with os.scandir(folder) as found: inner = {e.name: e.is_dir(follow_symlinks=False) for e in found}
         except OSError as e:
-            if faults is not None and not isinstance(e, FileNotFoundError): faults[run_name(folder, root)] = e.strerror or str(e)
+            if faults is not None and not isinstance(e, FileNotFoundError):
+                faults[run_name(folder, root)] = e.strerror or str(e)
             continue
         held = "config.yaml" in inner
-        if held or "run.json" in inner or any(n.endswith(".ipynb") and not n.startswith(".") and not d for n, d in inner.items()): yield Path(folder)
-        todo += [os.path.join(folder, n) for n in sorted(inner, reverse=True) if inner[n] and not n.startswith(".") and not (held and n in _INSIDE)]
+        if held or "run.json" in inner or any(n.endswith(".ipynb") and not n.startswith(".") and not d
+                                              for n, d in inner.items()):
+            yield Path(folder)
+        todo += [os.path.join(folder, n) for n in sorted(inner, reverse=True)
+                 if inner[n] and not n.startswith(".") and not (held and n in _INSIDE)]
 
 def list_runs(
-    root: str | Path | None = None,      # `runs/` if None
-    where: Sequence[str] = (),           # conditions, as "optim.lr=1e-4", "train.steps>=1000", "state=failed", "name=sweep/*"
-    sort: str = "-when",                 # a column, a metric or a key of the config; with a minus the largest first
-) -> tuple[list[RunFacts], dict[str, str]]: # the runs, and folders that could not be read with the reason
+        root: str | Path | None = None,   # `runs/` if None
+        # conditions, as "optim.lr=1e-4", "train.steps>=1000", "state=failed", "name=sweep/*"
+        where: Sequence[str] = (),
+        sort: str = "-when",   # a column, a metric or a key of the config; with a minus the largest first
+) -> tuple[list[RunFacts], dict[str, str]]:   # the runs, and folders that could not be read with the reason
     "The runs in a folder. Raises `BadInput` for a condition that cannot be read and for an unknown key."
-    if root is not None and not Path(root).is_dir(): raise BadInput(f"{root} is no folder: expected one with runs in it")
+    if root is not None and not Path(root).is_dir():
+        raise BadInput(f"{root} is no folder: expected one with runs in it")
     runs, faults = [], {}
     for folder in find_runs(root, faults):
         try: runs.append(read_run(folder, root))
         except _NoRun: continue
         except Exception as e:   # files of other programs may hold anything, and no folder takes the others down
-            if folder.is_dir(): faults[run_name(folder, root)] = str(e) if isinstance(e, (BadInput, OSError)) else f"{type(e).__name__}: {e}"
+            if folder.is_dir():
+                faults[run_name(folder, root)] = (str(e) if isinstance(e, (BadInput, OSError))
+                                                  else f"{type(e).__name__}: {e}")
     known = list(dict.fromkeys([*COLUMNS, *(k for r in runs for k in (*r.metrics, *r.config))]))
     for condition in where:
         key, meets = _condition(condition)
@@ -232,7 +261,9 @@ def _number(value) -> float | None:
 
 def _condition(text: str):
     "“key=value” and the like: the key, and a function that says whether a value meets it."
-    if not (m := re.fullmatch(r"\s*([^\s=!<>]+)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", text)): raise BadInput(f"condition {text!r} cannot be read: expected key=value, or !=, <, <=, >, >= in its place, as in train.steps>=1000")
+    if not (m := re.fullmatch(r"\s*([^\s=!<>]+)\s*(>=|<=|!=|=|>|<)\s*(.*?)\s*", text)):
+        raise BadInput(f"condition {text!r} cannot be read: expected key=value, or !=, <, <=, >, >= in its place, as "
+                       "in train.steps>=1000")
     key, sign, wanted = m[1], m[2], m[3]
     number = _number(wanted)
     if sign in ("<", "<=", ">", ">="):
@@ -241,7 +272,8 @@ def _condition(text: str):
         return key, lambda v: (x := _number(v)) is not None and compare(x, number)
     def same(v):
         if number is not None and (x := _number(v)) is not None: return x == number
-        said = "null" if v is None else str(v).lower() if isinstance(v, bool) else json.dumps(v, default=str) if isinstance(v, list) else str(v)
+        said = ("null" if v is None else str(v).lower() if isinstance(v, bool)
+                else json.dumps(v, default=str) if isinstance(v, list) else str(v))
         return fnmatch.fnmatchcase(said, wanted) or said.replace(" ", "") == wanted.replace(" ", "")
     return key, same if sign == "=" else lambda v: not same(v)
 
@@ -249,9 +281,11 @@ def _condition(text: str):
 def ago(when: float, now: float | None = None) -> str:
     "A moment as people say it: “3 min ago”, and a date beyond a week, or in the future."
     s = (time.time() if now is None else now) - when
-    if s > 7 * 86400 or s < -86400: return datetime.fromtimestamp(min(max(when, 0), _LAST_SECOND - 86400)).strftime("%Y-%m-%d")
+    if s > 7 * 86400 or s < -86400:
+        return datetime.fromtimestamp(min(max(when, 0), _LAST_SECOND - 86400)).strftime("%Y-%m-%d")
     s = max(0, s)
-    return next(f"{s / unit:.0f} {name} ago" for name, unit in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)) if s >= 2 * unit or unit == 1)
+    return next(f"{s / unit:.0f} {name} ago"
+                for name, unit in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)) if s >= 2 * unit or unit == 1)
 
 def runs_table(
     runs: Sequence[RunFacts],
@@ -259,21 +293,27 @@ def runs_table(
 ) -> str:
     "The runs as lines of text, their metrics at the right; what failed tells why below."
     if not runs: return "no runs"
-    metrics = [m for m in dict.fromkeys(k for r in runs for k in r.metrics) if " " not in m]   # those of an evaluation of several models would be a column a model
-    cell = lambda v: "–" if v is None or v == "" else f"{v:.4g}" if isinstance(v, float) else text if len(text := str(v)) <= 60 else f"{text[:59]}…"
+    # those of an evaluation of several models would be a column a model
+    metrics = [m for m in dict.fromkeys(k for r in runs for k in r.metrics) if " " not in m]
+    cell = (lambda v: "–" if v is None or v == "" else f"{v:.4g}" if isinstance(v, float)
+            else text if len(text := str(v)) <= 60 else f"{text[:59]}…")
     rows = [["name", "method", "state", "step", "loss", *extra, *metrics, "when"]]
-    rows += [[r.name, cell(r.method), r.state, r.progress or "–", cell(r.loss), *(cell(r.config.get(k)) for k in extra), *(cell(r.metrics.get(m)) for m in metrics), ago(r.when)] for r in runs]
+    rows += [[r.name, cell(r.method), r.state, r.progress or "–", cell(r.loss), *(cell(r.config.get(k)) for k in extra),
+              *(cell(r.metrics.get(m)) for m in metrics), ago(r.when)] for r in runs]
     rows = [[printable(c) for c in row] for row in rows]
     widths, left = [max(map(len, column)) for column in zip(*rows, strict=True)], {0, 1, 2}
-    lines = ["  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
+    lines = ["  ".join(c.ljust(w) if i in left else c.rjust(w)
+                       for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip() for row in rows]
     return "\n".join([*lines, *(printable(f"{r.name}: {r.error}") for r in runs if r.error)])
 
 # %% ../../nbs/source/store/00_listing.ipynb #f01de502
 def run_folder(
     run: str | Path,  # a run folder, a name below `runs/`, or the name of a run that ships with the package
 ) -> Path:
-    "Where a run is; the names of shipped runs come before those below `runs/`. Raises `BadInput` that suggests the nearest known name."
+    """Where a run is; the names of shipped runs come before those below `runs/`.
+    Raises `BadInput` that suggests the nearest known name."""
     for folder in (expanded(run), assets_folder() / run, runs_root() / run):
         if (folder / "config.yaml").is_file(): return folder
-    known = [run_name(p, root) for root in (runs_root(), assets_folder()) for p in find_runs(root) if (p / "config.yaml").is_file()]
+    known = [run_name(p, root) for root in (runs_root(), assets_folder())
+             for p in find_runs(root) if (p / "config.yaml").is_file()]
     raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)

@@ -63,8 +63,10 @@ class Run:
 
     def curve(self, column: str) -> dict[str, list[float]]:
         "`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none."
-        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not abs(v) > 1e300   # a file may hold anything; nan is a hole in the curve
-        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl") if number(row.get(column)) and number(row.get("step"))]
+        # a file may hold anything; nan is a hole in the curve
+        number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not abs(v) > 1e300
+        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl")
+                 if number(row.get(column)) and number(row.get("step"))]
         return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
 
     def note(self, **figures):
@@ -72,9 +74,11 @@ class Run:
         self.revise(lambda summary: {**summary, **figures})
 
     def revise(self, change: Callable[[dict], dict]):
-        "Make another summary of the one that is there, while no other process does. Raises `BadInput` where it cannot be written."
+        """Make another summary of the one that is there, while no other process does.
+        Raises `BadInput` where it cannot be written."""
         try:
-            with locked(self.folder / ".summary.lock", f"the summary of run {self.folder}", patience=120): write_json(self.folder / "summary.json", change(self.summary))
+            with locked(self.folder / ".summary.lock", f"the summary of run {self.folder}", patience=120):
+                write_json(self.folder / "summary.json", change(self.summary))
         except OSError as e:
             if isinstance(e, BadInput): raise
             raise BadInput(f"{self.folder / 'summary.json'} cannot be written: {e.strerror or e}") from None
@@ -89,39 +93,52 @@ BACKBONE_PARTS = ("transformer", "unet")   # where a pipeline keeps it
 def usual_device(
     device: str | torch.device = "auto",  # "auto": the GPU if there is one, and of several that of this process
 ) -> torch.device:
-    "The device to work on. Among processes that torchrun or accelerate started each has its own, by `$LOCAL_RANK`. Raises `BadInput` for one that is not here."
+    """The device to work on. Among processes that torchrun or accelerate started each has its own, by `$LOCAL_RANK`.
+    Raises `BadInput` for one that is not here."""
     gpu = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if isinstance(device, str) and device == "auto":
         rank = os.environ.get("LOCAL_RANK", "")
         if gpu is None: return torch.device("cpu")
         return torch.device(gpu.type, int(rank) % torch.accelerator.device_count()) if rank.isdecimal() else gpu
     try: found = torch.device(device)
-    except (RuntimeError, TypeError): raise BadInput(f"device is {said(device)}: expected auto, cpu{f', {gpu.type} or {gpu.type}:0' if gpu else ''}") from None
+    except (RuntimeError, TypeError):
+        raise BadInput(f"device is {said(device)}: expected auto, "
+                       f"cpu{f', {gpu.type} or {gpu.type}:0' if gpu else ''}") from None
     if found.type in ("cpu", "meta"): return found
-    if gpu is None or found.type != gpu.type: raise BadInput(f"device is {str(found)!r}: expected {f'auto, cpu or {gpu.type}' if gpu else 'auto or cpu, this machine has no other device that torch can use'}")
-    if found.index is not None and found.index >= torch.accelerator.device_count(): raise BadInput(f"device is {str(found)!r}: expected {gpu.type}:0 to {gpu.type}:{torch.accelerator.device_count() - 1}")
+    if gpu is None or found.type != gpu.type:
+        raise BadInput(
+            f"device is {str(found)!r}: expected "
+            f"{f'auto, cpu or {gpu.type}' if gpu else 'auto or cpu, this machine has no other device that torch can use'}")
+    if found.index is not None and found.index >= torch.accelerator.device_count():
+        raise BadInput(
+            f"device is {str(found)!r}: expected {gpu.type}:0 to {gpu.type}:{torch.accelerator.device_count() - 1}")
     return found
 
 def load_model(
-    model: str | Path,            # a run, the folder of a diffusers model or pipeline, a hub id, or a .pt / .safetensors file of an official DiT
-    patched: bool = True,         # False: the run's base, without its patch
-    num_attention_heads: int | None = None,  # for official checkpoints of other widths than the family's
-    device: str | torch.device = "auto",     # "auto": the GPU if there is one, that of `$LOCAL_RANK` of several
+        # a run, the folder of a diffusers model or pipeline, a hub id, or a .pt / .safetensors file of an official DiT
+        model: str | Path,
+        patched: bool = True,   # False: the run's base, without its patch
+        num_attention_heads: int | None = None,   # for official checkpoints of other widths than the family's
+        device: str | torch.device = "auto",   # "auto": the GPU if there is one, that of `$LOCAL_RANK` of several
 ) -> nn.Module:
-    "A backbone in eval mode. Raises `BadInput` for a name that leads nowhere, damaged files, an unfinished run, and a patch whose base has changed."
+    """A backbone in eval mode. Raises `BadInput` for a name that leads nowhere,
+    damaged files, an unfinished run, and a patch whose base has changed."""
     place = usual_device(device)   # a wrong one is told before anything is read
     return _load(model, patched, num_attention_heads).eval().to(place)
 
 def _load(model: str | Path, patched: bool, num_attention_heads: int | None, above: tuple[Path, ...] = ()) -> nn.Module:
     path = expanded(model)
     if path.is_file(): return DiT.from_official(path, num_attention_heads)
-    if path.suffix in (".pt", ".pth", ".safetensors"): raise MissingFile(f"no checkpoint {path}: expected an official DiT checkpoint")
+    if path.suffix in (".pt", ".pth", ".safetensors"):
+        raise MissingFile(f"no checkpoint {path}: expected an official DiT checkpoint")
     if (path / "config.json").is_file(): return _from_diffusers(path)
     if (path / "model_index.json").is_file(): return _from_pipeline(path)
     try: folder = run_folder(model)
     except BadInput:
         # a hub id is owner/name; anything else was meant as a run or a folder
-        if len(path.parts) != 2 or path.is_absolute() or str(model).startswith(".") or path.parent.exists() or (runs_root() / path.parent).exists(): raise
+        if (len(path.parts) != 2 or path.is_absolute() or str(model).startswith(".") or path.parent.exists()
+                or (runs_root() / path.parent).exists()):
+            raise
         return _from_hub(str(model))
     run = Run(folder)
     methods = run.experiment.methods
@@ -130,13 +147,15 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None, abo
         restore_methods(backbone, methods, folder)
         return backbone
     frozen = [name for name in methods if method_entry(name).freezes]
-    if not frozen or not all((folder / folder_of(name)).is_dir() for name in frozen): raise BadInput(f"run {folder} holds no model yet: it has not finished training")
+    if not frozen or not all((folder / folder_of(name)).is_dir() for name in frozen):
+        raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     here = folder.resolve()
     if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
     backbone = _load(run.experiment.base or "", True, None, (*above, here))
     made_on = run.summary.get("base_fingerprint")
     if made_on and made_on != fingerprint(backbone):
-        raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: expected the base with fingerprint {made_on}")
+        raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: "
+                       f"expected the base with fingerprint {made_on}")
     if patched: restore_methods(backbone, methods, folder)
     return backbone
 
@@ -152,17 +171,24 @@ def _from_diffusers(folder: Path) -> nn.Module:
     except Exception: cls = None   # a class whose own imports fail
     known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
     if not known:
-        raise BadInput(f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
+        raise BadInput(
+            f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
     _check_against_weights(folder, config)
     try: model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     except Exception as e:   # whatever the class makes of values and tensors of others
-        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: {' '.join(str(e).split())[:300] or type(e).__name__}") from e
-    for keys, fault in (("missing_keys", "miss"), *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):   # other classes drop keys of older versions
-        if told[keys]: raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, first {min(told[keys])[:100]}: expected those of its config.json")
+        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: "
+                       f"{' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    # other classes drop keys of older versions
+    for keys, fault in (("missing_keys", "miss"),
+                        *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):
+        if told[keys]:
+            raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, "
+                           f"first {min(told[keys])[:100]}: expected those of its config.json")
     return model
 
 def _check_against_weights(folder: Path, config: dict):
-    "Raise `BadInput` for a config that asks for more layers than there are tensors, or for a side longer than all of them, before a model of that size is made."
+    """Raise `BadInput` for a config that asks for more layers than there are tensors,
+    or for a side longer than all of them, before a model of that size is made."""
     tensors, numbers = 0, 0
     for file in filter(Path.is_file, folder.glob("*.safetensors")):   # no pipe, which would wait
         try:
@@ -180,7 +206,8 @@ def _check_against_weights(folder: Path, config: dict):
         counts = key.endswith(("layers", "blocks", "depth", "per_block"))
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int) and number > (tensors if counts else max(numbers, 1 << 16)):
-                raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights beside it are {tensors} tensors of {numbers} numbers")
+                raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights "
+                               f"beside it are {tensors} tensors of {numbers} numbers")
 
 def _from_pipeline(folder: Path) -> nn.Module:
     for part in BACKBONE_PARTS:
@@ -190,6 +217,7 @@ def _from_pipeline(folder: Path) -> nn.Module:
 def _from_hub(repo_id: str) -> nn.Module:
     said = []
     for part in BACKBONE_PARTS:
-        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)   # no pickles of strangers
+        # no pickles of strangers
+        try: return diffusers.AutoModel.from_pretrained(repo_id, subfolder=part, use_safetensors=True)
         except (OSError, ValueError) as e: said.append(" ".join(str(e).split())[:200])
     raise BadInput(f"{repo_id!r} is neither a run nor a diffusers pipeline on the hub that could be reached: {said[0]}")

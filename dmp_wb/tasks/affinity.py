@@ -25,7 +25,8 @@ from ..diffusion.schedules import timestep_intervals
 from .intervals import interval_of
 
 # %% ../../nbs/source/tasks/01_affinity.ipynb #2b95d789
-def _sketch(grads: dict[str, torch.Tensor], size: int, seed: int, chunk: int = 1 << 22) -> torch.Tensor: # [size] float64
+def _sketch(grads: dict[str, torch.Tensor], size: int, seed: int,
+            chunk: int = 1 << 22) -> torch.Tensor:   # [size] float64
     out = torch.zeros(size, dtype=torch.float64)
     for name, g in grads.items():
         for start in range(0, g.numel(), chunk):   # buckets and signs are drawn again each time, never kept
@@ -35,6 +36,7 @@ def _sketch(grads: dict[str, torch.Tensor], size: int, seed: int, chunk: int = 1
             out.index_add_(0, code // 2, part * (code % 2 * 2 - 1))
     return out
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #47e6c99a
 def task_affinity(
     model: nn.Module,                    # a backbone; its parameters that require gradients are those looked at
     x0: torch.Tensor,                    # [N, C, H, W] images or latents
@@ -48,10 +50,13 @@ def task_affinity(
     seed: int = 0,
     quiet: bool = False,
 ) -> torch.Tensor: # [groups, groups] float32, cosines in [−1, 1]
-    "Task affinity scores of a model on some images (2306.00354, section 3.2). The model's gradients, mode and the caller's random numbers are left as they were."
+    """Task affinity scores of a model on some images (2306.00354, section 3.2).
+    The model's gradients, mode and the caller's random numbers are left as they were."""
     clusters = clusters or timestep_intervals(1000, 20)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if not params: raise BadInput(f"no parameter of this {type(model).__name__} requires a gradient: expected a model that is being trained")
+    if not params:
+        raise BadInput(
+            f"no parameter of this {type(model).__name__} requires a gradient: expected a model that is being trained")
     device = next(iter(params.values())).device
     tables = make_tables(schedule, prediction_type).to(device)
     entries = sum(p.numel() for p in params.values())
@@ -71,10 +76,12 @@ def task_affinity(
                 batch = {"images": x, "noise": noise, "timesteps": t}
                 if class_labels is not None: batch["class_labels"] = class_labels[start:start + batch_size].to(device)
                 out = predict(model, batch, tables, ["class_labels"])
-                (diffusion_losses(out, x, noise, t, tables, weighting, prediction_type)["loss"].sum() / len(x0)).backward()
+                (diffusion_losses(out, x, noise, t, tables, weighting, prediction_type)["loss"].sum()
+                 / len(x0)).backward()
                 bar.update(len(x))
             grads = {n: p.grad.detach() for n, p in params.items() if p.grad is not None}
-            kept.append(torch.cat([grads[n].float().flatten().cpu() if n in grads else torch.zeros(p.numel()) for n, p in params.items()]) if whole else _sketch(grads, size, seed))
+            kept.append(torch.cat([grads[n].float().flatten().cpu() if n in grads else torch.zeros(p.numel())
+                                   for n, p in params.items()]) if whole else _sketch(grads, size, seed))
     finally:
         for n, p in params.items(): p.grad = before[n]
         model.train(training)
@@ -83,6 +90,7 @@ def task_affinity(
     unit = kept / kept.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return (unit @ unit.T).float().clamp(-1, 1)
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #a4265dab
 def spread_affinity(
     affinity: torch.Tensor,           # [groups, groups]
     clusters: list[tuple[int, int]],  # the groups
@@ -91,25 +99,34 @@ def spread_affinity(
     where = interval_of(torch.arange(clusters[-1][1] + 1), clusters)
     return affinity[where][:, where]
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #40e1004d
 def save_affinity(path: str | Path, affinity: torch.Tensor, clusters: list[tuple[int, int]], **facts) -> Path:
     "Write affinities with their groups, and what you like to remember about them, as safetensors; atomic."
-    return write_atomic(path, save({"affinity": affinity.contiguous(), "clusters": torch.tensor(clusters)}, metadata={"facts": json.dumps(facts)}))
+    return write_atomic(path, save({"affinity": affinity.contiguous(), "clusters": torch.tensor(clusters)},
+                                   metadata={"facts": json.dumps(facts)}))
 
+# %% ../../nbs/source/tasks/01_affinity.ipynb #b5680f8c
 def load_affinity(path: str | Path) -> tuple[torch.Tensor, list[tuple[int, int]], dict]:
     "Affinities, their groups, and what was remembered. Raises `MissingFile` or `BadInput`."
     if not Path(path).is_file(): raise MissingFile(f"no file {path}: expected affinities written by save_affinity")
     try:
-        with safe_open(path, "pt") as f: found = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+        with safe_open(path, "pt") as f:
+            found = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e: raise BadInput(f"{path} is not a whole safetensors file: {e}") from None
-    if set(found[0]) != {"affinity", "clusters"}: raise BadInput(f"{path} holds {sorted(found[0])}: expected affinity and clusters")
+    if set(found[0]) != {"affinity", "clusters"}:
+        raise BadInput(f"{path} holds {sorted(found[0])}: expected affinity and clusters")
     affinity, clusters = found[0]["affinity"], found[0]["clusters"]
-    if affinity.shape != (len(clusters),) * 2 or clusters.shape != (len(clusters), 2) or not affinity.is_floating_point() or clusters.is_floating_point():
-        raise BadInput(f"{path} holds an affinity of shape {list(affinity.shape)} and clusters of shape {list(clusters.shape)}: expected [K, K] numbers and [K, 2] timesteps")
+    if (affinity.shape != (len(clusters),) * 2 or clusters.shape != (len(clusters), 2)
+            or not affinity.is_floating_point() or clusters.is_floating_point()):
+        raise BadInput(f"{path} holds an affinity of shape {list(affinity.shape)} and clusters of shape "
+                       f"{list(clusters.shape)}: expected [K, K] numbers and [K, 2] timesteps")
     spans = [tuple(c) for c in clusters.tolist()]
-    if any(a > b for a, b in spans) or [a for a, _ in spans] != [0, *(b + 1 for _, b in spans[:-1])]: raise BadInput(f"{path} holds the clusters {said(spans)}: expected intervals that follow on one another from 0")
+    if any(a > b for a, b in spans) or [a for a, _ in spans] != [0, *(b + 1 for _, b in spans[:-1])]:
+        raise BadInput(f"{path} holds the clusters {said(spans)}: expected intervals that follow on one another from 0")
     if not affinity.isfinite().all(): raise BadInput(f"{path} holds NaN or infinite affinities: expected finite ones")
     try: return affinity, spans, json.loads(found[1].get("facts", "{}"))
-    except (ValueError, RecursionError): raise BadInput(f"the facts of {path} are not valid JSON: expected a file written by save_affinity") from None
+    except (ValueError, RecursionError):
+        raise BadInput(f"the facts of {path} are not valid JSON: expected a file written by save_affinity") from None
 
 # %% ../../nbs/source/tasks/01_affinity.ipynb #fb6c62ae
 def mask_overlap(masks: torch.Tensor) -> torch.Tensor: # [T, C] ones and zeros → [T, T] in [0, 1]

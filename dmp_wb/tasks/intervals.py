@@ -14,32 +14,38 @@ from ..core.errors import BadInput
 
 # %% ../../nbs/source/tasks/00_intervals.ipynb #22fc4f77
 def _doubles(values) -> torch.Tensor: # float64 on the CPU, from any device: not every one has float64
-    return values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.as_tensor(values, dtype=torch.float64)
+    return values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.as_tensor(
+        values, dtype=torch.float64)
 
-def _interval_costs(values: torch.Tensor) -> torch.Tensor: # [T, T] float64: cost of the interval l…r at [l, r], inf where l > r
+def _interval_costs(
+        values: torch.Tensor) -> torch.Tensor:   # [T, T] float64: cost of the interval l…r at [l, r], inf where l > r
     T = values.shape[0]
     steps = torch.arange(T)
     total = steps[:, None] + steps + 1                                              # l + r + 1
-    centre = total // 2 + (total % 2) * (total // 2 % 2)                            # rounded to even at a half, as Python and NumPy do
+    # rounded to even at a half, as Python and NumPy do
+    centre = total // 2 + (total % 2) * (total // 2 % 2)
     centre = torch.where(steps[:, None] == steps, steps, centre).clamp(max=T - 1)
     per_step = (values - values[:, None]).abs() if values.ndim == 1 else -values    # [centre, t]
     sums = torch.cat([per_step.new_zeros(T, 1), per_step.cumsum(1)], dim=1)
     costs = sums[centre, steps + 1] - sums[centre, steps[:, None]]
     return costs.masked_fill(steps[:, None] > steps, math.inf)
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #66bbd4c0
 def timestep_clusters(
     values,  # [T] a quantity by timestep, e.g. log SNR; or [T, T] task affinity
     k: int,  # intervals, 1…T
 ) -> list[tuple[int, int]]: # k pairs (first, last), inclusive, covering 0…T−1
     "The k intervals of least cost (2306.00354, section 4). Raises `BadInput` for values that are not finite."
     v = _doubles(values)
-    if not (v.ndim == 1 or v.ndim == 2 and v.shape[0] == v.shape[1]) or not len(v): raise BadInput(f"values have shape {tuple(v.shape)}: expected [T], or [T, T] for affinities")
+    if not (v.ndim == 1 or v.ndim == 2 and v.shape[0] == v.shape[1]) or not len(v):
+        raise BadInput(f"values have shape {tuple(v.shape)}: expected [T], or [T, T] for affinities")
     if not v.isfinite().all(): raise BadInput("values hold NaN or infinite numbers: expected finite ones")
     T = len(v)
     if not isinstance(k, int) or not 1 <= k <= T: raise BadInput(f"k is {k}: expected 1 to {T} intervals")
     costs = _interval_costs(v)
     best, starts = costs[0], []
-    for _ in range(k - 1):   # best[r]: the least cost of 0…r in so many intervals; starts[r]: where the last of them begins
+    # best[r]: the least cost of 0…r in so many intervals; starts[r]: where the last of them begins
+    for _ in range(k - 1):
         through = torch.cat([best.new_full((1,), math.inf), best[:-1]])[:, None] + costs
         best, start = through.min(0)
         starts.append(start)
@@ -50,6 +56,7 @@ def timestep_clusters(
         last = first - 1
     return [(0, last), *reversed(bounds)]
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #d4603624
 def clusters_cost(values, clusters: list[tuple[int, int]]) -> float:
     "What `timestep_clusters` minimises."
     costs = _interval_costs(_doubles(values))
@@ -64,14 +71,17 @@ def balanced_timesteps(
     "Timesteps with equally many samples in every interval, give or take one."
     device = generator.device if generator is not None else torch.device("cpu")
     first, last = (torch.tensor(c)[torch.arange(batch_size) % len(clusters)].to(device) for c in zip(*clusters))
-    return first + (torch.rand(batch_size, generator=generator, dtype=torch.float64, device=device) * (last - first + 1)).long()
+    return first + (torch.rand(batch_size, generator=generator, dtype=torch.float64, device=device)
+                    * (last - first + 1)).long()
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #aea69d0d
 def interval_of(
     timesteps: torch.Tensor,          # [B]
     clusters: list[tuple[int, int]],
 ) -> torch.Tensor: # [B] in 0…K−1
     "The interval that each timestep lies in."
-    return torch.bucketize(timesteps.float(), torch.tensor([first for first, _ in clusters[1:]], dtype=torch.float32, device=timesteps.device), right=True)
+    return torch.bucketize(timesteps.float(), torch.tensor([first for first, _ in clusters[1:]], dtype=torch.float32,
+                                                           device=timesteps.device), right=True)
 
 def interval_losses(
     losses: torch.Tensor,             # [B], one a sample

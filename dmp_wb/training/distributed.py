@@ -38,50 +38,71 @@ from ..core.processes import process_alive
 
 # %% ../../nbs/source/training/00_distributed.ipynb #fd1ba84a
 def _asked(name: str) -> bool: return os.environ.get(name, "false").lower() == "true"   # by accelerate's launcher
+PROCESSES_VARIABLE = "DMP_WB_PROCESSES"   # how many a launch has asked for
 
 def check_launch(cpu: bool = True):
     "Raise `BadInput` for what accelerate's config file asks and cannot work; before any process group exists."
     if _asked("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise BadInput(f"fsdp_version is {os.environ.get('FSDP_VERSION', '1')}: expected 2, which shards tensor by tensor")
+        raise BadInput(
+            f"fsdp_version is {os.environ.get('FSDP_VERSION', '1')}: expected 2, which shards tensor by tensor")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not cpu and here > torch.accelerator.device_count():
-        raise BadInput(f"{here} processes were started on this machine, which shows them {torch.accelerator.device_count()} GPUs: expected a GPU for each; see gpu_ids in accelerate's config file, and CUDA_VISIBLE_DEVICES")
-
-PROCESSES_VARIABLE = "DMP_WB_PROCESSES"   # how many a launch has asked for
+        raise BadInput(
+            f"{here} processes were started on this machine, which shows them {torch.accelerator.device_count()} GPUs: "
+            "expected a GPU for each; see gpu_ids in accelerate's config file, and CUDA_VISIBLE_DEVICES")
 
 def check_processes(came: int):
     "Raise `BadInput` if a launch asked for another number of processes than came up."
     asked = int(os.environ.get(PROCESSES_VARIABLE, came))
-    if came != asked: raise BadInput(f"num_processes is {asked}, but accelerate started {came}: expected as many; look at distributed_type in its config file")
+    if came != asked:
+        raise BadInput(f"num_processes is {asked}, but accelerate started {came}: expected as many; look at "
+                       "distributed_type in its config file")
 
+# %% ../../nbs/source/training/00_distributed.ipynb #68919eb0
 def set_up_sharding(accelerator: Accelerator, t: TrainConfig, o: OptimConfig):
-    "The plugins of FSDP2 and DeepSpeed, so that a run is what it is without them. Raises `BadInput` for settings of the config file under which it cannot be."
+    """The plugins of FSDP2 and DeepSpeed, so that a run is what it is without them.
+    Raises `BadInput` for settings of the config file under which it cannot be."""
     state, cpus = accelerator.state, accelerator.num_processes > 1 and accelerator.device.type == "cpu"
-    if cpus and _asked("ACCELERATE_USE_FSDP"): _on_cpu(state, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
+    if cpus and _asked("ACCELERATE_USE_FSDP"):
+        _on_cpu(state, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
     if cpus and _asked("ACCELERATE_USE_DEEPSPEED"):
         plugin = DeepSpeedPlugin()
         plugin.select(_from_accelerator_state=True)
         _on_cpu(state, DistributedType.DEEPSPEED, deepspeed_plugins={"default": plugin})
     if accelerator.distributed_type == DistributedType.FSDP:
         if o.name != "adamw": raise BadInput(f"optim.name is {o.name!r}: expected 'adamw' with FSDP")
-        if state.fsdp_plugin.activation_checkpointing: raise BadInput("fsdp_activation_checkpointing is true: expected false, and train.gradient_checkpointing=true instead")
-        state.fsdp_plugin.cpu_ram_efficient_loading = False   # every process makes or reads the model itself; accelerate's way loses buffers and patches
-        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)   # autocast alone, as without FSDP
+        if state.fsdp_plugin.activation_checkpointing:
+            raise BadInput(
+                "fsdp_activation_checkpointing is true: expected false, and train.gradient_checkpointing=true instead")
+        # every process makes or reads the model itself; accelerate's way loses buffers and patches
+        state.fsdp_plugin.cpu_ram_efficient_loading = False
+        # autocast alone, as without FSDP
+        state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if o.name != "adamw": raise BadInput(f"optim.name is {o.name!r}: expected 'adamw' with DeepSpeed")
-        if t.mixed_precision == "fp16": raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' with DeepSpeed, which would keep the weights themselves in float16")
-        if t.on_nonfinite == "rollback": raise BadInput("train.on_nonfinite is 'rollback': expected 'stop' or 'skip' with DeepSpeed, whose state of step 0 cannot be kept")
+        if t.mixed_precision == "fp16":
+            raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' with DeepSpeed, which would keep "
+                           "the weights themselves in float16")
+        if t.on_nonfinite == "rollback":
+            raise BadInput("train.on_nonfinite is 'rollback': expected 'stop' or 'skip' with DeepSpeed, whose state of "
+                           "step 0 cannot be kept")
         config = state.deepspeed_plugin.deepspeed_config
         zero = config["zero_optimization"]
-        if zero["stage"] not in (1, 2) or any((zero.get(f"offload_{k}") or {}).get("device") not in ("none", None) for k in ("optimizer", "param")):
-            raise BadInput(f"zero_stage is {zero['stage']}: expected 1 or 2 with DeepSpeed, without offload; FSDP splits the weights too")
+        if zero["stage"] not in (1, 2) or any((zero.get(f"offload_{k}") or {}).get("device") not in ("none", None)
+                                              for k in ("optimizer", "param")):
+            raise BadInput(f"zero_stage is {zero['stage']}: expected 1 or 2 with DeepSpeed, without offload; FSDP "
+                           "splits the weights too")
         accelerator.native_amp = False   # DeepSpeed's own autocast
-        config |= {"train_micro_batch_size_per_gpu": t.batch_size // (accelerator.num_processes * t.gradient_accumulation_steps), "gradient_accumulation_steps": t.gradient_accumulation_steps,
-                   "gradient_clipping": o.max_grad_norm or 0.0, "bf16": {"enabled": False}, "torch_autocast": {"enabled": t.mixed_precision == "bf16", "dtype": "bfloat16"}}
+        config |= {"train_micro_batch_size_per_gpu": t.batch_size // (
+            accelerator.num_processes * t.gradient_accumulation_steps),
+                   "gradient_accumulation_steps": t.gradient_accumulation_steps,
+                   "gradient_clipping": o.max_grad_norm or 0.0, "bf16": {"enabled": False},
+                   "torch_autocast": {"enabled": t.mixed_precision == "bf16", "dtype": "bfloat16"}}
 
 def _on_cpu(state, kind: DistributedType, **plugin):
     for name, value in plugin.items(): setattr(state, name, value)
-    state.distributed_type = PartialState._shared_state["distributed_type"] = kind   # AcceleratorState copies from there whenever it is made
+    # AcceleratorState copies from there whenever it is made
+    state.distributed_type = PartialState._shared_state["distributed_type"] = kind
 
 def splits_weights(accelerator: Accelerator) -> bool:
     "Whether a forward pass needs every process."
@@ -93,25 +114,32 @@ LOOPBACK = "127.0.0.1"
 def file_rendezvous(
     file: str | os.PathLike,  # where torchrun keeps what its processes have to agree on; its folder must be private
 ) -> dict[str, str]:
-    "Environment variables with which torchrun needs no port of its own. Used together with `--rdzv_backend c10d --rdzv_conf store_type=file`."
+    """Environment variables with which torchrun needs no port of its own.
+    Used together with `--rdzv_backend c10d --rdzv_conf store_type=file`."""
     return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_RDZV_ENDPOINT": str(file), "PET_LOCAL_ADDR": LOOPBACK}
 
+# %% ../../nbs/source/training/00_distributed.ipynb #8da7ec06
 def _on_one_machine() -> bool:
     world = int(os.environ.get("WORLD_SIZE", 1))
-    return world > 1 and (int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world or os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1"))
+    return world > 1 and (int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world
+                          or os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1"))
 
-def rendezvous_kwargs() -> list[InitProcessGroupKwargs]: # for `Accelerator`; none where processes are on several machines, or one, or torchrun has opened a port already
+# for `Accelerator`; none where processes are on several machines, or one, or torchrun has opened a port already
+def rendezvous_kwargs() -> list[InitProcessGroupKwargs]:
     "Processes of one machine meet on its loopback interface, which other machines cannot reach."
     if not _on_one_machine(): return []
-    loop = next((name for name, found in psutil.net_if_addrs().items() if any(a.address == LOOPBACK for a in found)), None)
+    loop = next((name for name, found in psutil.net_if_addrs().items() if any(a.address == LOOPBACK for a in found)),
+                None)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if loop: os.environ.setdefault(variable, loop)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not os.environ.get("MASTER_PORT"): return []
-    with contextlib.suppress(RuntimeError): register_rendezvous_handler("loopback", _meet_on_loopback)   # once in a process
+    # once in a process
+    with contextlib.suppress(RuntimeError): register_rendezvous_handler("loopback", _meet_on_loopback)
     return [InitProcessGroupKwargs(init_method="loopback://")]
 
 def _meet_on_loopback(url: str, timeout: timedelta = timedelta(minutes=10), **_):
-    "A handler for torch.distributed: the store listens on loopback alone, where that of env:// listens on every interface."
+    """A handler for torch.distributed: the store listens on loopback
+    alone, where that of env:// listens on every interface."""
     rank, world, port, fd = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"]), None
     if rank == 0:
         listener = socket.socket()
@@ -137,10 +165,13 @@ def like(
     v: torch.Tensor,  # a whole tensor
 ) -> torch.Tensor:
     "`v` split as the parameter is, if it has its shape; else as it is."
-    return distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None).to(p.device) if isinstance(p, DTensor) and v.shape == p.shape else v
+    return (distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
+            if isinstance(p, DTensor) and v.shape == p.shape else v)
 
+# %% ../../nbs/source/training/00_distributed.ipynb #a4a178fd
 def optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Parameter]]) -> dict:
-    "The state of an optimiser as one process would have it, but for tensors that `whole` makes so. Every process must call it."
+    """The state of an optimiser as one process would have it, but for tensors that `whole` makes so.
+    Every process must call it."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED: return optimizer.state_dict()
     from deepspeed.utils import safe_get_full_optimizer_state
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
@@ -148,23 +179,31 @@ def optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Pa
     keys = [k for k, v in next(iter(zero.optimizer.state.values())).items() if k != "step"]
     state, numbered = {}, []
     for group, flat, bit16 in zip(groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True):
-        lazy_init_hp_params_optimizer_state(bit16, flat, zero.optimizer.state)   # DeepSpeed 0.19 links the first group alone
+        # DeepSpeed 0.19 links the first group alone
+        lazy_init_hp_params_optimizer_state(bit16, flat, zero.optimizer.state)
         numbered.append(list(range(len(state), len(state) + len(group))))
-        for p in group: state[len(state)] = {"step": zero.optimizer.state[flat]["step"].clone(), **{k: safe_get_full_optimizer_state(p, k) for k in keys}}
-    return {"state": state, "param_groups": [{**{k: v for k, v in g.items() if k != "params"}, "params": n} for g, n in zip(zero.optimizer.param_groups, numbered, strict=True)]}
+        for p in group:
+            state[len(state)] = {"step": zero.optimizer.state[flat]["step"].clone(),
+                                 **{k: safe_get_full_optimizer_state(p, k) for k in keys}}
+    return {"state": state, "param_groups": [{**{k: v for k, v in g.items() if k != "params"}, "params": n}
+                                             for g, n in zip(zero.optimizer.param_groups, numbered, strict=True)]}
 
+# %% ../../nbs/source/training/00_distributed.ipynb #415bf8f1
 def load_optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Parameter]], saved: dict):
     "Give an optimiser, however it is split, the state that `optimizer_state` returned in any number of processes."
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         numbered = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.load_state_dict({**saved, "state": {i: {k: like(numbered[i], v) if isinstance(v, torch.Tensor) else v for k, v in s.items()} for i, s in saved["state"].items()}})
+        optimizer.load_state_dict({**saved, "state": {i: {k: like(numbered[i], v) if isinstance(v, torch.Tensor) else v
+                                                          for k, v in s.items()} for i, s in saved["state"].items()}})
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
     zero = optimizer.optimizer
-    for group, flat, bit16, inner, was in zip(groups, zero.single_partition_of_fp32_groups, zero.bit16_groups, zero.optimizer.param_groups, saved["param_groups"], strict=True):
+    for group, flat, bit16, inner, was in zip(groups, zero.single_partition_of_fp32_groups, zero.bit16_groups,
+                                              zero.optimizer.param_groups, saved["param_groups"], strict=True):
         inner.update({k: v for k, v in was.items() if k != "params"})
-        zero.optimizer.state[flat] = {k: v.clone() if k == "step" else torch.zeros_like(flat) for k, v in saved["state"][was["params"][0]].items()}
+        zero.optimizer.state[flat] = {k: v.clone() if k == "step" else torch.zeros_like(flat)
+                                      for k, v in saved["state"][was["params"][0]].items()}
         lazy_init_hp_params_optimizer_state(bit16, flat, zero.optimizer.state)
         for n, p in zip(was["params"], group, strict=True):
             safe_set_full_fp32_param(p, p.detach().float())
@@ -186,7 +225,8 @@ def _watch(folder: Path):
 
 @contextlib.contextmanager
 def launched():
-    "What a process that trains does for the one that launched it: ends when it asks or dies, and writes an error down. Nothing where nobody did."
+    """What a process that trains does for the one that launched it:
+    ends when it asks or dies, and writes an error down. Nothing where nobody did."""
     if not (name := os.environ.get(LAUNCH_VARIABLE)):
         yield
         return
@@ -195,6 +235,7 @@ def launched():
     try: yield
     except Exception as e:
         rank = int(os.environ.get("RANK", 0))
-        error = {"time": time.time(), "rank": rank, "type": "BadInput" if isinstance(e, BadInput) else type(e).__name__, "message": " ".join(str(e).split()), "traceback": traceback.format_exc()}
+        error = {"time": time.time(), "rank": rank, "type": "BadInput" if isinstance(e, BadInput) else type(e).__name__,
+                 "message": " ".join(str(e).split()), "traceback": traceback.format_exc()}
         with contextlib.suppress(OSError): write_json(folder / f"error-{rank}.json", error)
         raise

@@ -41,29 +41,41 @@ from dmp_wb.training.setup import (
 def accelerate_config(
     config_file: str | Path | None,  # None: accelerate's default one, where the user has made it
 ) -> tuple[str, Any]: # the file's name and what it says; "" and None if there is none
-    "A config file of accelerate. Raises `MissingFile`, and `BadInput` for what is none, and for one of several machines."
-    if config_file is not None and not Path(config_file).is_file(): raise MissingFile(f"no file {config_file}: expected a config file of accelerate, as `accelerate config` writes")
+    """A config file of accelerate. Raises `MissingFile`, and
+    `BadInput` for what is none, and for one of several machines."""
+    if config_file is not None and not Path(config_file).is_file():
+        raise MissingFile(f"no file {config_file}: expected a config file of accelerate, as `accelerate config` writes")
     if config_file is None and not os.path.isfile(default_config_file): return "", None
     name = str(config_file or default_config_file)
     try: config = load_config_from_file(name)
-    except Exception as e: raise BadInput(f"{name} is not a config file of accelerate: {' '.join(str(e).split())[:200]}") from None   # whatever it raises
-    if getattr(config, "num_machines", None) != 1: raise BadInput(f"{name} is for {getattr(config, 'num_machines', 'machines of a cloud')} machines: expected num_machines 1; a job script starts accelerate on each of several")
+    except Exception as e:
+        # whatever it raises
+        raise BadInput(f"{name} is not a config file of accelerate: {' '.join(str(e).split())[:200]}") from None
+    if getattr(config, "num_machines", None) != 1:
+        raise BadInput(f"{name} is for {getattr(config, 'num_machines', 'machines of a cloud')} machines: expected "
+                       "num_machines 1; a job script starts accelerate on each of several")
     return name, config
 
-def _kind(config) -> str: return str(getattr(getattr(config, "distributed_type", None), "value", getattr(config, "distributed_type", None) or "NO"))
+def _kind(config) -> str:
+    return str(getattr(getattr(config, "distributed_type", None), "value",
+                       getattr(config, "distributed_type", None) or "NO"))
 
 def usable_gpus(exp: Experiment, config) -> int: # 0: the processes train on the CPU
     "The GPUs of this machine that a launch may use."
     cpu = exp.train.cpu or getattr(config, "use_cpu", False) or _kind(config) == "MULTI_CPU"
     return 0 if cpu or not torch.accelerator.is_available() else torch.accelerator.device_count()
 
+# %% ../../nbs/source/training/08_launching.ipynb #d5f68773
 def launch_processes(
     exp: Experiment,
     num_processes: int | None,     # None: as the config file says, else one for each GPU, else 1
     config_file: str | Path | None,  # None: accelerate's default one, where the user has made it
 ) -> int:
-    "The number of processes. Raises `BadInput` for one that this machine cannot serve or the batch cannot be shared by, and for config files of several machines."
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise BadInput(f"this is one of {os.environ['WORLD_SIZE']} processes already: expected wb.launch in a process of its own, and wb.train in what it starts")
+    """The number of processes. Raises `BadInput` for one that this machine cannot serve
+    or the batch cannot be shared by, and for config files of several machines."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"this is one of {os.environ['WORLD_SIZE']} processes already: expected wb.launch in a process "
+                       "of its own, and wb.train in what it starts")
     name, config = accelerate_config(config_file)
     gpus = usable_gpus(exp, config)
     if num_processes is None and config is not None: num_processes = config.num_processes
@@ -71,24 +83,32 @@ def launch_processes(
     if n < 1: raise BadInput(f"num_processes is {n}: expected at least 1")
     limit, what = (gpus, "the GPUs of this machine") if gpus else (os.cpu_count() or 1, "the CPU cores of this machine")
     if n > limit: raise BadInput(f"num_processes is {n}: expected at most {limit}, {what}")
-    ids = str(getattr(config, "gpu_ids", None) or "all").replace(" ", "") if gpus else "all"   # YAML makes a number of a single one
+    # YAML makes a number of a single one
+    ids = str(getattr(config, "gpu_ids", None) or "all").replace(" ", "") if gpus else "all"
     if ids != "all":
-        if n > len(set(ids.split(","))): raise BadInput(f"num_processes is {n}: expected at most {len(set(ids.split(',')))}, the gpu_ids {ids} of {name}")
+        if n > len(set(ids.split(","))):
+            raise BadInput(
+                f"num_processes is {n}: expected at most {len(set(ids.split(',')))}, the gpu_ids {ids} of {name}")
         missing = [i for i in ids.split(",") if i.isdecimal() and int(i) >= gpus]
-        if missing and not os.environ.get("CUDA_VISIBLE_DEVICES"): raise BadInput(f"gpu_ids is {ids} in {name}: expected numbers below {gpus}, the GPUs of this machine")
+        if missing and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            raise BadInput(f"gpu_ids is {ids} in {name}: expected numbers below {gpus}, the GPUs of this machine")
     share_of_batch(exp.train, n)
     return n
 
+# %% ../../nbs/source/training/08_launching.ipynb #8c197b81
 def launch_command(
     n: int,          # processes
     gpus: int,       # of this machine that may be used
     config_file: str | Path | None,
     config,          # what it says, or None
 ) -> list[str]:
-    "The command line of accelerate, up to what it starts. A config file that speaks of one process must not make one of several."
+    """The command line of accelerate, up to what it starts.
+    A config file that speaks of one process must not make one of several."""
     several = ["--multi_gpu"] if n > 1 and gpus and _kind(config) == "NO" else []
-    private = ["--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file", "--main_process_port", "0"]   # torchrun then listens nowhere
-    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), *several, *private, *(["--config_file", str(config_file)] if config_file else [])]
+    # torchrun then listens nowhere
+    private = ["--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file", "--main_process_port", "0"]
+    return [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(n), *several, *private,
+            *(["--config_file", str(config_file)] if config_file else [])]
 
 # %% ../../nbs/source/training/08_launching.ipynb #5ac6a808
 def launch_error(
@@ -102,15 +122,20 @@ def launch_error(
     if errors:
         first = errors[0]
         kind = {"BadInput": BadInput, "FloatingPointError": FloatingPointError}.get(first["type"])
-        return kind(f"{first['message']} (log: {short(log)})") if kind else RuntimeError(f"process {first['rank']} failed: {first['type']}: {first['message']} (log: {short(log)})")
+        return kind(f"{first['message']} (log: {short(log)})") if kind else RuntimeError(
+            f"process {first['rank']} failed: {first['type']}: {first['message']} (log: {short(log)})")
     text = log.read_bytes()[start:].decode(errors="replace")
-    killed = re.search(r"Signal \d+ \((SIG\w+)\)|<Signals\.(SIG\w+)", text.split("Root Cause")[-1])   # torchrun names those that it ended itself before that
+    # torchrun names those that it ended itself before that
+    killed = re.search(r"Signal \d+ \((SIG\w+)\)|<Signals\.(SIG\w+)", text.split("Root Cause")[-1])
     if killed:
         name = killed[1] or killed[2]
-        return RuntimeError(f"a process was killed by {name}{', as happens where memory runs out' if name == 'SIGKILL' else ''} (log: {short(log)})")
+        return RuntimeError(
+            f"a process was killed by {name}{', as happens where memory runs out' if name == 'SIGKILL' else ''} (log: "
+            f"{short(log)})")
     last = next((line.strip() for line in reversed(text.splitlines()) if re.search(r"\w", line)), "nothing in the log")
     return RuntimeError(f"accelerate launch ended with status {status}: {last[:300]} (log: {short(log)})")
 
+# %% ../../nbs/source/training/08_launching.ipynb #acd80766
 def kill_all(child: subprocess.Popen):
     "SIGKILL to a process and all that it started."
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -121,7 +146,8 @@ def kill_all(child: subprocess.Popen):
     child.wait()
 
 def wait_for_writer(run: Run, seconds: float):
-    "Wait until nobody writes a run: a signal to all processes ends accelerate at once, and those that train when they have a checkpoint."
+    """Wait until nobody writes a run: a signal to all processes ends
+    accelerate at once, and those that train when they have a checkpoint."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -129,7 +155,9 @@ def wait_for_writer(run: Run, seconds: float):
         except BadInput: time.sleep(0.2)
 
 # %% ../../nbs/source/training/08_launching.ipynb #6c98c3dd
-OTHER_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MV2_")   # variables with these beginnings are of what started the notebook, srun or mpirun
+# variables with these beginnings are of what started the notebook, srun or mpirun
+OTHER_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+                   "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MV2_")
 
 def launch(
     experiment: str | Path | Experiment,          # a YAML file, the bare name of one, or an `Experiment`
@@ -138,10 +166,13 @@ def launch(
     folder: str | Path | None = None,             # the run folder; `runs/<name>` if None
     config_file: str | Path | None = None,        # of accelerate: FSDP2, DeepSpeed, some of the GPUs
 ) -> Run:
-    """Train in processes that `accelerate launch` starts on this machine, and return the run, as `train` does in this process.
+    """Train in processes that `accelerate launch` starts on this
+    machine, and return the run, as `train` does in this process.
 
-    Progress is shown here; all that the processes print is in `launch.log` in the run folder. An interrupt, SIGTERM or SIGUSR1 here, and the death of this process, end the training with a checkpoint.
-    Raises `BadInput` before anything is started for what cannot work on this machine, and the first error of the processes, in one line, if they fail.
+    Progress is shown here; all that the processes print is in `launch.log` in the run folder.
+    An interrupt, SIGTERM or SIGUSR1 here, and the death of this process, end the training with a checkpoint.
+    Raises `BadInput` before anything is started for what cannot work on this
+    machine, and the first error of the processes, in one line, if they fail.
     """
     exp = absolute_paths(load_experiment(experiment, overrides))
     run = new_run(exp, folder)
@@ -152,21 +183,27 @@ def launch(
         print(f"{short(run.folder)} is finished: nothing to do")
         return run
     with run_lock(run.folder): pass   # whoever else writes it is told now
-    with room_for(run), tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp: return _launch(exp, run, n, config_file, Path(tmp))
+    with room_for(run), tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp:
+        return _launch(exp, run, n, config_file, Path(tmp))
 
+# %% ../../nbs/source/training/08_launching.ipynb #fb6e1328
 def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path) -> Run:
     log = run.folder / "launch.log"
     write_json(tmp / LAUNCHER_FILE, process_identity())
     write_atomic(tmp / f"{exp.name}.yaml", to_yaml(exp))
     _, config = accelerate_config(config_file)
     gpus = usable_gpus(exp, config)
-    command = [*launch_command(n, gpus, config_file, config), "-m", "dmp_wb.training", str(tmp / f"{exp.name}.yaml"), "--folder", str(run.folder)]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | safe_path() | file_rendezvous(tmp / "rendezvous") | {
-        LAUNCH_VARIABLE: str(tmp), PROCESSES_VARIABLE: str(n), PROGRESS_VARIABLE: str(tmp / "progress.json"), "PYTHONUNBUFFERED": "1"}
+    command = [*launch_command(n, gpus, config_file, config), "-m", "dmp_wb.training", str(tmp / f"{exp.name}.yaml"),
+               "--folder", str(run.folder)]
+    env = ({k: v for k, v in os.environ.items() if not k.startswith(OTHER_LAUNCHERS)} | safe_path()
+           | file_rendezvous(tmp / "rendezvous") | {
+               LAUNCH_VARIABLE: str(tmp), PROCESSES_VARIABLE: str(n), PROGRESS_VARIABLE: str(tmp / "progress.json"),
+               "PYTHONUNBUFFERED": "1"})
     if not gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n)))   # accelerate would say 1
-    with os.fdopen(open_to_append(log), "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said, contextlib.ExitStack() as bars:
+    with (os.fdopen(open_to_append(log), "ab") as err, open(tmp / "out", "wb") as out, open(tmp / "out", "rb") as said,
+          contextlib.ExitStack() as bars):
         err.write(f"== {time.strftime('%Y-%m-%d %H:%M:%S')} {n} processes\n".encode())
         err.flush()
         start = err.tell()
@@ -191,7 +228,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
             show()
 
         with asked_to_stop() as asked:
-            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True)
+            child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                     start_new_session=True)
             try: wait()
             finally: kill_all(child)   # a second interrupt, or anything unforeseen
         bars.close()
@@ -201,7 +239,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
         wait_for_writer(run, GRACE)
         if asked.interrupted and not run.finished:
             step = newest_checkpoint(run.folder)
-            print(f"interrupted; {f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
+            print(f"interrupted; "
+                  f"{f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
             raise KeyboardInterrupt
         if failed: raise launch_error(tmp, log, start, child.returncode)
     return run

@@ -124,61 +124,84 @@ def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
 
 # %% ../../nbs/source/training/02_setup.ipynb #7a40c3b3
 def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
-    "accelerate's `Accelerator` for an experiment; raises `BadInput` where it contradicts the machine or the launcher, and for trackers that are not installed."
+    """accelerate's `Accelerator` for an experiment;
+    raises `BadInput` where it contradicts the machine or the launcher, and for trackers that are not installed."""
     t = exp.train
     names = [n.strip() for n in (t.log_with or "").split(",") if n.strip()]
     installed = [str(name) for name in get_available_trackers()]
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS: raise unknown("train.log_with", name, LOGGER_TYPE_TO_CLASS)
-        if name not in installed: raise BadInput(f"train.log_with is {t.log_with!r}, but {name} is not installed: pip install {name.replace('_', '-')}, or choose among {', '.join(installed) or 'null'}")
+        if name not in installed:
+            raise BadInput(f"train.log_with is {t.log_with!r}, but {name} is not installed: pip install "
+                           f"{name.replace('_', '-')}, or choose among {', '.join(installed) or 'null'}")
     cpu = t.cpu or not torch.accelerator.is_available()
     check_launch(cpu)
-    if cpu and t.mixed_precision == "fp16": raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
+    if cpu and t.mixed_precision == "fp16":
+        raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if launched not in ("no", t.mixed_precision): raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is {t.mixed_precision!r}: set train.mixed_precision={launched}")
-    if AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision: AcceleratorState._reset_state()   # a second run in this process
+    if launched not in ("no", t.mixed_precision):
+        raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is "
+                       f"{t.mixed_precision!r}: set train.mixed_precision={launched}")
+    # a second run in this process
+    if AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision:
+        AcceleratorState._reset_state()
     if not cpu:
         torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = t.tf32
-    accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu, gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
-                              project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), *rendezvous_kwargs()])   # every process makes the same buffers
+    # every process makes the same buffers
+    accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu,
+                              gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
+                              project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)),
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
+                                               *rendezvous_kwargs()])
     check_processes(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = t.gradient_accumulation_steps   # over what a launcher's environment says
-    accelerator.gradient_state._set_sync_gradients(True)                      # an interrupted run in this process may have left it off
+    # an interrupted run in this process may have left it off
+    accelerator.gradient_state._set_sync_gradients(True)
     set_up_sharding(accelerator, t, exp.optim)
     return accelerator
 
 def start_trackers(accelerator: Accelerator, run: Run, exp: Experiment, step: int, held: contextlib.ExitStack) -> list:
     "The trackers of the first process, going on after `step`; none in the others."
     if not accelerator.is_main_process or not accelerator.log_with: return []
-    name = {"name": exp.name, "id": hashlib.sha1(str(run.folder).encode()).hexdigest()[:12], "resume": "allow", "dir": str(run.folder)}
-    accelerator.init_trackers("tensorboard" if [*map(str, accelerator.log_with)] == ["tensorboard"] else "dmp_wb", init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": name})
+    name = {"name": exp.name, "id": hashlib.sha1(str(run.folder).encode()).hexdigest()[:12], "resume": "allow",
+            "dir": str(run.folder)}
+    accelerator.init_trackers("tensorboard" if [*map(str, accelerator.log_with)] == ["tensorboard"] else "dmp_wb",
+                              init_kwargs={"tensorboard": {"purge_step": step + 1}, "wandb": name})
     for tracker in accelerator.trackers:
         held.callback(tracker.finish)
-        if tracker.name == "tensorboard": tracker.writer.add_text("config", f"```yaml\n{to_yaml(exp)}```", step)   # its own way makes a new folder at each start
+        # its own way makes a new folder at each start
+        if tracker.name == "tensorboard": tracker.writer.add_text("config", f"```yaml\n{to_yaml(exp)}```", step)
         else: tracker.store_init_configuration(flat(dataclasses.asdict(exp)))
     return accelerator.trackers
 
 def absolute_paths(exp: Experiment) -> Experiment:
     "The experiment with its files and folders by full path: a run must find them from any folder."
-    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):
-        if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists(): setattr(config, key, str(Path(value).resolve()))
+    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"),
+                        (exp.multitask, "clusters")):
+        if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists():
+            setattr(config, key, str(Path(value).resolve()))
     return exp
 
 def share_of_batch(t: TrainConfig, num_processes: int) -> int:
     "The images that a process takes at once; raises `BadInput` if the batch cannot be shared evenly."
     share, rest = divmod(t.batch_size, num_processes * t.gradient_accumulation_steps)
-    if rest: raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {num_processes} processes × {t.gradient_accumulation_steps} accumulated parts")
+    if rest:
+        raise BadInput(f"train.batch_size is {t.batch_size}: expected a multiple of {num_processes} processes × "
+                       f"{t.gradient_accumulation_steps} accumulated parts")
     return share
 
 def new_run(exp: Experiment, folder: str | Path | None) -> Run:
-    "Where an experiment goes: the folder, or `runs/<name>`. Raises `BadInput` for the name of a run that ships with the package."
-    if not folder and (assets_folder() / exp.name).exists(): raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
+    """Where an experiment goes: the folder, or `runs/<name>`.
+    Raises `BadInput` for the name of a run that ships with the package."""
+    if not folder and (assets_folder() / exp.name).exists():
+        raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     return Run((expanded(folder) if folder else runs_root() / exp.name).resolve())
 
 # What a run may be resumed with other values of: no weight and no loss depends on it
 MAY_CHANGE = frozenset(("data.num_workers", "data.max_bad_images", *(f"train.{key}" for key in (
-    "steps", "cpu", "log_with", "log_every", "checkpoint_every", "keep_last", "keep_every", "keep_best", "on_nonfinite", "nonfinite_limit",
+    "steps", "cpu", "log_with", "log_every", "checkpoint_every", "keep_last", "keep_every", "keep_best", "on_nonfinite",
+    "nonfinite_limit",
     "sample_every", "sample_images", "sample_steps", "sample_guidance_scale"))))
 
 def check_folder(
@@ -187,19 +210,26 @@ def check_folder(
 ) -> dict[str, tuple]: # the keys of `MAY_CHANGE` whose values are other ones than before: the old and the new value
     """Compare an experiment with the one that a run folder holds, if it holds one.
 
-    Raises `BadInput` if it belongs to another experiment, naming the first key that differs, and for fewer `train.steps` than are done.
+    Raises `BadInput` if it belongs to another experiment, naming the
+    first key that differs, and for fewer `train.steps` than are done.
     """
     if run.folder.exists() and not run.folder.is_dir(): raise BadInput(f"{run.folder} is a file: expected a run folder")
     if not (run.folder / "config.yaml").exists(): return {}
     old, new = flat(dataclasses.asdict(run.experiment)), flat(dataclasses.asdict(exp))
     changed = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k != "name"}
     if differs := [k for k in changed if k not in MAY_CHANGE]:
-        raise BadInput(f"{short(run.folder)} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here"
-                       + (f" (and {len(differs) - 1} more)" if len(differs) > 1 else "") + "; give the run another name, or remove that folder")
+        raise BadInput(f"{short(run.folder)} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and "
+                       f"{new[differs[0]]!r} here"
+                       + (f" (and {len(differs) - 1} more)" if len(differs) > 1 else "")
+                       + "; give the run another name, or remove that folder")
     steps, done = exp.train.steps, run.steps_done
-    if steps < done: raise BadInput(f"train.steps is {steps:,}: expected at least {done:,}, which {short(run.folder)} has done already; or give the run another name")
-    if run.finished and steps > done and newest_checkpoint(run.folder) is None:   # to begin anew would lose what it has reached
-        raise BadInput(f"train.steps is {steps:,}, but {short(run.folder)}, finished at {done:,}, has no checkpoint to go on from: expected a whole one in checkpoints/, or another name for the run")
+    if steps < done:
+        raise BadInput(f"train.steps is {steps:,}: expected at least {done:,}, which {short(run.folder)} has done "
+                       "already; or give the run another name")
+    # to begin anew would lose what it has reached
+    if run.finished and steps > done and newest_checkpoint(run.folder) is None:
+        raise BadInput(f"train.steps is {steps:,}, but {short(run.folder)}, finished at {done:,}, has no checkpoint to "
+                       "go on from: expected a whole one in checkpoints/, or another name for the run")
     return changed
 
 def nothing_to_do(run: Run, exp: Experiment) -> bool:
@@ -209,15 +239,18 @@ def nothing_to_do(run: Run, exp: Experiment) -> bool:
 def versions() -> dict[str, str]:
     "What a run was made with: Python, packages, machine, and the git commit of the working folder."
     from dmp_wb import __version__
-    return {"dmp_wb": __version__, "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__, "platform": f"{platform.system()} {platform.machine()}", "git_commit": git_commit()}
+    return {"dmp_wb": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "accelerate": accelerate.__version__, "platform": f"{platform.system()} {platform.machine()}",
+            "git_commit": git_commit()}
 
 def write_config(
     run: Run,
     exp: Experiment,
     changed: dict[str, tuple] | None = None,   # as `check_folder` found it
 ):
-    """Write config.yaml, with what the run is made with as comments; where keys have changed, what is in force now, and since which step.
+    """Write config.yaml, with what the run is made with as comments;
+    where keys have changed, what is in force now, and since which step.
 
     A finished run that is made longer is opened again: its summary is kept beside, as summary-step-NNNNNNN.json.
     """
@@ -226,16 +259,19 @@ def write_config(
         write_atomic(file, "".join(f"# {k}: {v}\n" for k, v in versions().items()) + to_yaml(exp))
     elif changed:
         step = run.steps_done
-        if run.finished and exp.train.steps > step: os.replace(run.folder / "summary.json", run.folder / f"summary-step-{step:07d}.json")
+        if run.finished and exp.train.steps > step:
+            os.replace(run.folder / "summary.json", run.folder / f"summary-step-{step:07d}.json")
         comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         comments += [f"# from step {step} on, {k} is {new!r}; it was {old!r}" for k, (old, new) in changed.items()]
         write_atomic(file, "\n".join(comments) + "\n" + to_yaml(dataclasses.replace(exp, name=run.experiment.name)))
 
 def say_longer(say: Callable, exp: Experiment, changed: dict[str, tuple], lr: float):
-    "Tell what becomes of a learning rate whose schedule depends on the number of steps, in a run that is made longer or shorter."
+    """Tell what becomes of a learning rate whose schedule depends on
+    the number of steps, in a run that is made longer or shorter."""
     if "train.steps" in changed and exp.optim.lr_scheduler in ("linear", "cosine"):
         old, new = changed["train.steps"]
-        say(f"the {exp.optim.lr_scheduler} schedule of the learning rate, which ended at step {old:,}, now ends at {new:,}: it goes on at {lr:.3g}, not as a run of {new:,} steps would have begun")
+        say(f"the {exp.optim.lr_scheduler} schedule of the learning rate, which ended at step {old:,}, now ends at "
+            f"{new:,}: it goes on at {lr:.3g}, not as a run of {new:,} steps would have begun")
 
 @contextlib.contextmanager
 def room_for(run: Run):
@@ -244,20 +280,27 @@ def room_for(run: Run):
     except (OSError, SafetensorError, BadInput) as e:
         cause = e.__cause__ or e   # a BadInput may have been made of it
         by_number = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not by_number and not re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\)", str(cause)): raise   # as safetensors says it
-        said = e if isinstance(e, BadInput) else system_error(e) if isinstance(e, OSError) else f"weights cannot be written into {run.folder}: {e}"
-        after = f"step {run.steps_done:,}" if list_checkpoints(run.folder) else "the beginning, there is no checkpoint yet"
+        # as safetensors says it
+        if not by_number and not re.search(rf"os error ({errno.ENOSPC}|{errno.EDQUOT})\)", str(cause)): raise
+        said = (e if isinstance(e, BadInput) else system_error(e) if isinstance(e, OSError)
+                else f"weights cannot be written into {run.folder}: {e}")
+        after = (f"step {run.steps_done:,}" if list_checkpoints(run.folder)
+                 else "the beginning, there is no checkpoint yet")
         raise BadInput(f"{said}; once there is room, the same command goes on from {after}") from e
 
-WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json", "rollback.json", "launch.log")   # by this room, as whole files
+# by this room, as whole files
+WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json", "rollback.json", "launch.log")
 
 def clear_run(run: Run):
     "Remove what a process that was killed while it wrote left in a run folder; only who holds its lock may call this."
     clear_leftovers(run.folder, WRITTEN)
-    samples = {m[1] for p in run.folder.glob("samples/.step-*.tmp") if (m := re.fullmatch(r"\.(step-\d+\.png)\.\w{1,16}\.tmp", p.name))}
+    samples = {m[1] for p in run.folder.glob("samples/.step-*.tmp")
+               if (m := re.fullmatch(r"\.(step-\d+\.png)\.\w{1,16}\.tmp", p.name))}
     clear_leftovers(run.folder / "samples", samples)
     for folder in run.folder.glob(".*"):   # an export that was being written, or the one before it on its way out
-        if re.fullmatch(r"\.(model|patch)\.\w{1,16}\.(tmp|old)", folder.name) and folder.is_dir() and not folder.is_symlink(): shutil.rmtree(folder, ignore_errors=True)
+        if (re.fullmatch(r"\.(model|patch)\.\w{1,16}\.(tmp|old)", folder.name) and folder.is_dir()
+                and not folder.is_symlink()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/source/training/02_setup.ipynb #5e7a0002
 @dataclasses.dataclass
@@ -279,19 +322,22 @@ class Parts:
     aggregator: nn.Module | None = None            # what combines the gradients of the tasks
 
 def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
-    "The parts of an experiment, on the device. Raises `BadInput` where they do not fit each other, the machine or the launcher."
+    """The parts of an experiment, on the device.
+    Raises `BadInput` where they do not fit each other, the machine or the launcher."""
     data = load_data(exp.data)
     run = new_run(exp, folder)
     accelerator = make_accelerator(exp, run)
     share = share_of_batch(exp.train, accelerator.num_processes)
     if exp.multitask.method != "none" and share < exp.multitask.k:
-        raise BadInput(f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
+        raise BadInput(
+            f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
     order = EpochOrder(len(data), exp.train.batch_size, exp.seed)
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     frozen = any(method_entry(name).freezes for name in exp.methods)
     facts = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
-    parts = Parts(exp, run, data, order=order, accelerator=accelerator, share=share, backbone=backbone, inputs=model_inputs(backbone),
+    parts = Parts(exp, run, data, order=order, accelerator=accelerator, share=share, backbone=backbone,
+                  inputs=model_inputs(backbone),
                   null_class=anatomy_of(backbone).num_classes(backbone), tables=tables, facts=facts)
     add_tasks(parts)
     if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
@@ -308,7 +354,8 @@ def add_tasks(parts: Parts):
         return
     parts.aggregator = make_aggregator(config.method, len(parts.clusters))
     if splits_weights(parts.accelerator):
-        raise BadInput(f"multitask.method is {config.method!r}: expected 'none' or 'uw' with FSDP, an aggregator needs the whole gradient of each loss")
+        raise BadInput(f"multitask.method is {config.method!r}: expected 'none' or 'uw' with FSDP, an aggregator needs "
+                       "the whole gradient of each loss")
 
 def groups_of(parts: Parts) -> list[dict]:
     """The optimiser's groups: those of the model, and the learned weights of the tasks.

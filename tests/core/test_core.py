@@ -19,7 +19,7 @@ from dmp_wb.core.errors import (
     BadInput, MissingFile, one_line_errors, printable, system_error, system_errors, unknown,
 )
 from dmp_wb.core.files import atomic_folder, read_json, write_atomic, write_json
-from dmp_wb.core.paths import expanded, project_root, runs_root, short
+from dmp_wb.core.paths import expanded, passive_waiting, project_root, runs_root, short
 from dmp_wb.core.processes import process_alive, process_identity
 from dmp_wb.core.bars import LogBar, mirror, progress, progress_line, read_progress
 from dmp_wb.core.seeds import seed_of
@@ -39,6 +39,7 @@ def test_import_is_light_and_public_names_exist():
     with pytest.raises(AttributeError, match="no attribute 'pacth'"): wb.pacth  # noqa: B018
 
 
+@pytest.mark.slow
 def test_run_time_needs_no_nbdev():
     code = ("import sys, dmp_wb as wb; [getattr(wb, n) for n in dir(wb)]; print(sorted(m for m in sys.modules if "
             "m.split('.')[0] in ('nbdev', 'fastcore', 'execnb')))")
@@ -254,3 +255,21 @@ def test_a_command_in_a_folder_that_is_gone_is_one_line_before_it_begins(tmp_pat
     (tmp_path / "gone").rmdir()
     with pytest.raises(SystemExit), one_line_errors(): raise AssertionError("it began")
     assert capsys.readouterr().err == "error: the working folder is gone: expected one that exists, change to another\n"
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert passive_waiting() == {"OMP_WAIT_POLICY": "PASSIVE"}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert passive_waiting() == {"OMP_WAIT_POLICY": "ACTIVE"}
+
+
+@pytest.mark.parametrize("way", ["import dmp_wb as wb; wb.BadInput", "from dmp_wb.cli import main; main()",
+                                 "from dmp_wb.training.__main__ import main; main(['digits-pretran'])"])
+def test_the_way_of_waiting_is_set_before_torch_is_there(way):
+    "torch reads it when it is imported: by the package's names, by the command of a training, by the command line."
+    code = (f"import contextlib, os, sys\nwith contextlib.suppress(SystemExit): {way}\n"
+            "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)")
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert said.split()[-2] == "PASSIVE"

@@ -501,7 +501,7 @@ def test_children_die_with_their_parent(tmp_path):
     (tmp_path / "dmp_wb").mkdir()   # what stands for the command line: it takes no second to start, and does not end
     (tmp_path / "dmp_wb" / "__init__.py").write_text("")
     (tmp_path / "dmp_wb" / "__main__.py").write_text("import time; time.sleep(600)")
-    code = "import dmp_wb.cli, os; os.environ['PYTHONPATH'] = os.getcwd(); dmp_wb.cli._in_parallel(2)"
+    code = "import dmp_wb.cli.making as m, os; os.environ['PYTHONPATH'] = os.getcwd(); m._in_parallel(2)"
     parent = subprocess.Popen([sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop()); " + code,
                                os.path.dirname(os.path.dirname(wb.__file__))], cwd=tmp_path)
     children: list = []

@@ -106,6 +106,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with tempfile.TemporaryDirectory() as d:
         begun = time.monotonic()
         hits, wrong = drill(TRAINING, a.kills, d, a.jobs, a.seed)
