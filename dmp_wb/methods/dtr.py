@@ -86,7 +86,8 @@ class Routing(Method):
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
         return list(enumerate(anatomy_of(model).routed(model)))
 
-    def mask(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: # of x's dtype, of a shape that multiplies x
+    def mask(self, index: int, x: torch.Tensor,
+             call: Call) -> torch.Tensor:   # of x's dtype, of a shape that multiplies x
         raise NotImplementedError
 
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
@@ -102,7 +103,8 @@ class Routing(Method):
 
 # %% ../../nbs/source/methods/07_dtr.ipynb #ae302968
 class ChannelRouting(Routing):
-    "A route whose mask has a value for each timestep and channel. A subclass gives `masks_at`, and `scale`, the model's `timestep_scale`."
+    """A route whose mask has a value for each timestep and channel.
+    A subclass gives `masks_at`, and `scale`, the model's `timestep_scale`."""
     scale = 1.0
 
     def masks_at(self, timesteps: torch.Tensor, channels: int) -> torch.Tensor: # [B, channels]

@@ -14,6 +14,7 @@ from torch import nn
 from ..core.errors import BadInput
 from .base import ModuleMethod, Panel
 from .dtr import ChannelRouting
+from .hooks import Call
 from .settings import LearnedMaskConfig
 from ..models.backbones import anatomy_of
 
@@ -56,13 +57,16 @@ class LearnedMask(ModuleMethod, ChannelRouting):
         super().__init__(model, dataclasses.replace(config))
         anatomy = anatomy_of(model)
         self.scale = anatomy.timestep_scale(model)
-        for width in {*anatomy.block_widths(model)}: self.kept(width)
+        self.widths = sorted({*anatomy.block_widths(model)})
+        for width in self.widths: self.kept(width)
         self.rises = nn.Parameter(torch.zeros(config.knots))
 
     def kept(self, channels: int) -> int:
         "C_β = ⌊βC⌋."
         kept = int(channels * self.config.sharing_ratio)
-        if kept < 1: raise BadInput(f"sharing_ratio is {self.config.sharing_ratio}: expected one that leaves a channel of {channels}")
+        if kept < 1:
+            raise BadInput(
+                f"sharing_ratio is {self.config.sharing_ratio}: expected one that leaves a channel of {channels}")
         return kept
 
     def starts(self, timesteps: torch.Tensor, channels: int) -> torch.Tensor: # [B], not rounded
@@ -71,6 +75,11 @@ class LearnedMask(ModuleMethod, ChannelRouting):
         u = (timesteps.to(wide) * (1 / (self.config.num_train_timesteps - 1))).clamp(0, 1)
         w = path(u, self.rises.to(wide)).clamp(min=1e-12)   # at 0 a power below 1 has no derivative
         return w**self.config.alpha * (channels - self.kept(channels))
+
+    def start(self, call: Call):
+        super().start(call)
+        state = call.state[self.key]   # not in the first block, which a checkpoint would run again without making them
+        state["masks"] |= {width: self.masks_at(state["timesteps"], width) for width in self.widths}
 
     def masks_at(self, timesteps: torch.Tensor, channels: int) -> torch.Tensor: # [B, channels]
         "The masks that act: with soft edges in training, hard ones otherwise."
@@ -95,6 +104,5 @@ class LearnedMask(ModuleMethod, ChannelRouting):
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
         "A mask for each width of the model's blocks."
         t, c = torch.as_tensor(timesteps), self.config
-        widths = sorted({*anatomy_of(self.model).block_widths(self.model)})
         words = f"β = {c.sharing_ratio:g}, begun at α = {c.alpha:g}"
-        return [Panel("mask", f"{w} channels", self.masks(t, w), t, caption=words) for w in widths]
+        return [Panel("mask", f"{w} channels", self.masks(t, w), t, caption=words) for w in self.widths]

@@ -20,7 +20,8 @@ from typing import Any
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.paths import expanded
-from .settings import DMPConfig, DTRConfig, LearnedMaskConfig, PromptTuningConfig, SwitchConfig, TLoRAConfig
+from .settings import (DMPConfig, DTRConfig, LearnedMaskConfig, PromptTuningConfig, SwitchConfig,
+                                     TLoRAConfig)
 
 # %% ../../nbs/source/methods/01_registry.ipynb #4f51c88b
 @dataclass(frozen=True)
@@ -196,9 +197,11 @@ register_method("prompt-tuning", "dmp_wb.methods.dmp:PromptTuning", config=Promp
                 colour="#009e73",
                 freezes=True, formerly="patch", excludes=("dmp",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
 register_method("dtr", "dmp_wb.methods.dtr:Router", config=DTRConfig, label="DTR", colour="#d55e00", formerly="routing")
-register_method("lmask", "dmp_wb.methods.lmask:LearnedMask", config=LearnedMaskConfig, label="learned mask", colour="#cc79a7",
+register_method("lmask", "dmp_wb.methods.lmask:LearnedMask", config=LearnedMaskConfig, label="learned mask",
+                colour="#cc79a7",
                 excludes=("dtr", "switch"))
 register_method("switch", "dmp_wb.methods.switch:Switch", config=SwitchConfig, label="Switch-DiT", colour="#e69f00",
                 excludes=("dtr", "lmask"))
-register_method("tlora", "dmp_wb.methods.tlora:TimestepLoRA", config=TLoRAConfig, label="timestep LoRA", colour="#56b4e9",
+register_method("tlora", "dmp_wb.methods.tlora:TimestepLoRA", config=TLoRAConfig, label="timestep LoRA",
+                colour="#56b4e9",
                 freezes=True, excludes=("dmp", "prompt-tuning"))

@@ -140,13 +140,16 @@ def _number(config, key: str, low: float, high: float = math.inf, above: bool = 
     fits = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value < math.inf
     if fits and not (above and value == low): return
     limits = f"above {low:g}" if above else f"at least {low:g}"
-    raise BadInput(f"{key} is {value!r}: expected a number {limits}" + (f", at most {high:g}" if high < math.inf else ""))
+    raise BadInput(
+        f"{key} is {value!r}: expected a number {limits}" + (f", at most {high:g}" if high < math.inf else ""))
 
 def _whole(config, key: str, low: int, high: int | None = None):
     "Raise `BadInput` unless a setting is a whole number from `low` to `high`."
     value = getattr(config, key)
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high): return
-    raise BadInput(f"{key} is {value!r}: expected a whole number, at least {low}" + (f", at most {high}" if high is not None else ""))
+    if isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high):
+        return
+    raise BadInput(f"{key} is {value!r}: expected a whole number, at least {low}"
+                   + (f", at most {high}" if high is not None else ""))
 
 # %% ../../nbs/source/methods/00_settings.ipynb #9a45ebcb
 @dataclass
@@ -172,7 +175,8 @@ class LearnedMaskConfig:
 class SwitchConfig:
     "Hyper-parameters of Switch-DiT's experts (2403.09176, section 4)."
     num_experts: int = 3              # M, experts a block
-    top_k: int = 2                    # experts that act at a timestep, 1…M; more than half of M: any two timesteps share one
+    # experts that act at a timestep, 1…M; more than half of M: any two timesteps share one
+    top_k: int = 2
     shared_expert: bool = False       # one more expert a block that always acts; the paper has none
     prior_weight: float = 1.0         # weight of the diffusion prior loss in training
     prior_alpha: float = 4.0          # α of the prior's window
@@ -186,7 +190,8 @@ class SwitchConfig:
         _number(self, "prior_weight", 0)
         _number(self, "prior_alpha", 0, above=True)
         _whole(self, "num_train_timesteps", 2)
-        if not isinstance(self.shared_expert, bool): raise BadInput(f"shared_expert is {self.shared_expert!r}: expected true or false")
+        if not isinstance(self.shared_expert, bool):
+            raise BadInput(f"shared_expert is {self.shared_expert!r}: expected true or false")
 
 # %% ../../nbs/source/methods/00_settings.ipynb #e3d9d53d
 FORMS = ("experts", "rank")
@@ -194,12 +199,15 @@ FORMS = ("experts", "rank")
 @dataclass
 class TLoRAConfig:
     "Hyper-parameters of a LoRA by timestep (2503.07416 and 2507.05964)."
-    form: str = "experts"             # "experts": low-rank updates of timestep intervals; "rank": one whose rank falls with the noise
+    # "experts": low-rank updates of timestep intervals; "rank": one whose rank falls with the noise
+    form: str = "experts"
     rank: int = 4                     # of an expert; in the form "rank", at t = 0
     min_rank: int = 1                 # in the form "rank", at t = T
-    scales: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  # numbers of intervals, rising; the last have the expert that acts without a gate
+    # numbers of intervals, rising; the last have the expert that acts without a gate
+    scales: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     scale: float = 1.0                # factor of the update
-    targets: list[str] | None = None  # parts of the names of the linear layers, such as "attn"; None: all but those that read the timestep
+    # parts of the names of the linear layers, such as "attn"; None: all but those that read the timestep
+    targets: list[str] | None = None
     gate_lr_scale: float = 10.0       # in training, the gate's learning rate is this times `optim.lr`
     num_train_timesteps: int = 1000   # T of the backbone's schedule
 
@@ -211,8 +219,11 @@ class TLoRAConfig:
         if self.form == "rank": _whole(self, "min_rank", 1, self.rank)
         _whole(self, "num_train_timesteps", 2)
         for key in ("scale", "gate_lr_scale"): _number(self, key, 0, above=True)
-        whole = isinstance(self.scales, (list, tuple)) and all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 1024 for n in self.scales)
+        whole = isinstance(self.scales, (list, tuple)) and all(
+            isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 1024 for n in self.scales)
         if not whole or not self.scales or sorted(set(self.scales)) != list(self.scales):
             raise BadInput(f"scales is {self.scales!r}: expected rising numbers of intervals, such as [1, 2, 4, 8]")
-        texts = isinstance(self.targets, (list, tuple)) and self.targets and all(isinstance(name, str) and name for name in self.targets)
-        if self.targets is not None and not texts: raise BadInput(f"targets is {self.targets!r}: expected parts of names, such as ['attn', 'mlp']")
+        texts = isinstance(self.targets, (list, tuple)) and self.targets and all(isinstance(name, str) and name
+                                                                                 for name in self.targets)
+        if self.targets is not None and not texts:
+            raise BadInput(f"targets is {self.targets!r}: expected parts of names, such as ['attn', 'mlp']")

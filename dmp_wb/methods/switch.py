@@ -105,7 +105,8 @@ class Switch(ModuleMethod, Routing):
         super().__init__(model, dataclasses.replace(config))
         anatomy = anatomy_of(model)
         if anatomy.routed_blocks is not None:
-            raise BadInput(f"the blocks of {type(model).__name__} change the width of their tokens: expected a transformer for the method switch")
+            raise BadInput(f"the blocks of {type(model).__name__} change the width of their tokens: expected a "
+                           "transformer for the method switch")
         widths, shared = anatomy.block_widths(model), int(config.shared_expert)
         self.scale, self.blocks = anatomy.timestep_scale(model), len(widths)
         self.gate = Gate(anatomy.embedding_width(model), len(widths), config.num_experts)
@@ -132,17 +133,21 @@ class Switch(ModuleMethod, Routing):
         return {"prior": (prior_loss(self), self.config.prior_weight)} if self.config.prior_weight else {}
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """Of the newest forward pass: `expert_entropy` of the gates in nats, mean over samples and blocks, and `expert_use`, the
-        share of experts in use: exp(entropy of the batch's mean gate) / M, mean over blocks; 1 when all are used alike."""
+        """Of the newest forward pass: `expert_entropy` of the gates
+        in nats, mean over samples and blocks, and `expert_use`, the
+        share of experts in use: exp(entropy of the batch's mean gate) / M, mean over blocks;
+        1 when all are used alike."""
         return {} if self.newest is None else use_of(self.newest.detach(), self.config.top_k)
 
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
         "The gates of every block."
         t, counts = torch.as_tensor(timesteps), [self.config.num_experts] * self.blocks
-        return [Panel("gates", "gates of the experts", gates_of(self, t).cpu(), t, blocks=range(self.blocks), counts=counts)]
+        return [Panel("gates", "gates of the experts", gates_of(self, t).cpu(), t, blocks=range(self.blocks),
+                      counts=counts)]
 
     def __getstate__(self):
-        return {**self.__dict__, "newest": None, "newest_t": None}   # tensors inside a graph can be neither copied nor pickled
+        # tensors inside a graph can be neither copied nor pickled
+        return {**self.__dict__, "newest": None, "newest_t": None}
 
 # %% ../../nbs/source/methods/10_switch.ipynb #a06295a7
 @torch.no_grad()
@@ -152,7 +157,8 @@ def gates_of(
 ) -> torch.Tensor: # [T, L, M], rows sum to one
     "The gates of all blocks at any timesteps, before the smaller ones become zero."
     config, device = switch.config, switch.gate.weight.device
-    t = torch.atleast_1d(check_timesteps(timesteps, config.num_train_timesteps + anatomy_of(switch.model).flow_matching)).to(device)
+    t = torch.atleast_1d(check_timesteps(
+        timesteps, config.num_train_timesteps + anatomy_of(switch.model).flow_matching)).to(device)
     with weights_loaded(switch.model):
         return switch._probabilities(switch.model, t if switch.scale == 1 else t / switch.scale)
 
@@ -161,7 +167,8 @@ def prior_loss(switch: Switch) -> torch.Tensor: # scalar
     p, t, config = switch.newest, switch.newest_t, switch.config
     if p is None or t is None: return switch.gate.weight.new_zeros(())
     every = torch.arange(config.num_train_timesteps, device=p.device)
-    with torch.no_grad(): p_every = switch._probabilities(switch.model, every if switch.scale == 1 else every / switch.scale)
+    with torch.no_grad():
+        p_every = switch._probabilities(switch.model, every if switch.scale == 1 else every / switch.scale)
     use = (keep_largest(p_every, config.top_k) > 0).float().flatten(1)
     columns = matched(use, prior_masks(every, switch.blocks, config))
     rows = prior_masks(t, switch.blocks, config)[:, columns]

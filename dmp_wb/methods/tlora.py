@@ -37,10 +37,11 @@ def active_rank(timesteps: torch.Tensor, config: TLoRAConfig) -> torch.Tensor: #
 
 # %% ../../nbs/source/methods/11_tlora.ipynb #0dd7eaa4
 def rank_weights(
-    timesteps: torch.Tensor,     # [B] in 0…T
-    gates: torch.Tensor | None,  # [B, blocks, coarser scales], rows sum to one; None in the form "rank", and where there is one scale
-    config: TLoRAConfig,
-) -> torch.Tensor: # [B, blocks or 1, R]
+        timesteps: torch.Tensor,   # [B] in 0…T
+        # [B, blocks, coarser scales], rows sum to one; None in the form "rank", and where there is one scale
+        gates: torch.Tensor | None,
+        config: TLoRAConfig,
+) -> torch.Tensor:   # [B, blocks or 1, R]
     "w(t): what each rank of an update counts."
     if config.form == "rank":
         acts = torch.arange(config.rank, device=timesteps.device) < active_rank(timesteps, config)[:, None]
@@ -78,7 +79,8 @@ class Update(nn.Module):
             return torch.addmm(weight.to(self.up.dtype), self.up * (self.scale * w), self.down).to(weight.dtype)
 
 # %% ../../nbs/source/methods/11_tlora.ipynb #bebeef36
-SPARED = ("norm", "adaln", "emb", "modulation", "time")   # in the names of places that read the timestep or the condition
+# in the names of places that read the timestep or the condition
+SPARED = ("norm", "adaln", "emb", "modulation", "time")
 
 def linear_layers(
     model: nn.Module,
@@ -100,7 +102,8 @@ class Gate(nn.Module):
     def __init__(self, width: int, blocks: int, scales: int):
         super().__init__()
         self.scales = scales
-        self.weight, self.bias = nn.Parameter(torch.zeros(blocks * scales, width)), nn.Parameter(torch.zeros(blocks * scales))
+        self.weight, self.bias = (nn.Parameter(torch.zeros(blocks * scales, width)),
+                                  nn.Parameter(torch.zeros(blocks * scales)))
 
     def forward(self, e: torch.Tensor) -> torch.Tensor: # [B, blocks, scales], rows sum to one
         with torch.autocast(e.device.type, enabled=False):
@@ -122,7 +125,8 @@ class TimestepLoRA(ModuleMethod):
         layers = linear_layers(model, config.targets)
         if not layers:
             wanted = f"whose name holds one of {config.targets}" if config.targets else "of attention or MLP"
-            raise BadInput(f"the blocks of {type(model).__name__} have no linear layer {wanted}: expected some to update")
+            raise BadInput(
+                f"the blocks of {type(model).__name__} have no linear layer {wanted}: expected some to update")
         self.names, self.linears = [f"{i}.{name}" for i, name, _ in layers], [layer for _, _, layer in layers]
         self.blocks = sorted({i for i, _, _ in layers})
         self.block_of = [self.blocks.index(i) for i, _, _ in layers]
@@ -148,7 +152,8 @@ class TimestepLoRA(ModuleMethod):
         blocks = anatomy_of(model).blocks(model)
         return [(i, blocks[i]) for i in self.blocks]
 
-    def weights_at(self, model: nn.Module, timestep: torch.Tensor, t: torch.Tensor) -> torch.Tensor: # [B, blocks or 1, R]
+    def weights_at(self, model: nn.Module, timestep: torch.Tensor,
+                   t: torch.Tensor) -> torch.Tensor:   # [B, blocks or 1, R]
         "w(t), of timesteps as the model takes them and as they lie in 0…T."
         gates = self.gate(anatomy_of(model).embed_timestep(model, timestep)) if self.gate is not None else None
         return rank_weights(t, gates, self.config)
@@ -189,7 +194,8 @@ class TimestepLoRA(ModuleMethod):
         if self.gate is None: return []
         counts = [len(self.config.scales) - 1] * len(self.blocks)
         words = "experts of " + ", ".join(f"{n}" for n in self.config.scales[:-1]) + " intervals"
-        return [Panel("gates", "gates of the coarser scales", gates_of(self, t).cpu(), t, blocks=self.blocks, counts=counts, caption=words)]
+        return [Panel("gates", "gates of the coarser scales", gates_of(self, t).cpu(), t, blocks=self.blocks,
+                      counts=counts, caption=words)]
 
     def __getstate__(self): return {**self.__dict__, "users": 0}
 
@@ -216,7 +222,8 @@ def merged_forward(lora: TimestepLoRA, i: int, x: torch.Tensor) -> torch.Tensor:
 def can_merge(layer: nn.Linear) -> bool:
     "A layer with plain weights and a forward of its own, which no quantisation or offloading has taken over."
     plain = type(layer).forward is nn.Linear.forward and type(layer.weight) is nn.Parameter
-    return plain and "forward" not in vars(layer) and layer.weight.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return plain and "forward" not in vars(layer) and layer.weight.dtype in (torch.float32, torch.bfloat16,
+                                                                             torch.float16, torch.float64)
 
 @contextlib.contextmanager
 def merging(lora: TimestepLoRA):
