@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'PLUGINS', 'Entry', 'register_method', 'method_names', 'method_entry', 'main_method', 'methods_label',
-           'method_class', 'name_of', 'load_plugin', 'load_plugins']
+           'imported', 'method_class', 'name_of', 'load_plugin', 'load_plugins', 'part_class', 'register_gate',
+           'register_mask']
 
 # %% ../../nbs/source/methods/01_registry.ipynb #a1de10e6
 import dataclasses
@@ -20,8 +21,9 @@ from typing import Any
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.paths import expanded
-from .settings import (DMPConfig, DTRConfig, LearnedMaskConfig, PromptTuningConfig, SwitchConfig,
-                                     TLoRAConfig)
+from dmp_wb.methods.settings import (
+    DMPConfig, DTRConfig, GATES, KINDS, LearnedMaskConfig, PromptTuningConfig, SwitchConfig, TLoRAConfig,
+)
 
 # %% ../../nbs/source/methods/01_registry.ipynb #4f51c88b
 @dataclass(frozen=True)
@@ -137,12 +139,15 @@ def methods_label(names, base: str | None) -> str:
     main = main_method(names, base)
     return " + ".join([main, *(name for name in names if name != main)])
 
+def imported(place) -> Any:
+    "A class, or the one that 'package.module:Class' names."
+    if not isinstance(place, str): return place
+    module, _, qualname = place.partition(":")
+    return getattr(import_module(module), qualname)
+
 def method_class(name: str) -> Any:
     "The class of a method, imported if need be."
-    entry = method_entry(name)
-    if not isinstance(entry.method, str): return entry.method
-    module, _, qualname = entry.method.partition(":")
-    return getattr(import_module(module), qualname)
+    return imported(method_entry(name).method)
 
 def name_of(
     method,   # a class, or an object of it
@@ -190,6 +195,42 @@ def load_plugins():
     for path in os.environ.get(PLUGINS, "").split(os.pathsep):
         if path and str(expanded(path).resolve()) not in _LOADED: load_plugin(path)
 
+# %% ../../nbs/source/methods/01_registry.ipynb #9a1b0002
+def _register_part(what: str, table: dict, name: str, cls: Any, parts: tuple[str, ...]):
+    "Give a class a name in a table. Raises `BadInput` for a name that is taken, and for a class that misses a part."
+    if not isinstance(name, str) or not name or ":" in name or name != name.strip():
+        raise BadInput(f"the name of a {what} is {name!r}: expected letters and digits")
+    if name in table and not _same_class(table[name], cls):
+        raise BadInput(f"the {what} {name!r} is registered already: expected another name")
+    if not isinstance(cls, str):
+        if not inspect.isclass(cls): raise BadInput(f"the {what} {name!r} is {cls!r}: expected a class")
+        missing = [part for part in parts if not callable(getattr(cls, part, None))]
+        if missing: raise BadInput(f"the {what} {name!r}, class {cls.__name__}, has no {', '.join(missing)}")
+    table[name] = cls
+
+def part_class(table: dict, name: str) -> Any:
+    "The class of a gate or a mask, imported if need be."
+    return imported(table[name])
+
+
+# %% ../../nbs/source/methods/01_registry.ipynb #9a1b0003
+def register_gate(
+    name: str,   # what `gate` of a patch says
+    gate,        # a subclass of `dmp_wb.methods.gates.Gate`, or "package.module:Class", imported when used
+):
+    """Make a class of gates known to all patches.
+    Raises `BadInput` for a name that is taken and for a class that misses a part."""
+    _register_part("gate", GATES, name, gate, ("forward", "reset_parameters", "parameters"))
+
+def register_mask(
+    name: str,   # what `kind` of a route says
+    mask,        # a class made of a `DTRConfig`, see `dmp_wb.methods.masks`; a module where it learns
+):
+    """Make a class of masks known to all routes.
+    Raises `BadInput` for a name that is taken and for a class that misses a part."""
+    _register_part("mask", KINDS, name, mask, ("__call__",))
+
+
 # %% ../../nbs/source/methods/01_registry.ipynb #dc9c04c0
 register_method("dmp", "dmp_wb.methods.dmp:PromptPatch", config=DMPConfig, label="DMP", colour="#0072b2", freezes=True,
                 formerly="patch", excludes=("prompt-tuning",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
@@ -198,10 +239,8 @@ register_method("prompt-tuning", "dmp_wb.methods.dmp:PromptTuning", config=Promp
                 freezes=True, formerly="patch", excludes=("dmp",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
 register_method("dtr", "dmp_wb.methods.dtr:Router", config=DTRConfig, label="DTR", colour="#d55e00", formerly="routing")
 register_method("lmask", "dmp_wb.methods.lmask:LearnedMask", config=LearnedMaskConfig, label="learned mask",
-                colour="#cc79a7",
-                excludes=("dtr", "switch"))
+                colour="#cc79a7", excludes=("dtr", "switch"))
 register_method("switch", "dmp_wb.methods.switch:Switch", config=SwitchConfig, label="Switch-DiT", colour="#e69f00",
                 excludes=("dtr", "lmask"))
 register_method("tlora", "dmp_wb.methods.tlora:TimestepLoRA", config=TLoRAConfig, label="timestep LoRA",
-                colour="#56b4e9",
-                freezes=True, excludes=("dmp", "prompt-tuning"))
+                colour="#56b4e9", freezes=True, excludes=("dmp", "prompt-tuning"))

@@ -18,7 +18,7 @@ from dmp_wb.store.run import Run
 from dmp_wb.config import load_experiment
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import project_root
-from dmp_wb.methods.dmp import get_patch
+from dmp_wb.methods.patches import get_patch
 from dmp_wb.batch.notebook import figures_table, here, listed
 
 RUNS = project_root() / "nbs" / "runs"

@@ -14,7 +14,8 @@ from PIL import Image
 import dmp_wb as wb
 from dmp_wb.look import explore
 from dmp_wb.core.errors import BadInput
-from dmp_wb.look.explore import DenoiseExplorer, GateExplorer, live, pixels_of, RoutingExplorer, RunExplorer
+from dmp_wb.look.explore import DenoiseExplorer, GateExplorer, RoutingExplorer, RunExplorer
+from dmp_wb.look.widgets import live, pixels_of
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import dmp_wb as wb
 from dmp_wb.models.anatomy import unwrap_model
 from dmp_wb.core.errors import BadInput
 from dmp_wb.models.dit import DiT
-from dmp_wb.methods.dmp import PATCH_NAME, patches_of
+from dmp_wb.methods.patches import PATCH_NAME, patches_of
 from dmp_wb.methods.weights import adapter_parameters, fingerprint
 
 
@@ -446,8 +446,8 @@ def test_a_disk_that_does_not_take_a_patch_is_one_line(where, monkeypatch, tmp_p
     wb.save_patch(model, tmp_path / "p")
     kept = {f.name: f.read_bytes() for f in (tmp_path / "p").iterdir()}
     def full(*args, **kw): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr({"safetensors": "dmp_wb.methods.dmp.save_file", "json": "dmp_wb.methods.dmp.write_json",
-                         "folder": "dmp_wb.methods.dmp.atomic_folder"}[where], full)
+    monkeypatch.setattr({"safetensors": "dmp_wb.methods.files.save_file", "json": "dmp_wb.methods.files.write_json",
+                         "folder": "dmp_wb.methods.files.atomic_folder"}[where], full)
     randomise(p, seed=5)
     with pytest.raises(BadInput,
                        match="cannot be written to .*: No space left on device; an older one there is untouched"):

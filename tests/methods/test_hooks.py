@@ -15,7 +15,7 @@ import dmp_wb as wb
 from dmp_wb.models.backbones import registered
 from dmp_wb.core.errors import BadInput
 from dmp_wb.methods.hooks import HOOKS_NAME
-from dmp_wb.methods.dmp import PATCH_NAME
+from dmp_wb.methods.patches import PATCH_NAME
 
 
 @torch.no_grad()

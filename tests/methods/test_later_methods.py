@@ -148,7 +148,7 @@ def test_a_lora_on_a_model_whose_mask_learns(inputs):
     model.train()
     model(inputs[0], timestep=inputs[1], class_labels=inputs[2]).sample.square().mean().backward()
     learn = {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad}
-    assert learn == {"lmask", "tlora"} and methods["lmask"].rises.grad is not None
+    assert learn == {"lmask", "tlora"} and methods["lmask"].mask.rises.grad is not None
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -44,10 +44,10 @@ def test_a_routed_model_and_one_with_a_new_mask_give_the_same_output(backbone, i
 def test_masks_agree_with_the_formula_channel_by_channel():
     config = LearnedMaskConfig(sharing_ratio=0.6, alpha=2.0, knots=5, temperature=0.02)
     mask = LearnedMask.attach_to(tiny_dit(), config)
-    torch.nn.init.normal_(mask.rises)
-    rises, times, C = mask.rises.double().tolist(), [0, 123, 500, 871, 999], 32
+    torch.nn.init.normal_(mask.mask.rises)
+    rises, times, C = mask.mask.rises.double().tolist(), [0, 123, 500, 871, 999], 32
     kept, width = int(C * 0.6), 0.02 * C
-    soft, hard = mask.train().masks_at(torch.tensor(times), C), mask.eval().masks_at(torch.tensor(times), C)
+    soft, hard = mask.train().mask(torch.tensor(times), C), mask.eval().mask(torch.tensor(times), C)
     for row, t in enumerate(times):
         s = naive_start(t, rises, config, C)
         for c in range(C):
@@ -67,15 +67,15 @@ def test_it_learns_where_the_window_belongs():
     config = LearnedMaskConfig(sharing_ratio=0.5, alpha=4.0, temperature=0.05)
     mask = LearnedMask.attach_to(tiny_dit(hidden_size=64), config).train()
     wanted, t = 24.0, torch.tensor([500])
-    assert mask.starts(t, 64).item() < 3
+    assert mask.mask.starts(t, 64).item() < 3
     optimiser = torch.optim.Adam(mask.parameters(), lr=0.1)
     channels = torch.arange(64)
     goal = ((channels >= wanted) & (channels < wanted + 32)).double()
     for _ in range(150):
         optimiser.zero_grad()
-        (mask.masks_at(t, 64) - goal).square().sum().backward()
+        (mask.mask(t, 64) - goal).square().sum().backward()
         optimiser.step()
-    assert abs(mask.starts(t, 64).item() - wanted) < 2 and mask.statistics()["mask_drift"] > 0.1
+    assert abs(mask.mask.starts(t, 64).item() - wanted) < 2 and mask.statistics()["mask_drift"] > 0.1
 
 
 @pytest.mark.parametrize("setting,said", [(dict(sharing_ratio=0), "above 0, at most 1"), (dict(knots=0), "at least 1"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import dmp_wb as wb
 from dmp_wb.core.errors import BadInput, MissingFile
 from dmp_wb.models.dit import DiT
-from dmp_wb.methods.dmp import PATCH_NAME
+from dmp_wb.methods.patches import PATCH_NAME
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import dmp_wb as wb
 from dmp_wb.models.backbones import anatomy_of
 from dmp_wb.core.errors import BadInput
 from dmp_wb.methods.hooks import HOOKS_NAME
-from dmp_wb.methods.dmp import PATCH_NAME, patches_of
+from dmp_wb.methods.patches import PATCH_NAME, patches_of
 
 NAMES = list(BACKBONES)
 every = pytest.mark.parametrize("name", NAMES)

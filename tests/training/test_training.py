@@ -27,7 +27,7 @@ from dmp_wb.store.run import Run
 from dmp_wb.core.errors import BadInput, MissingFile
 from dmp_wb.data.load import load_data
 from dmp_wb.data.sources import EpochOrder
-from dmp_wb.methods.dmp import PATCH_NAME
+from dmp_wb.methods.patches import PATCH_NAME
 from dmp_wb.training.batches import draw_batch
 from dmp_wb.training.safety import asked_to_stop
 from dmp_wb.training.setup import make_model, param_groups
