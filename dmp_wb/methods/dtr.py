@@ -45,7 +45,8 @@ def timesteps_of(
 
 class Routing(Method):
     "Masks around the blocks: a block sees its timestep's channels, and the others pass by it."
-    Config, rank = DTRConfig, 2
+    Config: type = DTRConfig
+    rank = 2
 
     def __init__(self, model: nn.Module, config: DTRConfig):
         config.check()

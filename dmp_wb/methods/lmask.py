@@ -80,7 +80,7 @@ class LearnedMask(LearnedRouter):
         self.mask = PathMask(self.config, self.widths)
 
     @classmethod
-    def learns(cls, config: LearnedMaskConfig) -> bool: return True
+    def learns(cls, config) -> bool: return True
 
     def masks(self, timesteps, width: int) -> torch.Tensor: # [T, width] of zeros and ones
         "The masks of sampling in a block of this width."

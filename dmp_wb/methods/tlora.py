@@ -49,8 +49,8 @@ def rank_weights(
     parts = []
     for i, intervals in enumerate(config.scales):
         own = F.one_hot(interval_of(timesteps, intervals, config.num_train_timesteps), intervals).float()[:, None]
-        if i < len(config.scales) - 1: own = own * gates[:, :, i, None]
-        elif gates is not None: own = own.expand(-1, gates.shape[1], -1)
+        if gates is not None:   # of the finest scale one acts without a gate
+            own = own * gates[:, :, i, None] if i < gates.shape[-1] else own.expand(-1, gates.shape[1], -1)
         parts.append(own.repeat_interleave(config.rank, dim=-1))
     return torch.cat(parts, -1)
 
@@ -231,7 +231,7 @@ def merging(lora: TimestepLoRA):
     with _LOCK:
         if not lora.users:
             for i, layer in enumerate(lora.linears):
-                if can_merge(layer): layer.forward = partial(merged_forward, lora, i)   # type: ignore[method-assign]
+                if can_merge(layer): layer.forward = partial(merged_forward, lora, i)
         lora.users += 1
     try:
         with lora.merging.set(True): yield lora
