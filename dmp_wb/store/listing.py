@@ -24,7 +24,7 @@ from ..core.files import flat, last_row, read_json, read_regular
 from ..core.paths import assets_folder, expanded, runs_root, short
 from ..core.processes import changed, fresh, writer_of
 from ..core.values import received_yaml
-from ..methods.older import modern_config, newer_names
+from ..methods.older import modern_config, newer_names, older_keys
 from ..methods.registry import methods_label
 
 # %% ../../nbs/source/store/00_listing.ipynb #80163d5e
@@ -110,6 +110,8 @@ def _config(folder: Path) -> dict:
     _typed(config, "method", str, "text", "config.yaml")
     _typed(config, "base", str, "text", "config.yaml")
     _typed(config, "train.steps", int, "a whole number", "config.yaml")
+    for key, kind in older_keys().items():
+        if kind is float: _typed(config, key, (int, float), "a number", "config.yaml")
     config, names = modern_config(config, _dict(tree.get("methods")))
     return {"method": methods_label(names, config.get("base")), **config}
 

@@ -226,7 +226,7 @@ def _watch(folder: Path):
 @contextlib.contextmanager
 def launched():
     """What a process that trains does for the one that launched it:
-    ends when it asks or dies, and writes an error down. Nothing where nobody did."""
+    ends when it asks or dies, and writes an error down. Does nothing in a process that was started by hand."""
     if not (name := os.environ.get(LAUNCH_VARIABLE)):
         yield
         return

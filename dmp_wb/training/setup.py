@@ -97,11 +97,15 @@ def put_methods(model: nn.Module, exp: Experiment):
     for name in methods_of(model):
         there = method_entry(name.split(" ")[0])
         if there.name in exp.methods or there.freezes and any(method_entry(other).freezes for other in exp.methods):
-            raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: name the model it "
-                           f"was made for, or leave {' and '.join(exp.methods)} out")
-    model.train()
-    if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # else it has made the model already
-    apply_methods(model, exp.methods)
+            wanted = there.name if there.name in exp.methods else next(n
+                                                                       for n in exp.methods if method_entry(n).freezes)
+            raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: expected a base "
+                           f"without it, or an experiment without {wanted}")
+    before = list(methods_of(model))
+    model.train(not any(method_entry(name).freezes for name in exp.methods))   # a frozen backbone keeps its dropout off
+    if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # a model from scratch has set it
+    for name, method in apply_methods(model, exp.methods).items():
+        if name not in before and isinstance(method, nn.Module): method.train()
 
 # %% ../../nbs/source/training/02_setup.ipynb #d8a6f4fe
 @torch.no_grad()
