@@ -68,19 +68,25 @@ def make_model(
         model = load_model(exp.base, device="cpu")
         learned = trained_objective(exp.base)
         if learned is not None and learned.prediction_type != exp.objective.prediction_type:
-            raise BadInput(f"objective.prediction_type is {exp.objective.prediction_type}: expected {learned.prediction_type}, which base {exp.base} was trained to predict")
+            raise BadInput(f"objective.prediction_type is {exp.objective.prediction_type}: expected "
+                           f"{learned.prediction_type}, which base {exp.base} was trained to predict")
     size, kind = input_size(model), "latents" if data.random_latents else "images"
     if size != data.shape:
-        raise BadInput(f"the model takes {'×'.join(map(str, size))} {kind}, but data {exp.data.name!r} has {'×'.join(map(str, data.shape))}: "
-                       + ("set model.in_channels and model.sample_size" if exp.base is None else f"{exp.base} does not fit"))
+        raise BadInput(
+            f"the model takes {'×'.join(map(str, size))} {kind}, but data {exp.data.name!r} has "
+            f"{'×'.join(map(str, data.shape))}: "
+            + ("set model.in_channels and model.sample_size" if exp.base is None else f"{exp.base} does not fit"))
     classes = anatomy_of(model).num_classes(model)
-    if classes is not None and (data.num_classes or 0) != classes and (data.num_classes or exp.base is None):   # a base with classes learns from data without by its null class
+    # a base with classes learns from data without by its null class
+    if classes is not None and (data.num_classes or 0) != classes and (data.num_classes or exp.base is None):
         raise BadInput(f"the model has {classes} classes, but data {exp.data.name!r} has {data.num_classes}: "
-                       + ("set model.num_classes" if exp.base is None else f"{exp.base} does not fit; data.conditional=false trains with its null class alone"))
+                       + ("set model.num_classes" if exp.base is None
+                          else f"{exp.base} does not fit; data.conditional=false trains with its null class alone"))
     if data.null: check_text_inputs(model, data, exp)
     put_methods(model, exp)
     for module in model.modules():
-        if isinstance(module, LabelEmbedding): module.eval()   # diffusers' DiT would drop labels in every block on its own; the loop does it
+        # diffusers' DiT would drop labels in every block on its own; the loop does it
+        if isinstance(module, LabelEmbedding): module.eval()
     if exp.train.gradient_checkpointing: model.enable_gradient_checkpointing()
     if exp.train.compile: model.compile()
     return model
@@ -89,29 +95,39 @@ def make_model(
 def check_text_inputs(model: nn.Module, data: Source, exp: Experiment):
     "Raise `BadInput` if the backbone cannot be called with what the text encoder gives."
     name, given = type(model).__name__, {k: v[None] for k, v in data.null.items() if k in model_inputs(model)}
-    if not given: raise BadInput(f"data {exp.data.name!r} has captions, but the model, a {name}, takes no text: expected data.caption_column=null, or another model")
+    if not given:
+        raise BadInput(f"data {exp.data.name!r} has captions, but the model, a {name}, takes no text: expected "
+                       "data.caption_column=null, or another model")
     try: model(torch.zeros(1, *data.shape), timestep=torch.zeros(1), **given)
-    except Exception as e: raise BadInput(f"the model, a {name}, cannot be called with {', '.join(given)} of {exp.data.text_encoder or exp.data.name}: {' '.join(str(e).split())[:200]}") from None   # whatever the model raises
+    except Exception as e:
+        # whatever the model raises
+        raise BadInput(f"the model, a {name}, cannot be called with {', '.join(given)} of "
+                       f"{exp.data.text_encoder or exp.data.name}: {' '.join(str(e).split())[:200]}") from None
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     "Parameters that train, by name."
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def put_methods(model: nn.Module, exp: Experiment):
-    "Put the methods of an experiment on its model. Raises `BadInput` for a base that has one of them, or that another freezing one trained."
+    """Put the methods of an experiment on its model.
+    Raises `BadInput` for a base that has one of them, or that another freezing one trained."""
     for name in methods_of(model):
         there = method_entry(name.split(" ")[0])
         if there.name in exp.methods or there.freezes and any(method_entry(other).freezes for other in exp.methods):
-            raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: name the model it was made for, or leave {' and '.join(exp.methods)} out")
+            raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: name the model it "
+                           f"was made for, or leave {' and '.join(exp.methods)} out")
     model.train()
+    if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # a random start is the same in every run
     apply_methods(model, exp.methods)
 
 def param_groups(model: nn.Module, exp: Experiment) -> list[dict]:
-    "The optimiser's groups: everything at `optim.lr`, and what a method lets learn faster or slower at its scale of that."
+    """The optimiser's groups: everything at `optim.lr`, and what
+    a method lets learn faster or slower at its scale of that."""
     scaled = [(params, scale) for method in methods_of(model).values() for params, scale in method.learning_rates()]
     apart = {id(p) for params, _ in scaled for p in params}
     rest = [p for p in trainable(model).values() if id(p) not in apart]
-    return [{"params": rest, "lr": exp.optim.lr}] + [{"params": params, "lr": exp.optim.lr * scale} for params, scale in scaled]
+    return [{"params": rest, "lr": exp.optim.lr}] + [{"params": params, "lr": exp.optim.lr * scale}
+                                                     for params, scale in scaled]
 
 def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
     "The optimiser of an experiment; raises `BadInput` if its package is not installed."
@@ -119,8 +135,10 @@ def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
     if o.name == "adamw": return torch.optim.AdamW(groups, **settings, fused=True)   # one pass over memory
     package = {"adamw-8bit": "bitsandbytes", "schedule-free": "schedulefree"}[o.name]
     try: module = importlib.import_module(package)
-    except ImportError: raise BadInput(f"optim.name is {o.name!r}, which needs the package {package}: pip install {package}") from None
-    return module.optim.AdamW8bit(groups, **settings) if o.name == "adamw-8bit" else module.AdamWScheduleFree(groups, **settings, warmup_steps=o.lr_warmup_steps)
+    except ImportError:
+        raise BadInput(f"optim.name is {o.name!r}, which needs the package {package}: pip install {package}") from None
+    return module.optim.AdamW8bit(groups, **settings) if o.name == "adamw-8bit" else module.AdamWScheduleFree(
+        groups, **settings, warmup_steps=o.lr_warmup_steps)
 
 # %% ../../nbs/source/training/02_setup.ipynb #7a40c3b3
 def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
