@@ -117,7 +117,6 @@ def put_methods(model: nn.Module, exp: Experiment):
             raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: name the model it "
                            f"was made for, or leave {' and '.join(exp.methods)} out")
     model.train()
-    if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # a random start is the same in every run
     apply_methods(model, exp.methods)
 
 def param_groups(model: nn.Module, exp: Experiment) -> list[dict]:
