@@ -42,10 +42,8 @@ demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gate
 	@echo "== done: open $(DEMO)/report.html for the pictures and figures; each step has its notebook and page in $(DEMO)/"
 
 quick: $(READY)  ## before a commit: the quick tests of every wing, and whether the sources agree; under two minutes
-	@echo "== sources, and the quick tests of every wing"
-	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && { $(BIN)/python tools/check_sources.py & check=$$!; } \
-		&& OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -m quick \
-		&& wait $$check
+	@echo "== the quick tests of every wing, and the sources"
+	@$(BIN)/python tools/quick.py
 	@echo "== quick tests passed; make test runs all of them"
 
 test: test-notebooks test-python  ## all tests: every notebook, then pytest

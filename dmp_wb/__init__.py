@@ -11,32 +11,41 @@ from ._names import MOVED
 _PUBLIC = {
     "DiT": "models.dit", "ModelConfig": "core.settings",
     "Anatomy": "models.anatomy", "register_backbone": "models.anatomy", "supported_models": "models.backbones",
-    "DMPConfig": "methods.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.patches", "get_patch": "methods.patches",
-    "save_patch": "methods.files", "load_patch": "methods.dmp", "load_reference_patch": "methods.reference", "use_patches": "methods.patches", "patch_disabled": "methods.patches",
-    "DTRConfig": "methods.settings", "route": "methods.dtr", "unroute": "methods.dtr", "get_router": "methods.dtr", "routing_mask": "methods.masks",
-    "Method": "methods.base", "ModuleMethod": "methods.base", "Panel": "methods.base", "methods_of": "methods.base",
-    "register_method": "methods.registry", "register_gate": "methods.registry", "register_mask": "methods.registry",
-    "load_plugin": "methods.registry",
+    "DMPConfig": "methods.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.patches",
+    "get_patch": "methods.patches",
+    "save_patch": "methods.files", "load_patch": "methods.dmp", "load_reference_patch": "methods.reference",
+    "use_patches": "methods.patches", "patch_disabled": "methods.patches",
+    "DTRConfig": "methods.settings", "route": "methods.dtr", "unroute": "methods.dtr", "get_router": "methods.dtr",
+    "routing_mask": "methods.masks",
     "diffusion_losses": "diffusion.objectives",
     "timestep_clusters": "tasks.intervals", "task_affinity": "tasks.affinity",
     "load_data": "data.load",
+    "Method": "methods.base", "ModuleMethod": "methods.base", "Panel": "methods.base",
+    "methods_of": "methods.base", "apply_methods": "methods.base",
+    "register_method": "methods.registry", "load_plugin": "methods.registry",
     "list_runs": "store.listing",
-    "Experiment": "config", "load_experiment": "config",
+    "Experiment": "config.experiment", "load_experiment": "config.reading",
     "Run": "store.run", "open_run": "store.run", "load_model": "store.run",
     "train": "training.loop", "launch": "training.launching",
     "respace": "diffusion.schedules",
-    "sample": "diffusion.sampling", "sample_trajectory": "diffusion.sampling", "sample_run": "evaluation.sample_files", "posterior": "diffusion.sampling",
-    "evaluate": "evaluation.evaluate", "evaluate_run": "evaluation.evaluate", "guidance_sweep": "evaluation.evaluate", "load_extractor": "evaluation.extractors", "reference_statistics": "evaluation.statistics",
-    "frechet_distance": "evaluation.distances", "kernel_distance": "evaluation.distances", "inception_score": "evaluation.distances", "precision_recall": "evaluation.distances", "density_coverage": "evaluation.distances",
+    "sample": "diffusion.sampling", "sample_trajectory": "diffusion.sampling", "sample_run": "evaluation.sample_files",
+    "posterior": "diffusion.sampling",
+    "evaluate": "evaluation.evaluate", "evaluate_run": "evaluation.evaluate", "guidance_sweep": "evaluation.evaluate",
+    "load_extractor": "evaluation.extractors", "reference_statistics": "evaluation.statistics",
+    "frechet_distance": "evaluation.distances", "kernel_distance": "evaluation.distances",
+    "inception_score": "evaluation.distances", "precision_recall": "evaluation.distances",
+    "density_coverage": "evaluation.distances",
     "sweep": "batch.sweep",
     "BadInput": "core.errors",
 }
-_MODULES = ("core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation", "batch", "look", "cli", *MOVED)
+_MODULES = ("core", "models", "methods", "diffusion", "tasks", "data", "config", "store", "training", "evaluation",
+            "batch", "look", "cli", *MOVED)
 __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name):
-    if name in _PUBLIC and "torch" not in sys.modules: os.environ.update(import_module(".core.paths", __name__).passive_waiting())
+    if name in _PUBLIC and "torch" not in sys.modules:
+        os.environ.update(import_module(".core.paths", __name__).passive_waiting())
     if name in _PUBLIC: return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
     if name in _MODULES: return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

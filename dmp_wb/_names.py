@@ -1,6 +1,8 @@
-"""Names that are found in a room when they are first used: those of a wing, and the modules that were flat before there were wings.
+"""Names that are found in a room when they are first used:
+those of a wing, and the modules that were flat before there were wings.
 
-`from dmp_wb.core import BadInput` asks the rooms of that wing one after the other, and `from dmp_wb.metrics import evaluate`
+`from dmp_wb.core import BadInput` asks the rooms of that wing
+one after the other, and `from dmp_wb.metrics import evaluate`
 those that hold today what that module held.
 """
 import importlib.abc
@@ -23,7 +25,8 @@ MOVED = {
     "metrics": ("evaluation.evaluate", "evaluation"),
     "multitask": ("tasks", "core.settings"),
     "objectives": ("diffusion.objectives", "core.settings"),
-    "patching": ("methods.dmp", "methods.patches", "methods.prompts", "methods.files", "methods.reference", "methods.gates",
+    "patching": ("methods.dmp", "methods.patches", "methods.prompts", "methods.files", "methods.reference",
+                 "methods.gates",
                  "methods.weights", "methods.settings"),
     "projects": ("batch.projects",),
     "routing": ("methods.dtr", "methods.masks", "methods.settings"),
@@ -44,7 +47,8 @@ def rooms(places) -> list[str]:
     found = []
     for place in places:
         spec = importlib.util.find_spec(f"dmp_wb.{place}")
-        inside = [r.name for r in pkgutil.iter_modules(spec and spec.submodule_search_locations or []) if r.name[0] != "_"]
+        inside = [r.name
+                  for r in pkgutil.iter_modules(spec and spec.submodule_search_locations or []) if r.name[0] != "_"]
         found += [f"dmp_wb.{place}.{r}" for r in inside] or [f"dmp_wb.{place}"]
     return found
 
@@ -69,7 +73,8 @@ class MovedModules(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         name = fullname.partition(".")[2]
         source = f"from dmp_wb._names import MOVED, finder_of\n__getattr__ = finder_of({fullname!r}, MOVED[{name!r}])\n"
         if name in COMMANDS:
-            source += f"if __name__ == '__main__': import runpy; runpy.run_module('dmp_wb.{COMMANDS[name]}', run_name='__main__')\n"
+            source += (f"if __name__ == '__main__': import runpy; runpy.run_module('dmp_wb.{COMMANDS[name]}', "
+                       f"run_name='__main__')\n")
         return source
 
     def is_package(self, fullname): return False

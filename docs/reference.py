@@ -361,7 +361,7 @@ def reference_index() -> str:
 @cache
 def cli():
     import typer
-    return typer.main.get_command(modules()["cli"].app)
+    return typer.main.get_command(importlib.import_module("dmp_wb.cli").app)
 
 
 def commands() -> dict: return dict(sorted(cli().commands.items()))
@@ -413,8 +413,7 @@ def summary_text(text: str) -> str:
 def config_sections():
     "(section, dataclass, rows with full keys) of an experiment."
     from dmp_wb.config import Experiment
-    module = modules()["config"]
-    rows, *_ = parameters(Experiment, module, "Experiment")
+    rows, *_ = parameters(Experiment, sys.modules[Experiment.__module__], "Experiment")
     nested = {f.name: f
               for f in dataclasses.fields(Experiment) if dataclasses.is_dataclass(getattr(Experiment(), f.name))}
     yield "", Experiment, [r for r in rows if r.name not in nested], ""
@@ -424,6 +423,17 @@ def config_sections():
         inner, *_ = parameters(cls, home, cls.__qualname__)
         for row in inner: row.default = repr(getattr(value, row.name))
         yield name, cls, inner, next(r.meaning for r in rows if r.name == name)
+    yield from method_sections()
+
+
+def method_sections():
+    "As `config_sections`, for the settings of each method that ships."
+    from dmp_wb.methods.registry import method_entry, method_names
+    for name in method_names():
+        entry = method_entry(name)
+        inner, *_ = parameters(entry.config, sys.modules[entry.config.__module__], entry.config.__qualname__)
+        for row in inner: row.default = repr(getattr(entry.config(), row.name))
+        yield f"methods.{name}", entry.config, inner, f"the method {entry.label}"
 
 
 def config_page() -> str:

@@ -42,6 +42,7 @@ def make_executor(folder: Path, cluster: str, jobs: int, options: dict):
     executor.update_parameters(timeout_min=60 * 24 * 365)
     return executor
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #09651f5a
 def check_inside(folder: Path, names: list[str]):
     "Raise `BadInput` for a sweep whose files or runs lie elsewhere: a folder that came from others may hold links."
     for place in (folder / ".sweep", folder / ".sweep" / "jobs"):
@@ -53,6 +54,7 @@ def check_inside(folder: Path, names: list[str]):
             raise BadInput(f"run {folder / name} is a link: expected a folder of the sweep itself")
         for file in (LOG_FILE, NOTEBOOK_FILE, STATE_FILE, PROGRESS_FILE): check_plain(folder / name / file)
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #d7641b42
 def clear_jobs(folder: Path, cluster: str):
     """Leave in `.sweep/jobs` only what jobs need that are under way on a cluster.
 
@@ -75,6 +77,7 @@ def clear_jobs(folder: Path, cluster: str):
     for file, job in pickles.items():
         if wait.get(job, "GONE") in OVER or cluster == "local" and wait[job] == "UNKNOWN": file.unlink()
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #f30447f5
 def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | None:
     """The GPUs of one of several workers, for CUDA_VISIBLE_DEVICES: each has its own, as long as there are enough.
     None: as they are."""
@@ -82,6 +85,7 @@ def gpu_share(visible: str | None, count: int, index: int, jobs: int) -> str | N
     if visible == "" or len(gpus) < 2 or jobs < 2: return visible
     return ",".join(gpus[index::jobs]) or gpus[index % len(gpus)]
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #e8a2c6cb
 def count_gpus() -> int:
     if shutil.which("nvidia-smi") is None: return 0
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.count("GPU ")
@@ -90,6 +94,7 @@ def count_gpus() -> int:
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #1e9ea4ad
 def submit(executor, workers: list[Worker], threads: int) -> list:
     """Submit jobs. Ctrl-C and a closed terminal must not reach them:
     they stop when the sweep tells them to, with a checkpoint."""
@@ -108,6 +113,7 @@ def submit(executor, workers: list[Worker], threads: int) -> list:
         if unset: os.environ.pop("OMP_NUM_THREADS", None)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #2e7f7046
 def note_jobs(folder: Path, jobs: dict) -> dict[str, str]: # job → run
     """Write down which job has which run, for a later call of `sweep`:
     a job that waits in the queue has not said so itself."""
@@ -135,11 +141,13 @@ def cluster_jobs(folder: Path, states: dict[str, RunState]) -> dict: # run → j
     return {name: submitit.SlurmJob(folder / ".sweep" / "jobs", job)
             for name, job in ids.items() if stand[job] not in OVER}
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #ee3c964d
 def queued_again(states: dict[str, RunState], names: list[str]) -> dict[str, RunState]:
     "The states as they are to be shown: a run that was stopped, and whose job is still there, waits."
     return {n: dataclasses.replace(s, status=WAITING) if s.status == STOPPED and n in names else s
             for n, s in states.items()}
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #c2afe09e
 def bury_job(folder: Path, name: str, job, slurm_state: str):
     "Record why a run ended whose job on a cluster is over."
     state, (resumable, error) = read_state(folder / name), ending(job.job_id, slurm_state, job.paths.stderr)
@@ -159,6 +167,7 @@ def bury(result: Sweep, job) -> bool: # whether the job took any run
                                             f"({job.state.lower()}); look at {short(job.paths.stderr)}"))
     return bool(mine)
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #3e6ff7b9
 PATIENCE = 3   # workers in a row that end before they take a run: one may be killed while it imports what runs need
 
 def fails_by_itself(job) -> bool:
@@ -175,6 +184,7 @@ def why_not_started(folder: Path, job) -> str:
     return (f"the process for the runs ended before it took one: {lines[-1] if lines else 'it said nothing'}; look at "
             f"{short(job.paths.stderr)}")
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #9858bc0c
 def end_jobs(jobs: list):
     "Tell local jobs to stop, and wait until they have; Ctrl-C once more kills them."
     told = float("-inf")
@@ -192,6 +202,7 @@ def end_jobs(jobs: list):
             with contextlib.suppress(ProcessLookupError): os.kill(int(job.job_id), signal.SIGKILL)
         raise
 
+# %% ../../nbs/source/batch/10_jobs.ipynb #2d73aa55
 class Stopper:
     "Inside this context Ctrl-C, SIGTERM and SIGHUP are noted; a second Ctrl-C interrupts."
     def __enter__(self):

@@ -30,6 +30,7 @@ def here(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
+# %% ../../nbs/source/batch/04_notebook.ipynb #98bcc8a5
 def as_text(*lines: str):
     """Lines of plain text for display, several as a list. What files, errors and names say may be anybody's:
     it is shown as it stands, and is no markup."""
@@ -37,6 +38,7 @@ def as_text(*lines: str):
     return HTML(f"<p>{escape(lines[0])}</p>" if len(lines) == 1
                 else f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
 
+# %% ../../nbs/source/batch/04_notebook.ipynb #5572707b
 def listed(
     values: str | list | tuple | None,  # a notebook parameter: a list, or one string of words from `papermill -p`
 ) -> list[str]:
@@ -44,6 +46,7 @@ def listed(
     quotes in it hold a word with blanks together, as in a shell."""
     return split_words(values) if isinstance(values, str) else [str(v) for v in values or []]
 
+# %% ../../nbs/source/batch/04_notebook.ipynb #7fe6253d
 def save_figure(figure, folder: str | Path, name: str):
     """Save a matplotlib figure as `figures/<name>.png` in a run folder, and
     return the picture for display (with any backend, unlike the figure)."""
@@ -62,6 +65,7 @@ def saved_figure(folder: str | Path, name: str):
     except (FileNotFoundError, NotADirectoryError): return None
     with os.fdopen(fd, "rb") as f: return Image(data=f.read(), format="png", alt=name.replace("-", " "))
 
+# %% ../../nbs/source/batch/04_notebook.ipynb #e27ca27b
 def save_arrays(path: str | Path, **arrays) -> Path:
     "Write numpy arrays as a compressed .npz, whole or not at all."
     import numpy as np

@@ -62,6 +62,7 @@ def project_files(
     return {"README.md": _README.format(name=name, **rows).encode()} | {
         f"nbs/{kind}/{f.name}": f.read_bytes() for kind, files in shipped.items() for f in files}
 
+# %% ../../nbs/source/batch/12_projects.ipynb #51344812
 def new_project(
     folder: str | Path,   # is made; or one that is there and empty
     add: bool = False,    # into a folder that holds other things: write what is missing, change nothing that is there

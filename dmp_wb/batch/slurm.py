@@ -24,6 +24,31 @@ def notice(options: dict) -> int: # seconds
     "How long before its time limit, or a pre-emption, a job is told."
     return options.get("signal_delay_s") or min(120, 15 * (options.get("timeout_min") or options.get("time") or 60))
 
+# %% ../../nbs/source/batch/07_slurm.ipynb #0522cbdb
+def _check_lines(folder: Path, name: str, options: dict):
+    """Raise `BadInput` for what would become further lines of the job's script, or other words of its lines;
+    those of set-up and tear-down are shell, as they are."""
+    for what, text in (("the name of the jobs", name), ("the sweep's folder", str(folder))):
+        if has_controls(text):
+            raise BadInput(f"{what} is {text!r}: expected no control characters, it becomes a line of the jobs' script")
+    if bad := next((c for c in "%\\" if c in str(folder)), None):
+        raise BadInput(
+            f"the sweep's folder is {str(folder)!r}: expected no {bad}, which Slurm replaces in the names of log files")
+    def texts(value):
+        return ([t for v in value for t in texts(v)] if isinstance(value, (list, tuple))
+                else [t for pair in value.items() for t in texts(pair)] if isinstance(value, dict)
+                else [value] if isinstance(value, str) else [])
+    for key, value in options.items():
+        if key in ("setup", "teardown"): continue
+        if bad := next((t for t in texts(value) if has_controls(t)), None):
+            raise BadInput(f"{key} is {bad!r}: expected no control characters, it becomes a line of the jobs' script")
+        if key == "additional_parameters" and (not isinstance(value, dict) or (
+            bad := next((k for k in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(k))), None))):
+            raise BadInput(f"additional_parameters is {value!r}: expected options of sbatch, as {{'mail-type': 'END'}}")
+
+# %% ../../nbs/source/batch/07_slurm.ipynb #782d0b2e
+GENERIC_TOO = ("nodes", "cpus_per_task", "gpus_per_node")   # submitit wants these without its prefix
+
 def slurm_executor(
     folder: Path,        # for job scripts, pickles and logs; the nodes must see it
     name: str,           # of the jobs, in squeue
@@ -71,29 +96,6 @@ def slurm_executor(
                                **{k: v for k, v in given.items() if k in GENERIC_TOO})
     return executor
 
-def _check_lines(folder: Path, name: str, options: dict):
-    """Raise `BadInput` for what would become further lines of the job's script, or other words of its lines;
-    those of set-up and tear-down are shell, as they are."""
-    for what, text in (("the name of the jobs", name), ("the sweep's folder", str(folder))):
-        if has_controls(text):
-            raise BadInput(f"{what} is {text!r}: expected no control characters, it becomes a line of the jobs' script")
-    if bad := next((c for c in "%\\" if c in str(folder)), None):
-        raise BadInput(
-            f"the sweep's folder is {str(folder)!r}: expected no {bad}, which Slurm replaces in the names of log files")
-    def texts(value):
-        return ([t for v in value for t in texts(v)] if isinstance(value, (list, tuple))
-                else [t for pair in value.items() for t in texts(pair)] if isinstance(value, dict)
-                else [value] if isinstance(value, str) else [])
-    for key, value in options.items():
-        if key in ("setup", "teardown"): continue
-        if bad := next((t for t in texts(value) if has_controls(t)), None):
-            raise BadInput(f"{key} is {bad!r}: expected no control characters, it becomes a line of the jobs' script")
-        if key == "additional_parameters" and (not isinstance(value, dict) or (
-            bad := next((k for k in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(k))), None))):
-            raise BadInput(f"additional_parameters is {value!r}: expected options of sbatch, as {{'mail-type': 'END'}}")
-
-GENERIC_TOO = ("nodes", "cpus_per_task", "gpus_per_node")   # submitit wants these without its prefix
-
 # %% ../../nbs/source/batch/07_slurm.ipynb #d867f1ed
 OVER = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
         "PREEMPTED", "REVOKED", "GONE"}
@@ -112,6 +114,7 @@ def job_states(
     found = dict(line.strip().split("|") for line in done.stdout.splitlines() if "|" in line)
     return {job: found.get(job, "GONE") for job in jobs}
 
+# %% ../../nbs/source/batch/07_slurm.ipynb #d5acbdc4
 class JobWatch:
     "The states of jobs, asked of Slurm at most every few seconds."
     def __init__(self, every: float = 5.0): self.every, self.asked, self.states = every, float("-inf"), {}   # seconds
@@ -142,6 +145,7 @@ def ending(
     return (False,
             f"its job {job} ended without a word ({state.lower()}){f': {last}' if last else ''}; look at {short(log)}")
 
+# %% ../../nbs/source/batch/07_slurm.ipynb #520d2794
 def queue_again(job: str) -> bool: # whether it was
     """Put the job that this process runs in back into the queue, if Slurm thinks that it goes on.
 

@@ -37,6 +37,7 @@ class RunState:
     cluster: str = "local"
     ticket: str = ""                   # of the call of `sweep` that wants it
 
+# %% ../../nbs/source/batch/00_state.ipynb #72e87c52
 def read_state(folder: str | Path) -> RunState | None:
     "The state of a run folder; None if it is no run of a sweep."
     file = Path(folder) / STATE_FILE

@@ -50,6 +50,7 @@ def line_of(folder: Path, state: RunState) -> str:
     try: return "  ".join(x for x in (cell, progress_line(at["bar"]) if "bar" in at else "") if x)
     except (KeyError, TypeError, ValueError, ArithmeticError): return cell   # somebody else's file
 
+# %% ../../nbs/source/batch/09_view.ipynb #da96636f
 class View:
     """One line a run: redrawn in a terminal or a notebook;
     elsewhere a line when something changes, and every half minute."""

@@ -159,11 +159,12 @@ def writing(
     what,            # what is written inside, for the message
     more: str = "",  # as of `cannot`
     also: tuple = (),   # further classes of errors, as libraries raise them for a full disk
+    verb: str = "written",
 ):
     "Inside this context, what the system refuses becomes one line that names what was to be written."
     try: yield
     except BadInput: raise
-    except (OSError, *also) as e: raise cannot(what, e, more=more) from e
+    except (OSError, *also) as e: raise cannot(what, e, verb, more) from e
 
 # %% ../../nbs/source/core/00_errors.ipynb #0674c4e0
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ..models.anatomy import check_timesteps
 # %% ../../nbs/source/diffusion/01_objectives.ipynb #4f25d709
 # of the squared error of ε, by SNR
 _ON_EPSILON = {"min-snr": lambda snr: (5.0 / snr).clamp(max=1.0), "p2": lambda snr: 1 / (1 + snr)}
+
 # what turns a weight on the error of ε into one on the error of the target
 # (1 − σ)², as SNR = ((1 − σ)/σ)²
 _CONVERSIONS = {"epsilon": lambda snr: torch.ones_like(snr), "sample": lambda snr: snr,
@@ -53,6 +54,7 @@ def predicted_x0(
     if prediction_type == "v_prediction": return a * x_t - b * prediction
     return x_t - b * prediction if prediction_type == "flow_prediction" else (x_t - b * prediction) / a
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #da0e764a
 class Tables(nn.Module):
     "Per-timestep coefficients of a forward process x_t = a_t x0 + b_t ε, computed in float64 and kept as float32 [T]."
     def _keep(self, a: torch.Tensor, b: torch.Tensor, **more: torch.Tensor):
@@ -94,6 +96,7 @@ class Tables(nn.Module):
         "What the model is told: [B]."
         return timesteps
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #45ba3473
 class FlowTables(Tables):
     "The straight path of flow matching: a = 1 − σ, b = σ = (t+1)/T."
     def __init__(self, num_train_timesteps: int = 1000):
@@ -138,6 +141,7 @@ def _discretised_nll(x, mean, log_scale):
     floor = lambda p: p.clamp(min=1e-12).log()
     return -torch.where(x < -0.999, floor(upper), torch.where(x > 0.999, floor(1 - lower), floor(upper - lower)))
 
+# %% ../../nbs/source/diffusion/01_objectives.ipynb #b0dc1024
 def variational_bound(
     tables: GaussianTables,
     epsilon: torch.Tensor,     # predicted noise [B, C, …]

@@ -47,6 +47,7 @@ def _time_embedding(m, timestep):
 
 _inner_dim = lambda m: m.config.num_attention_heads * m.config.attention_head_dim
 
+# %% ../../nbs/source/models/03_backbones.ipynb #e6c23aae
 # diffusers' transformers for images
 _IMAGES: dict[str, Any] = dict(grid_size=_grid, called_grid=_called_grid, width=_inner_dim)
 
@@ -79,6 +80,7 @@ register_backbone("DiTTransformer2DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #d11e8d50
 def _pixart_condition(m, timestep, inputs):
     sizes = inputs.get("added_cond_kwargs") or {"resolution": None, "aspect_ratio": None}
     some = next((v for v in sizes.values() if v is not None), timestep)
@@ -118,6 +120,7 @@ register_backbone("SanaTransformer2DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #f92647c8
 def _hunyuan_condition(m, timestep, inputs):
     e = m.time_extra_emb
     return e(timestep, inputs["encoder_hidden_states_t5"], inputs.get("image_meta_size"), inputs.get("style"),
@@ -175,6 +178,7 @@ register_backbone("FluxTransformer2DModel", Anatomy(
     tokens_output=1,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #66017700
 def _auraflow_text(m, inputs):
     text = inputs["encoder_hidden_states"].shape[1] + m.register_tokens.shape[1]
     return [0] * len(m.joint_transformer_blocks) + [text] * len(m.single_transformer_blocks)
@@ -221,6 +225,7 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
     tokens_output=0,
 ))
 
+# %% ../../nbs/source/models/03_backbones.ipynb #afd5c5e4
 def _wan_embedding(m, timestep):
     e = m.condition_embedder
     return e.time_embedder(e.timesteps_proj(timestep).to(_dtype(m, e.time_embedder.linear_1)))
@@ -272,6 +277,7 @@ def _unet_routed(m):
         units += [a for a in getattr(block, "attentions", None) or () if isinstance(a, Attention)]
     return units
 
+# %% ../../nbs/source/models/03_backbones.ipynb #e56cb2e2
 def _unet2d_condition(m, timestep, inputs):
     e_t, labels = _time_embedding(m, timestep), inputs.get("class_labels")
     if m.class_embedding is None: return e_t
@@ -297,6 +303,7 @@ _UNET: dict[str, Any] = dict(
 
 register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",),
                                          num_classes=lambda m: m.config.num_class_embeds))
+
 register_backbone("UNet2DConditionModel", Anatomy(
     **_UNET, condition=_unet2d_condition_condition,
     condition_inputs=("timestep_cond", "class_labels", "encoder_hidden_states", "added_cond_kwargs"),
@@ -312,6 +319,7 @@ def supported_models() -> list[str]:
     "The names of the backbone classes that can be patched and routed."
     return list(registered())
 
+# %% ../../nbs/source/models/03_backbones.ipynb #e105abc6
 def _registration(model) -> Anatomy | None:
     for cls in type(model).__mro__:
         if cls in _ANATOMIES: return _ANATOMIES[cls]
@@ -327,6 +335,7 @@ def anatomy_of(model: nn.Module) -> Anatomy:
         f"; add yours with dmp_wb.register_backbone({name}, dmp_wb.Anatomy(...))"
     raise BadInput(f"{name} is not a known backbone: expected one of {', '.join(supported_models())}{hint}")
 
+# %% ../../nbs/source/models/03_backbones.ipynb #1f3aff0f
 def backbones_inside(
     holder,  # a pipeline, a module of the user's own: anything with attributes
 ) -> list[str]: # dotted, e.g. ["transformer"]; the outermost ones

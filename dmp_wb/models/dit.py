@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'PIPELINE_NULL_CLASS', 'TimestepEmbedder', 'LabelEmbedder', 'PatchEmbedder', 'Attention', 'Mlp',
-           'modulate', 'DiTBlock', 'FinalLayer', 'DiT', 'from_official']
+           'modulate', 'DiTBlock', 'FinalLayer', 'position_table', 'initialise', 'DiT', 'from_name', 'from_official']
 
 # %% ../../nbs/source/models/01_dit.ipynb #77cfe6af
 import math
@@ -42,6 +42,7 @@ class TimestepEmbedder(nn.Module):
         # layerwise casting: stored in fewer bits
         return self.mlp(waves.to(stored if stored in COMPUTED else get_parameter_dtype(self)))
 
+# %% ../../nbs/source/models/01_dit.ipynb #60eb4d0b
 class LabelEmbedder(nn.Module):
     """Class labels [B] → e_y [B, hidden_size].
     The last row, `num_classes`, is the null class of classifier-free guidance."""
@@ -90,6 +91,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
+# %% ../../nbs/source/models/01_dit.ipynb #c2dd6f9e
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     "Tokens [B, N, D], scaled and shifted per sample by [B, D]."
     return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
@@ -111,6 +113,7 @@ class DiTBlock(nn.Module):
         x = torch.addcmul(x, gate_attn[:, None], self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
         return torch.addcmul(x, gate_mlp[:, None], self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
+# %% ../../nbs/source/models/01_dit.ipynb #ba72301a
 class FinalLayer(nn.Module):
     "Tokens [B, N, D] and condition [B, D] → one patch of output a token, [B, N, p·p·C]."
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
@@ -125,8 +128,6 @@ class FinalLayer(nn.Module):
 
 # %% ../../nbs/source/models/01_dit.ipynb #e1f825da
 PIPELINE_NULL_CLASS = 1000  # `DiTPipeline` asks for this label when it means "no class", however many classes there are
-
-# %% ../../nbs/source/models/01_dit.ipynb #422bc9c1
 def _whole(value) -> bool: return isinstance(value, Integral) and not isinstance(value, bool)
 
 def _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers, num_attention_heads,
@@ -159,6 +160,66 @@ def _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size
         raise BadInput(f"mlp_ratio is {str(mlp_ratio)[:60]}: expected a number above 0, at most 1024")
     return sides
 
+# %% ../../nbs/source/models/01_dit.ipynb #422bc9c1
+def position_table(hidden_size: int, grid_size: tuple[int, int]) -> torch.Tensor: # [1, rows × columns, hidden_size]
+    "Sines and cosines of each token's place."
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in grid_size), indexing="ij")
+    # the first half of the channels holds the column, as in the official code
+    grid = torch.stack([columns, rows])[:, None]
+    return get_2d_sincos_pos_embed_from_grid(hidden_size, grid, output_type="pt").float()[None]
+
+def initialise(model: "DiT"):
+    "Xavier for linear layers, normal(0.02) for the embedders, zero for every adaLN and the final layer."
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.data.flatten(1))
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    for i in (0, 2): nn.init.normal_(model.t_embedder.mlp[i].weight, std=0.02)
+    if model.y_embedder is not None: nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    for layer in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
+                  model.final_layer.linear):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+# %% ../../nbs/source/models/01_dit.ipynb #f3b1db2d
+def _checked_inputs(model: "DiT", hidden_states: torch.Tensor, timestep, class_labels) -> tuple:
+    "The timestep and the labels as tensors; raises `BadInput` where they, or the images, do not fit the model."
+    if hidden_states.ndim != 4:
+        raise BadInput(
+            f"hidden_states has shape {tuple(hidden_states.shape)}: expected [batch, channels, height, width]")
+    B, C, H, W = hidden_states.shape
+    if (C, H, W) != (model.config.in_channels, *model.input_size):
+        raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects "
+                       f"{model.config.in_channels}×{model.input_size[0]}×{model.input_size[1]}")
+    told = torch.as_tensor(timestep, device=hidden_states.device)
+    if told.ndim > 1 or told.ndim and len(told) not in (1, B):
+        raise BadInput(
+            f"timestep has shape {tuple(told.shape)}: expected one number, or one for each of the {B} samples")
+    if class_labels is not None and model.y_embedder is not None:
+        class_labels = _checked_labels(class_labels, B, hidden_states.device)
+    return told, class_labels
+
+def _checked_labels(class_labels, batch_size: int, device: torch.device) -> torch.Tensor:
+    """What a caller gave as labels, as a tensor.
+    Looks at its shape and dtype alone, which needs no waiting for a device."""
+    if not isinstance(class_labels, torch.Tensor):
+        try: class_labels = torch.as_tensor(class_labels, device=device)
+        except (TypeError, ValueError, RuntimeError):
+            raise BadInput(f"class_labels is {str(class_labels)[:60]}: expected whole numbers") from None
+    if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
+        raise BadInput(f"class_labels is of {class_labels.dtype}: expected integers")
+    if class_labels.ndim > 1 or class_labels.ndim and len(class_labels) not in (1, batch_size):
+        raise BadInput(f"class_labels has shape {tuple(class_labels.shape)}: expected one label for each of the "
+                       f"{batch_size} samples")
+    return class_labels if class_labels.dtype in (torch.int64, torch.int32) else class_labels.long()
+
+def _warn_of_pipeline(num_classes: int):
+    warnings.warn(f"this DiT has {num_classes} classes: diffusers' DiTPipeline takes class {PIPELINE_NULL_CLASS} for "
+                  f"the null class, which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows", stacklevel=4)
+
+# %% ../../nbs/source/models/01_dit.ipynb #713a58d6
 class DiT(ModelMixin, ConfigMixin):
     """A Diffusion Transformer (Peebles & Xie, 2212.09748).
 
@@ -173,52 +234,28 @@ class DiT(ModelMixin, ConfigMixin):
             sample_size: int | tuple[int, int] = 32,   # input side, or (height, width); multiples of `patch_size`
             patch_size: int = 2,
             in_channels: int = 4,
-            # `in_channels`, or twice that for a learned variance; None means the former
-            out_channels: int | None = None,
+            out_channels: int | None = None,   # None: `in_channels`; twice that for a learned variance
             hidden_size: int = 1152,   # a multiple of 4 and of `num_attention_heads`
             num_layers: int = 28,
             num_attention_heads: int = 16,
             mlp_ratio: float = 4.0,
-            # None: unconditional; 0: too, but with the null class's row, as DMP's FFHQ models
-            num_classes: int | None = 1000,
+            num_classes: int | None = 1000,   # None: unconditional; 0: too, with a null class, as DMP's FFHQ models
     ):
         super().__init__()
         height, width = _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers,
                                      num_attention_heads, mlp_ratio, num_classes)
-        if num_classes is not None and num_classes > PIPELINE_NULL_CLASS:
-            warnings.warn(f"this DiT has {num_classes} classes: diffusers' DiTPipeline takes class "
-                          f"{PIPELINE_NULL_CLASS} for the null class, "
-                          f"which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows", stacklevel=3)
+        if num_classes is not None and num_classes > PIPELINE_NULL_CLASS: _warn_of_pipeline(num_classes)
         self.register_to_config(out_channels=out_channels or in_channels)  # DiTPipeline reads it from the config
         self.input_size = (height, width)
         self.grid_size = (height // patch_size, width // patch_size)
         self.x_embedder = PatchEmbedder(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes is not None else None
-        rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float32) for n in self.grid_size), indexing="ij")
-        # the first half of the channels holds the column, as in the official code
-        grid = torch.stack([columns, rows])[:, None]
-        self.register_buffer("pos_embed",
-                             get_2d_sincos_pos_embed_from_grid(hidden_size, grid, output_type="pt").float()[None])
+        self.register_buffer("pos_embed", position_table(hidden_size, self.grid_size))
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.config.out_channels)
         self.gradient_checkpointing = False
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "Xavier for linear layers, normal(0.02) for the embedders, zero for every adaLN and the final layer."
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for i in (0, 2): nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-        if self.y_embedder is not None: nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1],
-                      self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        initialise(self)
 
     @property
     def learn_sigma(self) -> bool: return self.config.out_channels == 2 * self.config.in_channels
@@ -248,21 +285,9 @@ class DiT(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ):  # Transformer2DModelOutput with `.sample` [B, out_channels, H, W], or a tuple with it
         "One denoising evaluation."
-        if hidden_states.ndim != 4:
-            raise BadInput(
-                f"hidden_states has shape {tuple(hidden_states.shape)}: expected [batch, channels, height, width]")
-        B, C, H, W = hidden_states.shape
-        if (C, H, W) != (self.config.in_channels, *self.input_size):
-            raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects "
-                           f"{self.config.in_channels}×{self.input_size[0]}×{self.input_size[1]}")
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
-        if timestep.ndim > 1 or timestep.ndim and len(timestep) not in (1, B):
-            raise BadInput(
-                f"timestep has shape {tuple(timestep.shape)}: expected one number, or one for each of the {B} samples")
-        if class_labels is not None and self.y_embedder is not None:
-            class_labels = self._checked_labels(class_labels, B, hidden_states.device)
+        timestep, class_labels = _checked_inputs(self, hidden_states, timestep, class_labels)
         x = self.x_embedder(hidden_states) + self.pos_embed.to(hidden_states.dtype)
-        c = self.condition(timestep, class_labels, B)
+        c = self.condition(timestep, class_labels, len(hidden_states))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c)
@@ -270,41 +295,29 @@ class DiT(ModelMixin, ConfigMixin):
         x = self.unpatchify(self.final_layer(x, c))
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    def _checked_labels(self, class_labels, batch_size: int, device: torch.device) -> torch.Tensor:
-        """What a caller gave as labels, as a tensor.
-        Looks at its shape and dtype alone, which needs no waiting for a device."""
-        if not isinstance(class_labels, torch.Tensor):
-            try: class_labels = torch.as_tensor(class_labels, device=device)
-            except (TypeError, ValueError, RuntimeError):
-                raise BadInput(f"class_labels is {str(class_labels)[:60]}: expected whole numbers") from None
-        if class_labels.is_floating_point() or class_labels.is_complex() or class_labels.dtype == torch.bool:
-            raise BadInput(f"class_labels is of {class_labels.dtype}: expected integers")
-        if class_labels.ndim > 1 or class_labels.ndim and len(class_labels) not in (1, batch_size):
-            raise BadInput(f"class_labels has shape {tuple(class_labels.shape)}: expected one label for each of the "
-                           f"{batch_size} samples")
-        return class_labels if class_labels.dtype in (torch.int64, torch.int32) else class_labels.long()
-
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         "[B, N, p·p·C] → [B, C, H, W]."
         (h, w), p = self.grid_size, self.config.patch_size
         return x.reshape(-1, h, w, p, p, self.config.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.config.out_channels, h * p, w * p)
 
-    @classmethod
-    def from_name(
-        cls,
-        name: str | None = None,    # "DiT-S/2" … "DiT-XL/8"; None when all sizes are given
-        learn_sigma: bool = True,   # the output holds a variance as well
-        **sizes,                    # any argument of `DiT`; None means the name's value
-    ) -> "DiT":
-        "A randomly initialised member of the family; raises `BadInput` for an unknown name."
-        given = {k: v for k, v in sizes.items() if v is not None or k == "num_classes"}
-        if name is not None:
-            if name not in NAMES: raise unknown("model", name, NAMES)
-            letter, patch = name.removeprefix("DiT-").split("/")
-            given = {**vars(SIZES[letter]), "patch_size": int(patch), **given}
-        given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
-        return cls(**given)
+# %% ../../nbs/source/models/01_dit.ipynb #576f553b
+def from_name(
+    cls,
+    name: str | None = None,    # "DiT-S/2" … "DiT-XL/8"; None when all sizes are given
+    learn_sigma: bool = True,   # the output holds a variance as well
+    **sizes,                    # any argument of `DiT`; None means the name's value
+) -> "DiT":
+    "A randomly initialised member of the family; raises `BadInput` for an unknown name."
+    given = {k: v for k, v in sizes.items() if v is not None or k == "num_classes"}
+    if name is not None:
+        if name not in NAMES: raise unknown("model", name, NAMES)
+        letter, patch = name.removeprefix("DiT-").split("/")
+        given = {**vars(SIZES[letter]), "patch_size": int(patch), **given}
+    given.setdefault("out_channels", given.get("in_channels", 4) * (2 if learn_sigma else 1))
+    return cls(**given)
+
+DiT.from_name = classmethod(from_name)
 
 # %% ../../nbs/source/models/01_dit.ipynb #3b929358
 def _dit_sizes(sd: dict, num_attention_heads: int | None, origin: str) -> dict:
@@ -341,6 +354,7 @@ def _dit_sizes(sd: dict, num_attention_heads: int | None, origin: str) -> dict:
         sd["blocks.0.mlp.fc1.weight"].shape[0] // hidden_size,
         num_classes=None if table is None else table.shape[0] - 1)
 
+# %% ../../nbs/source/models/01_dit.ipynb #e847e332
 def from_official(
     cls,
     path_or_state_dict: str | Path | dict,     # a .pt or .safetensors file, or its content

@@ -56,6 +56,7 @@ def read_state_dict(
                       "for files you made yourself")
         raise BadInput(f"{path} cannot be read as a checkpoint of plain tensors: {reason}") from None
 
+# %% ../../nbs/source/models/00_weights.ipynb #ee7af066
 def plain_state_dict(
     content: dict,             # a state dict, or one nested under `ema` or `model`
     origin: str = "checkpoint",  # its name in error messages

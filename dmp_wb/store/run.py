@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..config import Experiment, load_experiment
-from ..core.errors import BadInput, MissingFile, said
+from ..core.errors import BadInput, MissingFile, said, writing
 from ..core.files import read_json, read_rows, write_json
 from ..core.paths import expanded, runs_root
 from ..core.processes import locked
@@ -76,20 +76,15 @@ class Run:
     def revise(self, change: Callable[[dict], dict]):
         """Make another summary of the one that is there, while no other process does.
         Raises `BadInput` where it cannot be written."""
-        try:
-            with locked(self.folder / ".summary.lock", f"the summary of run {self.folder}", patience=120):
-                write_json(self.folder / "summary.json", change(self.summary))
-        except OSError as e:
-            if isinstance(e, BadInput): raise
-            raise BadInput(f"{self.folder / 'summary.json'} cannot be written: {e.strerror or e}") from None
+        file, lock = self.folder / "summary.json", self.folder / ".summary.lock"
+        with writing(file), locked(lock, f"the summary of run {self.folder}", patience=120):
+            write_json(file, change(self.summary))
 
 def open_run(run: str | Path) -> Run:
     "The run of that name or folder."
     return Run(run_folder(run))
 
-# %% ../../nbs/source/store/02_run.ipynb #ffb6694f
-BACKBONE_PARTS = ("transformer", "unet")   # where a pipeline keeps it
-
+# %% ../../nbs/source/store/02_run.ipynb #6eb8ceaf
 def usual_device(
     device: str | torch.device = "auto",  # "auto": the GPU if there is one, and of several that of this process
 ) -> torch.device:
@@ -106,13 +101,16 @@ def usual_device(
                        f"cpu{f', {gpu.type} or {gpu.type}:0' if gpu else ''}") from None
     if found.type in ("cpu", "meta"): return found
     if gpu is None or found.type != gpu.type:
-        raise BadInput(
-            f"device is {str(found)!r}: expected "
-            f"{f'auto, cpu or {gpu.type}' if gpu else 'auto or cpu, this machine has no other device that torch can use'}")
+        known = (f"auto, cpu or {gpu.type}" if gpu
+                 else "auto or cpu, this machine has no other device that torch can use")
+        raise BadInput(f"device is {str(found)!r}: expected {known}")
     if found.index is not None and found.index >= torch.accelerator.device_count():
         raise BadInput(
             f"device is {str(found)!r}: expected {gpu.type}:0 to {gpu.type}:{torch.accelerator.device_count() - 1}")
     return found
+
+# %% ../../nbs/source/store/02_run.ipynb #ffb6694f
+BACKBONE_PARTS = ("transformer", "unet")   # where a pipeline keeps it
 
 def load_model(
         # a run, the folder of a diffusers model or pipeline, a hub id, or a .pt / .safetensors file of an official DiT
@@ -126,6 +124,7 @@ def load_model(
     place = usual_device(device)   # a wrong one is told before anything is read
     return _load(model, patched, num_attention_heads).eval().to(place)
 
+# %% ../../nbs/source/store/02_run.ipynb #1da31cc1
 def _load(model: str | Path, patched: bool, num_attention_heads: int | None, above: tuple[Path, ...] = ()) -> nn.Module:
     path = expanded(model)
     if path.is_file(): return DiT.from_official(path, num_attention_heads)
@@ -159,33 +158,13 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None, abo
     if patched: restore_methods(backbone, methods, folder)
     return backbone
 
+# %% ../../nbs/source/store/02_run.ipynb #49d2ec2d
 def trained_objective(model: str | Path) -> ObjectiveConfig | None:
     "What a run's model was trained to predict; None for what is no run."
     try: return open_run(model).experiment.objective
     except BadInput: return None
 
-def _from_diffusers(folder: Path) -> nn.Module:
-    config = read_json(folder / "config.json")
-    name = config.get("_class_name") if isinstance(config, dict) else None
-    try: cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
-    except Exception: cls = None   # a class whose own imports fail
-    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
-    if not known:
-        raise BadInput(
-            f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
-    _check_against_weights(folder, config)
-    try: model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    except Exception as e:   # whatever the class makes of values and tensors of others
-        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: "
-                       f"{' '.join(str(e).split())[:300] or type(e).__name__}") from e
-    # other classes drop keys of older versions
-    for keys, fault in (("missing_keys", "miss"),
-                        *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):
-        if told[keys]:
-            raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, "
-                           f"first {min(told[keys])[:100]}: expected those of its config.json")
-    return model
-
+# %% ../../nbs/source/store/02_run.ipynb #08280c7a
 def _check_against_weights(folder: Path, config: dict):
     """Raise `BadInput` for a config that asks for more layers than there are tensors,
     or for a side longer than all of them, before a model of that size is made."""
@@ -208,6 +187,29 @@ def _check_against_weights(folder: Path, config: dict):
             if isinstance(number, int) and number > (tensors if counts else max(numbers, 1 << 16)):
                 raise BadInput(f"{folder / 'config.json'} has {key} {str(number)[:60]}: expected less, the weights "
                                f"beside it are {tensors} tensors of {numbers} numbers")
+
+# %% ../../nbs/source/store/02_run.ipynb #cdb7d8a7
+def _from_diffusers(folder: Path) -> nn.Module:
+    config = read_json(folder / "config.json")
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    try: cls: Any = DiT if name == "DiT" else getattr(diffusers, name, None) if isinstance(name, str) else None
+    except Exception: cls = None   # a class whose own imports fail
+    known = isinstance(cls, type) and issubclass(cls, diffusers.ModelMixin)
+    if not known:
+        raise BadInput(
+            f"{folder / 'config.json'} has _class_name {str(name)[:60]!r}: expected a diffusers model class or DiT")
+    _check_against_weights(folder, config)
+    try: model, told = cls.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    except Exception as e:   # whatever the class makes of values and tensors of others
+        raise BadInput(f"{folder} cannot be loaded as a {name}, its files are missing, damaged or of another size: "
+                       f"{' '.join(str(e).split())[:300] or type(e).__name__}") from e
+    # other classes drop keys of older versions
+    for keys, fault in (("missing_keys", "miss"),
+                        *([("unexpected_keys", "have what the config does not:")] if cls is DiT else [])):
+        if told[keys]:
+            raise BadInput(f"{folder} cannot be loaded as a {name}, its weights {fault} {len(told[keys])} tensors, "
+                           f"first {min(told[keys])[:100]}: expected those of its config.json")
+    return model
 
 def _from_pipeline(folder: Path) -> nn.Module:
     for part in BACKBONE_PARTS:

@@ -30,6 +30,7 @@ def _interval_costs(
     costs = sums[centre, steps + 1] - sums[centre, steps[:, None]]
     return costs.masked_fill(steps[:, None] > steps, math.inf)
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #66bbd4c0
 def timestep_clusters(
     values,  # [T] a quantity by timestep, e.g. log SNR; or [T, T] task affinity
     k: int,  # intervals, 1…T
@@ -55,6 +56,7 @@ def timestep_clusters(
         last = first - 1
     return [(0, last), *reversed(bounds)]
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #d4603624
 def clusters_cost(values, clusters: list[tuple[int, int]]) -> float:
     "What `timestep_clusters` minimises."
     costs = _interval_costs(_doubles(values))
@@ -72,6 +74,7 @@ def balanced_timesteps(
     return first + (torch.rand(batch_size, generator=generator, dtype=torch.float64, device=device)
                     * (last - first + 1)).long()
 
+# %% ../../nbs/source/tasks/00_intervals.ipynb #aea69d0d
 def interval_of(
     timesteps: torch.Tensor,          # [B]
     clusters: list[tuple[int, int]],

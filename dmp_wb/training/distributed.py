@@ -38,6 +38,7 @@ from ..core.processes import process_alive
 
 # %% ../../nbs/source/training/00_distributed.ipynb #fd1ba84a
 def _asked(name: str) -> bool: return os.environ.get(name, "false").lower() == "true"   # by accelerate's launcher
+PROCESSES_VARIABLE = "DMP_WB_PROCESSES"   # how many a launch has asked for
 
 def check_launch(cpu: bool = True):
     "Raise `BadInput` for what accelerate's config file asks and cannot work; before any process group exists."
@@ -50,8 +51,6 @@ def check_launch(cpu: bool = True):
             f"{here} processes were started on this machine, which shows them {torch.accelerator.device_count()} GPUs: "
             "expected a GPU for each; see gpu_ids in accelerate's config file, and CUDA_VISIBLE_DEVICES")
 
-PROCESSES_VARIABLE = "DMP_WB_PROCESSES"   # how many a launch has asked for
-
 def check_processes(came: int):
     "Raise `BadInput` if a launch asked for another number of processes than came up."
     asked = int(os.environ.get(PROCESSES_VARIABLE, came))
@@ -59,6 +58,7 @@ def check_processes(came: int):
         raise BadInput(f"num_processes is {asked}, but accelerate started {came}: expected as many; look at "
                        "distributed_type in its config file")
 
+# %% ../../nbs/source/training/00_distributed.ipynb #68919eb0
 def set_up_sharding(accelerator: Accelerator, t: TrainConfig, o: OptimConfig):
     """The plugins of FSDP2 and DeepSpeed, so that a run is what it is without them.
     Raises `BadInput` for settings of the config file under which it cannot be."""
@@ -118,6 +118,7 @@ def file_rendezvous(
     Used together with `--rdzv_backend c10d --rdzv_conf store_type=file`."""
     return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "PET_RDZV_ENDPOINT": str(file), "PET_LOCAL_ADDR": LOOPBACK}
 
+# %% ../../nbs/source/training/00_distributed.ipynb #8da7ec06
 def _on_one_machine() -> bool:
     world = int(os.environ.get("WORLD_SIZE", 1))
     return world > 1 and (int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world
@@ -167,6 +168,7 @@ def like(
     return (distribute_tensor(v, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
             if isinstance(p, DTensor) and v.shape == p.shape else v)
 
+# %% ../../nbs/source/training/00_distributed.ipynb #a4a178fd
 def optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Parameter]]) -> dict:
     """The state of an optimiser as one process would have it, but for tensors that `whole` makes so.
     Every process must call it."""
@@ -186,6 +188,7 @@ def optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Pa
     return {"state": state, "param_groups": [{**{k: v for k, v in g.items() if k != "params"}, "params": n}
                                              for g, n in zip(zero.optimizer.param_groups, numbered, strict=True)]}
 
+# %% ../../nbs/source/training/00_distributed.ipynb #415bf8f1
 def load_optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[nn.Parameter]], saved: dict):
     "Give an optimiser, however it is split, the state that `optimizer_state` returned in any number of processes."
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
@@ -223,7 +226,7 @@ def _watch(folder: Path):
 @contextlib.contextmanager
 def launched():
     """What a process that trains does for the one that launched it:
-    ends when it asks or dies, and writes an error down. Nothing where nobody did."""
+    ends when it asks or dies, and writes an error down. Does nothing in a process that was started by hand."""
     if not (name := os.environ.get(LAUNCH_VARIABLE)):
         yield
         return

@@ -65,6 +65,7 @@ def usable_gpus(exp: Experiment, config) -> int: # 0: the processes train on the
     cpu = exp.train.cpu or getattr(config, "use_cpu", False) or _kind(config) == "MULTI_CPU"
     return 0 if cpu or not torch.accelerator.is_available() else torch.accelerator.device_count()
 
+# %% ../../nbs/source/training/08_launching.ipynb #d5f68773
 def launch_processes(
     exp: Experiment,
     num_processes: int | None,     # None: as the config file says, else one for each GPU, else 1
@@ -94,6 +95,7 @@ def launch_processes(
     share_of_batch(exp.train, n)
     return n
 
+# %% ../../nbs/source/training/08_launching.ipynb #8c197b81
 def launch_command(
     n: int,          # processes
     gpus: int,       # of this machine that may be used
@@ -133,6 +135,7 @@ def launch_error(
     last = next((line.strip() for line in reversed(text.splitlines()) if re.search(r"\w", line)), "nothing in the log")
     return RuntimeError(f"accelerate launch ended with status {status}: {last[:300]} (log: {short(log)})")
 
+# %% ../../nbs/source/training/08_launching.ipynb #acd80766
 def kill_all(child: subprocess.Popen):
     "SIGKILL to a process and all that it started."
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -183,6 +186,7 @@ def launch(
     with room_for(run), tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp:
         return _launch(exp, run, n, config_file, Path(tmp))
 
+# %% ../../nbs/source/training/08_launching.ipynb #fb6e1328
 def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path) -> Run:
     log = run.folder / "launch.log"
     write_json(tmp / LAUNCHER_FILE, process_identity())

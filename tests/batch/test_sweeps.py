@@ -316,7 +316,7 @@ def test_places_that_are_not_there(tiny, monkeypatch):
 
 def test_a_disk_without_space_is_told(tiny, monkeypatch):
     def full(*_): raise OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(batch_worker, "write_state", full)
+    monkeypatch.setattr("dmp_wb.batch.sweep.write_state", full)
     with pytest.raises(BadInput, match="no space left on the disk.*nothing that is finished is lost"): sweep(tiny)
 
 

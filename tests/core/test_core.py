@@ -39,6 +39,7 @@ def test_import_is_light_and_public_names_exist():
     with pytest.raises(AttributeError, match="no attribute 'pacth'"): wb.pacth  # noqa: B018
 
 
+@pytest.mark.slow
 def test_run_time_needs_no_nbdev():
     code = ("import sys, dmp_wb as wb; [getattr(wb, n) for n in dir(wb)]; print(sorted(m for m in sys.modules if "
             "m.split('.')[0] in ('nbdev', 'fastcore', 'execnb')))")

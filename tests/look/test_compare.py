@@ -99,7 +99,7 @@ def test_a_broken_run_is_a_note_on_the_page_and_takes_no_other_down(copies):
     open_run("my-digits-base").note(evaluations=[3, {"fid": "x", "num_images": [], "guidance_scale": None,
                                                      "settings": 3, "intervals": {"fid": [1]}}], versions=[1],
                                     trained_parameters="many")
-    for name, content in (("date", "method: dmp\ntrain: {}\ndata: {}\nbase: 2026-02-30\n"),
+    for name, content in (("tag", "method: dmp\ntrain: {}\ndata: {}\nbase: !!python/name:os.system x\n"),
                           ("types", "method: dmp\ntrain: 3\ndata: [x]\n"), ("bombs", "[" * 100_000)):
         (copies / name).mkdir()
         (copies / name / "config.yaml").write_text(content)
@@ -107,9 +107,9 @@ def test_a_broken_run_is_a_note_on_the_page_and_takes_no_other_down(copies):
     (copies / "odd-curve" / "metrics.jsonl").write_text(
         '{"step": 1, "loss": "x"}\n{"step": [], "loss": 1}\n{"step": 2, "loss": 0.5}\n')
     c = tables.open_compared(["digits-base", "my-digits-base",
-                              *(str(copies / n) for n in ("date", "types", "bombs", "odd-curve"))])
+                              *(str(copies / n) for n in ("tag", "types", "bombs", "odd-curve"))])
     assert (list(c.runs) == ["digits-base", "my-digits-base", "odd-curve"]
-            and [n.split(":")[0] for n in c.notes] == [f"{n} is left out" for n in ("date", "types", "bombs")])
+            and [n.split(":")[0] for n in c.notes] == [f"{n} is left out" for n in ("tag", "types", "bombs")])
     tables.glance_table(c), tables.differences_table(c)
     for rows in tables.evaluations(c, 1).values(): tables.metrics_table(rows, list(c.runs))
     assert open_run(copies / "odd-curve").curve("loss") == {"step": [2], "loss": [0.5]} and any(

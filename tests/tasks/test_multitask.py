@@ -136,6 +136,8 @@ def test_task_affinity():
     assert torch.equal(sketched, task_affinity(*args, memory=1e-6, quiet=True))
     finer = task_affinity(*args, memory=5 * 8 * 16384 / 2**30, quiet=True)
     assert (finer - got).abs().max() < 5 / 16384**0.5
+    with pytest.raises(BadInput, match="unknown setting 'batchsize': did you mean 'batch_size'"):
+        task_affinity(*args, batchsize=2)
     with pytest.raises(BadInput, match="requires a gradient"):
         task_affinity(tiny_dit().requires_grad_(False), data["images"], quiet=True)
 

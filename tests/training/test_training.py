@@ -1,3 +1,4 @@
+import inspect
 import json
 import math
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 
 import dmp_wb as wb
+from dmp_wb.config import TrainConfig
 from dmp_wb.diffusion import objectives
 from dmp_wb.training import batches
 from dmp_wb.training import loop
@@ -28,8 +31,8 @@ from dmp_wb.core.errors import BadInput, MissingFile
 from dmp_wb.data.load import load_data
 from dmp_wb.data.sources import EpochOrder
 from dmp_wb.methods.patches import PATCH_NAME
-from dmp_wb.training.batches import draw_batch
-from dmp_wb.training.safety import asked_to_stop
+from dmp_wb.training.batches import draw_batch, places_of
+from dmp_wb.training.safety import asked_to_stop, NonFinite
 from dmp_wb.training.setup import make_model, param_groups
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16",
@@ -149,7 +152,7 @@ def test_a_routed_run_loads_routed(tmp_path):
     patched = wb.train(small("dmp", extra=[f"base={whole.folder}"]), folder=tmp_path / "patched")
     both = wb.load_model(patched.folder)
     assert wb.get_router(both) is not None and wb.get_patch(both).prompts.abs().sum() > 0
-    with pytest.raises(wb.BadInput, match="is routed already and stays so"):
+    with pytest.raises(wb.BadInput, match="has the method dtr already, which stays on it: expected a base without it"):
         wb.train(small("dmp", extra=[f"base={whole.folder}", "routing.sharing_ratio=0.8"]), folder=tmp_path / "again")
     routed_patch = wb.train(small("dmp", extra=["routing.sharing_ratio=0.9"]), folder=tmp_path / "routed-patch")
     assert (wb.get_router(wb.load_model(routed_patch.folder)) is not None
@@ -396,7 +399,7 @@ def test_finished_run_is_left_alone_and_another_experiment_is_refused(tmp_path):
     ("digits-quick", ["schedule.name=lin"], "unknown schedule 'lin'"),
     ("digits-dmp", ["name=x", "base=digits-bse"], "did you mean 'digits-base'"),
     ("digits-dmp", ["name=x", "base=nowhere/x.pt"], "no checkpoint nowhere/x.pt"),
-    ("digits-dmp", ["name=x", "base=digits-dmp"], "is a patched model already"),
+    ("digits-dmp", ["name=x", "base=digits-dmp"], "has the method dmp already, which stays on it"),
 ])
 def test_nothing_is_written_for_an_impossible_experiment(experiment, overrides, match, runs_folder):
     with pytest.raises(BadInput, match=match): wb.train(experiment, overrides)
@@ -820,3 +823,37 @@ def test_an_error_leaves_no_worker_that_reads_ahead(tmp_path, monkeypatch):
     except ZeroDivisionError as e: held = e   # as a notebook holds its newest traceback
     assert held.__traceback__ and {p.pid for p in psutil.Process().children(recursive=True)
                                    if p.status() != psutil.STATUS_ZOMBIE} <= before
+
+
+# --- the parts of the loop
+
+@pytest.mark.parametrize("how,said", [
+    ("stop", ["take", "stop", "stop", "take", "stop"]),
+    ("skip", ["take", "skip", "skip", "take", "skip"]),
+    ("rollback", ["take", "rollback", "rollback", "take", "stop"]),
+])
+def test_what_becomes_of_a_step_that_is_not_finite(how, said):
+    policy = NonFinite(TrainConfig(on_nonfinite=how, nonfinite_limit=2), Accelerator(cpu=True))
+    steps = zip((1.0, float("nan"), float("inf"), 1.0, float("nan")), (1.0, 1.0, 0.5, 0.25, 0.25))
+    assert [policy.judge(torch.tensor(loss), torch.tensor(1.0), lr_scale) for loss, lr_scale in steps] == said
+    if how == "skip":
+        assert [policy.judge(torch.tensor(float("nan")), torch.tensor(1.0), 1.0) for _ in range(2)] == ["skip", "stop"]
+
+
+def test_overflows_are_the_scaler_s_business_twenty_times_in_a_row():
+    accelerator = Accelerator(cpu=True)
+    policy = NonFinite(TrainConfig(on_nonfinite="stop"), accelerator)
+    policy.accelerator = type("WithScaler", (), {"scaler": object(), "num_processes": 1})()
+    said = [policy.judge(torch.tensor(1.0), torch.tensor(float("inf")), 1.0) for _ in range(21)]
+    assert said == ["overflow"] * 20 + ["stop"]
+
+
+def test_processes_share_the_places_of_a_batch():
+    parts = [places_of(24, 2, rank, 3).tolist() for rank in range(3)]
+    assert sorted(sum(parts, [])) == list(range(24)) and parts[1] == [4, 5, 6, 7, 16, 17, 18, 19]
+
+
+def test_the_loop_can_be_read_aloud():
+    lines = inspect.getsource(loop.take_steps).splitlines()
+    assert len(lines) <= 60 and [line.strip()[2:4] for line in lines if line.strip().startswith("# ")] == [
+        "1.", "2.", "3.", "4.", "5."]
