@@ -11,7 +11,7 @@ from torch import nn
 import dmp_wb as wb
 from dmp_wb.methods import registry
 from dmp_wb.methods.base import apply_methods, Method, methods_of, ModuleMethod, Panel
-from dmp_wb.methods.registry import method_entry, register_gate, register_mask, register_method
+from dmp_wb.methods.registry import method_entry
 from dmp_wb.methods.settings import GATES, KINDS
 
 
@@ -66,8 +66,8 @@ def registered():
     "For these tests alone."
     tables = (registry._ENTRIES, GATES, KINDS)
     before = [dict(table) for table in tables]
-    register_method("scale", Scale)
-    register_mask("soft", SoftMask)
+    wb.register_method("scale", Scale)
+    wb.register_mask("soft", SoftMask)
     yield
     for table, held in zip(tables, before):
         table.clear()
@@ -169,14 +169,14 @@ def test_a_method_that_does_not_fit_takes_those_before_it_off_again():
 def test_registration_names_what_is_missing_or_taken():
     class Half:
         Config = ScaleConfig
-    with pytest.raises(wb.BadInput, match="has no .*losses"): register_method("half", Half)
-    with pytest.raises(wb.BadInput, match="'dmp' is registered already"): register_method("dmp", Scale)
+    with pytest.raises(wb.BadInput, match="has no .*losses"): wb.register_method("half", Half)
+    with pytest.raises(wb.BadInput, match="'dmp' is registered already"): wb.register_method("dmp", Scale)
     with pytest.raises(wb.BadInput, match="expected a dataclass"):
-        register_method("loose", type("Loose", (Method,), {"Config": dict}))
-    with pytest.raises(wb.BadInput, match="the gate 'mlp' is registered already"): register_gate("mlp", nn.Linear)
-    with pytest.raises(wb.BadInput, match="the gate 'mine', class dict, has no forward"): register_gate("mine", dict)
-    with pytest.raises(wb.BadInput, match="the mask 'mine', class dict, has no forward"): register_mask("mine", dict)
-    assert register_method("scale", Scale) == method_entry("scale")            # a cell that is run again
+        wb.register_method("loose", type("Loose", (Method,), {"Config": dict}))
+    with pytest.raises(wb.BadInput, match="the gate 'mlp' is registered already"): wb.register_gate("mlp", nn.Linear)
+    with pytest.raises(wb.BadInput, match="the gate 'mine', class dict, has no forward"): wb.register_gate("mine", dict)
+    with pytest.raises(wb.BadInput, match="the mask 'mine', class dict, has no forward"): wb.register_mask("mine", dict)
+    assert wb.register_method("scale", Scale) == method_entry("scale")            # a cell that is run again
 
 
 # --- gates and masks by name
