@@ -218,6 +218,14 @@ class BlockHooks:
         "The pass that is running in this thread."
         return _held(self.threads.here.call)
 
+    @property
+    def block_call(self) -> Call | None:
+        """The pass that the running block of this thread belongs to: what a hook inside a block looks at.
+
+        Also where the backward pass runs a checkpointed block again.
+        """
+        return _held(self.threads.here.around)
+
     def rest(self, *keys: str):
         "Exactly these do not act from now on. One assignment: no thread sees half of it."
         self.resting = frozenset(keys)
