@@ -252,6 +252,11 @@ class ModuleMethod(nn.Module, Method):
             take_in(self.model)
         for w in self.frozen: w.requires_grad_(True)
 
+    def on(self, model: nn.Module) -> "ModuleMethod":
+        "Its copy on a replica that DataParallel runs, with the parameters of the replica's device."
+        if model is self.model: return self
+        return next(m for m in model._modules[PLACE]._modules.values() if m.key == self.key)
+
     def facts(self) -> dict[str, Any]:
         "Its settings, and a fingerprint of its weights."
         return {"weights": weights_fingerprint(self), **super().facts()}

@@ -21,7 +21,9 @@ from typing import Any
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.paths import expanded
-from .settings import DMPConfig, DTRConfig, GATES, KINDS, PromptTuningConfig
+from dmp_wb.methods.settings import (
+    DMPConfig, DTRConfig, GATES, KINDS, LearnedMaskConfig, PromptTuningConfig, SwitchConfig, TLoRAConfig,
+)
 
 # %% ../../nbs/source/methods/01_registry.ipynb #4f51c88b
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def register_mask(
 ):
     """Make a class of masks known to all routes.
     Raises `BadInput` for a name that is taken and for a class that misses a part."""
-    _register_part("mask", KINDS, name, mask, ("__call__",))
+    _register_part("mask", KINDS, name, mask, ("forward",))
 
 
 # %% ../../nbs/source/methods/01_registry.ipynb #dc9c04c0
@@ -236,3 +238,9 @@ register_method("prompt-tuning", "dmp_wb.methods.dmp:PromptTuning", config=Promp
                 colour="#009e73",
                 freezes=True, formerly="patch", excludes=("dmp",), moved={"optim.gate_lr_scale": "gate_lr_scale"})
 register_method("dtr", "dmp_wb.methods.dtr:Router", config=DTRConfig, label="DTR", colour="#d55e00", formerly="routing")
+register_method("lmask", "dmp_wb.methods.lmask:LearnedMask", config=LearnedMaskConfig, label="learned mask",
+                colour="#cc79a7", excludes=("dtr", "switch"))
+register_method("switch", "dmp_wb.methods.switch:Switch", config=SwitchConfig, label="Switch-DiT", colour="#e69f00",
+                excludes=("dtr", "lmask"))
+register_method("tlora", "dmp_wb.methods.tlora:TimestepLoRA", config=TLoRAConfig, label="timestep LoRA",
+                colour="#56b4e9", freezes=True, excludes=("dmp", "prompt-tuning"))

@@ -103,6 +103,7 @@ def put_methods(model: nn.Module, exp: Experiment):
                            f"without it, or an experiment without {wanted}")
     before = list(methods_of(model))
     model.train(not any(method_entry(name).freezes for name in exp.methods))   # a frozen backbone keeps its dropout off
+    if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # a model from scratch has set it
     for name, method in apply_methods(model, exp.methods).items():
         if name not in before and isinstance(method, nn.Module): method.train()
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import dmp_wb as wb
-from dmp_wb.look import explore
+from dmp_wb.look import explore, widgets
 from dmp_wb.core.errors import BadInput
 from dmp_wb.look.explore import DenoiseExplorer, GateExplorer, RoutingExplorer, RunExplorer
 from dmp_wb.look.widgets import live, pixels_of
@@ -146,7 +146,7 @@ def test_moving_sliders_leaves_nothing_behind(looked_at, tmp_path, monkeypatch):
     gates, walk = GateExplorer("digits-dmp", resolution=20), DenoiseExplorer("digits-dmp")
     for i in range(60): gates.timestep.value = 13 * i
     for i in range(4): walk.seed.value = i + 1
-    size = lambda kept: sum(map(explore._bytes_of, kept.values()))
+    size = lambda kept: sum(map(widgets._bytes_of, kept.values()))
     assert (1 < len(gates._seen) < 60 and size(gates._seen) <= 20_000 and len(walk._kept) == 1
             and set(gates._seen) == set(gates._seen.sizes))
 
