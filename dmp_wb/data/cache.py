@@ -80,6 +80,7 @@ def write_cache(
             _put(write_atomic, folder / "null.safetensors", save({k: _narrow(v[0], dtype) for k, v in empty.items()}))
         return _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say)
 
+# %% ../../nbs/source/data/06_cache.ipynb #97deee1a
 def _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say) -> "LatentCache | None":
     "The shards of a part that are not there yet; then, if all are, the note that makes the cache a whole."
     per_shard, dtype = plan["images_per_shard"], plan["dtype"]
@@ -110,6 +111,7 @@ def _write_shards(config, folder, plan, data, coder, text, batch_size, device, p
              {**plan, "null_sha256": null, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
+# %% ../../nbs/source/data/06_cache.ipynb #08fd7acc
 class ConsecutiveBatches(torch.utils.data.Dataset):
     """Consecutive images, for the workers of a DataLoader; unreadable ones are left out, not replaced:
     a cache holds each image once."""
@@ -134,6 +136,7 @@ class ConsecutiveBatches(torch.utils.data.Dataset):
                  **({} if self.data.captions is None else {"captions": [self.data.captions(i) for i in kept]})},
                 len(self.parts[n]))
 
+# %% ../../nbs/source/data/06_cache.ipynb #f6f00ed5
 @torch.no_grad()
 def _write_shard(folder, number, data, coder, text, indices, batch_size, num_workers, dtype, device, skipped, bar):
     loader = torch.utils.data.DataLoader(ConsecutiveBatches(data, indices, batch_size), batch_size=None,
@@ -162,6 +165,7 @@ def _write_shard(folder, number, data, coder, text, indices, batch_size, num_wor
          {"file": _shard(folder, number).name, "images": len(tensors["moments"]) if parts else 0, "bytes": len(content),
           "sha256": hashlib.sha256(content).hexdigest(), "skipped": dict(list(skipped.found.items())[before:])})
 
+# %% ../../nbs/source/data/06_cache.ipynb #c174b3a8
 def _narrow(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return tensor.to("cpu", CACHE_DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
 
@@ -189,6 +193,7 @@ def _same_plan(folder: Path, old: dict, new: dict):
         raise BadInput(f"{folder} holds latents of something else: {differs[0]} is {old[differs[0]]!r} there and "
                        f"{new[differs[0]]!r} here; expected the same, or another folder")
 
+# %% ../../nbs/source/data/06_cache.ipynb #6191f9da
 def cached_split(
     config: DataConfig,  # its default split, train, is no wish
     folder: Path,        # of the cache, for the message
@@ -198,6 +203,7 @@ def cached_split(
     made = facts["source"].get("split", "train")
     return made if config.split in (DataConfig.split, EVERY_SPLIT) else pick_split(str(folder), config.split, [made])
 
+# %% ../../nbs/source/data/06_cache.ipynb #8936fe64
 class LatentCache(Source):
     "A complete cache, opened and verified: gives latents that are drawn from the moments anew at each call."
     workers, random_latents = 1, True

@@ -56,6 +56,7 @@ ENTRY: dict[str, tuple[Callable[[Any], bool], str]] = {   # the same, of one sha
     "skipped": (lambda v: type(v) is dict and all(map(_is_text, v.values())), "names and reasons"),
 }
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #e751956d
 def _check_facts(file: Path, facts, rules: dict[str, tuple[Callable[[Any], bool], str]]):
     "Raise `BadInput` for the first thing that a file says and that cannot be."
     if type(facts) is not dict:
@@ -79,6 +80,7 @@ def _check_entry(file: Path, entry, number: int):
     if entry["file"] != _shard(Path(), number).name:
         raise BadInput(f"{file}: shard {number} is {entry['file'][:60]!r}: expected {_shard(Path(), number).name}")
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #1d2a34e6
 def read_cache_facts(folder: Path) -> dict:
     "What latents.json says, where that can be true; raises `BadInput`."
     file = folder / CACHE_FILE
@@ -100,6 +102,7 @@ def read_cache_facts(folder: Path) -> dict:
         raise BadInput(f"{file}: two shards have the checksum {sums[twice][:16]}…: expected each image once")
     return facts
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #653b17c6
 def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[str, torch.Tensor]):
     """Raise `BadInput` if a shard's tensors are not what the cache says: shapes, types, classes;
     and if a number is not finite."""
@@ -135,6 +138,7 @@ def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[s
         if isinstance(e, BadInput): raise
         raise wrong(f"is no file of tensors: {' '.join(str(e).split())[:200]}") from None
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #5e668196
 def _put(write: Callable, file: Path, content):
     "Write a file of a cache; raises `BadInput` where there is no room for it, or no permission."
     try: return write(file, content)
@@ -148,6 +152,7 @@ def _put(write: Callable, file: Path, content):
 LEFTOVER = re.compile(
     r"\.(shard-\d+\.(safetensors|json)|plan\.json|latents\.json|null\.safetensors|\.verified\.json)\.[^.]+\.tmp")
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #ec359093
 @contextlib.contextmanager
 def _writing(folder: Path):
     """Held by each of the processes that write a cache;
@@ -170,4 +175,3 @@ def _writing(folder: Path):
         with contextlib.suppress(OSError): fcntl.lockf(fd, fcntl.LOCK_SH)
         yield
     finally: os.close(fd)
-

@@ -49,6 +49,7 @@ class LatentCoder(nn.Module):
         "The images of latents."
         return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
+# %% ../../nbs/source/data/04_encoders.ipynb #f6007399
 def draw_latents(moments: torch.Tensor, noise: torch.Tensor, scale: float,
                  shift: float) -> torch.Tensor:   # [B, C, h, w] float32
     "z = s (μ + σ ε − b), from `moments` [B, 2C, h, w] and `noise` [B, C, h, w]."
@@ -107,6 +108,7 @@ class TextCoder(nn.Module):
         return {"encoder_hidden_states": self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state,
                 "encoder_attention_mask": attention_mask}
 
+# %% ../../nbs/source/data/04_encoders.ipynb #07522913
 def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
     "The tokenizer/ and text_encoder/ of a pipeline, local or on the hub. Raises `BadInput`."
     try: import transformers
@@ -134,7 +136,7 @@ def _text_coder(config: DataConfig, data) -> TextCoder | None:
                        "captions of data.caption_column")
     return load_text_encoder(config.text_encoder, config.text_length)
 
-
+# %% ../../nbs/source/data/04_encoders.ipynb #43e1ad79
 class EncodedImages(Source):
     "Images that are encoded in the loop, at every step: for data that are seen once. A cache saves that work."
     def __init__(self, data: Source, coder: LatentCoder | None, text: TextCoder | None):

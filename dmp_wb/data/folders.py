@@ -40,6 +40,7 @@ def split_kind(
         if not exact and re.search(rf"(^|[-._ 0-9])({'|'.join(words)})($|[-._ 0-9])", name): return kind
     return None
 
+# %% ../../nbs/source/data/02_folders.ipynb #cd5acad7
 def folder_splits(
         root: Path,   # for messages
         # those below it that hold images, relative to it, as "train/daisy"; "." is the folder itself
@@ -68,6 +69,7 @@ def folder_splits(
         f"folder {root} holds {some}/, by its name of split {found[some]}, beside images of no split in "
         f"{other}/: expected all in splits, or none; data.split=all takes them all, and every folder as a class")
 
+# %% ../../nbs/source/data/02_folders.ipynb #593ff48a
 def pick_split(
     name: str,             # of the data, for messages
     split: str,            # what was asked for
@@ -82,7 +84,6 @@ def pick_split(
     alike = [s for s in there if kind and split_kind(s, exact) == kind]
     if len(alike) == 1: return alike[0]
     raise BadInput(f"{name}: {unknown('data.split', split, there)}")
-
 
 # %% ../../nbs/source/data/02_folders.ipynb #98d70716
 def data_path(name: str | os.PathLike) -> Path:
@@ -140,6 +141,7 @@ class ImageFiles(Source):
             batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
         return batch | ({"bad_images": met} if met else {})
 
+# %% ../../nbs/source/data/02_folders.ipynb #bf07cbd9
 class SkippedImages:
     "Counts images that could not be read, names each once, and stops at a limit."
     def __init__(self, limit: int, say: Callable = print):
@@ -159,6 +161,7 @@ class SkippedImages:
             raise error
         return batch
 
+# %% ../../nbs/source/data/02_folders.ipynb #e78e79ab
 def image_folder(config: DataConfig) -> ImageFiles:
     """A folder of images, or one split of it.
 
@@ -181,6 +184,7 @@ def image_folder(config: DataConfig) -> ImageFiles:
     return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side,
                       config.channels, labels, classes, source=None if split is None else {"split": split})
 
+# %% ../../nbs/source/data/02_folders.ipynb #43db9189
 def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None, Callable[[str], str | None],
                                                           list[str]]:
     """The images of the split that is asked for, in order; its name, if there are splits; the class of a file;
@@ -200,6 +204,7 @@ def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None,
     return ([f for f in files if split in (EVERY_SPLIT, splits[folder_of(f)][0])], split,
             lambda file: splits[folder_of(file)][1], train)
 
+# %% ../../nbs/source/data/02_folders.ipynb #d7f0c410
 def _tell_others(root: Path, files: list[str], others: list[Path]):
     "Name what is passed over, and raise `BadInput` where nothing is left."
     others = [p for p in others if p.suffix.lower() not in SIDE_SUFFIXES]
@@ -227,6 +232,7 @@ def _printable(name: str) -> str: return os.fsencode(name).decode("utf-8", "back
 SIDE_SUFFIXES = ("", ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
                  ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")   # often beside images, and none
 
+# %% ../../nbs/source/data/02_folders.ipynb #d4fc291a
 def image_files(
     root: Path,  # links to folders are followed, not in circles; names that begin with a dot are left out
 ) -> Iterator[Path]:

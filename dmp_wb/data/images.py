@@ -41,6 +41,7 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
+# %% ../../nbs/source/data/01_images.ipynb #8791c156
 def open_regular(file: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file for reading; a pipe, a socket or a device is never waited for.
 
@@ -56,6 +57,7 @@ def open_regular(file: str | os.PathLike) -> io.BufferedReader:
         raise BadImage(f"cannot be opened: {getattr(e, 'strerror', None) or e}") from None
     raise BadImage("is a folder, a pipe, a socket or a device: expected a regular file")
 
+# %% ../../nbs/source/data/01_images.ipynb #60aa8fd2
 # 8 bits a channel, the right way up, on white where it is transparent; the first frame of an animation
 def read_image(
         file: str | Path | bytes,   # a file, or what it holds
@@ -93,6 +95,7 @@ def read_image(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
 
+# %% ../../nbs/source/data/01_images.ipynb #fd7ed820
 def centre_crop(
     image: Image.Image,
     size: int,           # side in pixels

@@ -65,6 +65,7 @@ class Captions:
         for v in self.null.values(): digest.update(v.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+# %% ../../nbs/source/data/07_load.ipynb #510958cf
 def captions_of(
     model: nn.Module,
     data: DataConfig | Source,              # what the model was trained on

@@ -55,6 +55,7 @@ def metadata_columns(
             f"{file} holds {str(rows[wrong[0]])[:60]!r} as row {wrong[0]}: expected an object with file_name")
     return {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
 
+# %% ../../nbs/source/data/03_tables.ipynb #3c68f3c8
 def captioned_folder(config: DataConfig):
     """A folder of images and what its metadata say of them: a data set in memory, a row for each row of theirs.
 
@@ -90,6 +91,7 @@ def captioned_folder(config: DataConfig):
             f"the first, {_printable(unlisted[0])}", stacklevel=3)
     return _typed(config, taken)
 
+# %% ../../nbs/source/data/03_tables.ipynb #c0775b2a
 def _checked_columns(config: DataConfig, note: Path, columns: dict[str, list]) -> str:
     "The column of the files' names; raises `BadInput` for a column that is not there."
     known = {"image" if c == "file_name" else c.removesuffix("_file_name"): c for c in columns}
@@ -115,6 +117,7 @@ def _inside(root: Path, note: Path, row: int, name) -> str | None: # relative to
             f"{note}: file_name of row {row} is {name[:200]!r}: expected a path below the folder of {note.name}")
     return (note.parent / name).relative_to(root).as_posix()
 
+# %% ../../nbs/source/data/03_tables.ipynb #790783c4
 def _typed(config: DataConfig, columns: dict[str, list]):
     "Columns as a data set; raises `BadInput` for a caption that is no string, and a column of several types."
     import datasets
@@ -133,6 +136,7 @@ def _typed(config: DataConfig, columns: dict[str, list]):
                        f"expected class numbers; {' '.join(str(e).split())[:200]}") from None
     return datasets.Dataset(table).cast_column(config.image_column, datasets.Image())
 
+# %% ../../nbs/source/data/03_tables.ipynb #adef61f6
 def _rows_of(config: DataConfig):
     """The rows of a data set, all splits in a dictionary where it has some;
     raises `BadInput` for what `datasets` cannot load."""
@@ -156,6 +160,7 @@ def _rows_of(config: DataConfig):
         raise BadInput(f"data.name is {config.name!r}, which datasets cannot load: "
                        f"{' '.join('; '.join(reasons).split())[:300]}") from None
 
+# %% ../../nbs/source/data/03_tables.ipynb #8f56874c
 def _nothing_left_out(path: Path):
     "Raise `BadInput` for a folder of which `datasets` would take some files only, for the splits in their names."
     import datasets
@@ -171,6 +176,7 @@ def _nothing_left_out(path: Path):
             f"folder {path} holds {left[0].relative_to(path)}, of no split, beside {Path(min(used)).name} of split "
             f"{used[min(used)]}: expected names of splits in all files, or in none")
 
+# %% ../../nbs/source/data/03_tables.ipynb #e4d5f5cd
 class DataRows:
     "The images and captions of a `datasets` data set by number; it can be pickled, for workers that are spawned."
     def __init__(self, rows, config: DataConfig):
@@ -192,6 +198,7 @@ class DataRows:
 
     def caption(self, i: int) -> str: return self.captions[i][self.caption_column] or ""   # with a caption column only
 
+# %% ../../nbs/source/data/03_tables.ipynb #300039b3
 def hub_data(config: DataConfig) -> ImageFiles:
     """A `datasets` data set: from the hub, saved by `save_to_disk`,
     a captioned folder, or any folder that library can load.
@@ -228,6 +235,7 @@ def hub_data(config: DataConfig) -> ImageFiles:
                       rows.caption if config.caption_column else None,
                       {"split": config.split, "image_column": config.image_column})
 
+# %% ../../nbs/source/data/03_tables.ipynb #09275ab7
 def _joined(splits: dict, config: DataConfig):
     "All splits, one after another; raises `BadInput` where their columns differ."
     import datasets
@@ -258,6 +266,7 @@ def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
                        f"{len(names) - 1}")
     return torch.from_numpy(values.astype(np.int64)), list(names)
 
+# %% ../../nbs/source/data/03_tables.ipynb #c5f72ec2
 def only_split(
     name: str,  # of data, as in `DataConfig`
 ) -> str: # train, where there may be others
@@ -276,6 +285,7 @@ def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
             f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the images in {folder}")
     return data if config.conditional else ImageData(data.images, None, [])
 
+# %% ../../nbs/source/data/03_tables.ipynb #7772abf7
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
     folder = data_path(config.name)
@@ -305,4 +315,3 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
                           "latent cache, or owner/name of a data set on the hub")
     raise BadInput(
         f"data.name is {config.name!r}: there is no such folder, and an {unknown('data set', config.name, DATASETS)}")
-

@@ -74,6 +74,7 @@ class Moments:
         if self.n < 2: raise BadInput(f"{self.n} samples have no covariance: expected at least 2")
         return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #3937ebef
 def _no_covariance(c: torch.Tensor) -> str | None:
     "Why a finite matrix is no covariance; rounding to float32 is forgiven."
     size = float(c.abs().max()) if len(c) else 0.0
@@ -107,6 +108,7 @@ def _checked_strata(strata, n: int) -> torch.Tensor | None: # [n] on the CPU
         raise BadInput(f"{len(strata) if strata.ndim else 'a number as'} strata for {n} samples: expected as many")
     return strata
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #68fff89f
 def frechet_bootstrap(
         features: dict[str, torch.Tensor],   # model → features [N, D]; row i comes from the same seed in all of them
         reference: Moments | torch.Tensor,   # of the real images
@@ -222,6 +224,7 @@ class ScoreSums:
         scores = (self.plogp / counts - torch.xlogy(q, q).sum(1)).exp()
         return float(scores.mean()), float(scores.std(correction=0))
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #ee7b14ce
 def inception_score(
     logits: torch.Tensor,      # [N, K]
     splits: int = 10,
@@ -261,6 +264,7 @@ def _centred(samples: torch.Tensor, reference: torch.Tensor, k: int, device) -> 
     a, b = _two_sets(samples, reference, device)
     return a - b.mean(0), b - b.mean(0)   # distances as differences of large numbers would lose digits
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #f17e2d6e
 def _precision_recall(samples, reference, k, device) -> dict[str, torch.Tensor]:
     "What the two figures are means of: [N] for the samples, [M] for the real images."
     a, b = _centred(samples, reference, k, device)

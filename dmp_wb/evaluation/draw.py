@@ -65,6 +65,7 @@ def image_shape(model: str | Path) -> tuple[int, ...]:
     decode, _ = sample_decoder(open_run(model) if _experiment(model) else None, shape[0], None)
     with torch.no_grad(): return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
+# %% ../../nbs/source/evaluation/06_draw.ipynb #e4056e05
 def draw(
         model: str | Path,   # a run, or what `load_model` takes
         num_images: int,   # balanced over the classes

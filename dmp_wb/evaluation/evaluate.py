@@ -154,6 +154,7 @@ class _Drawing:
                                          first=first, quiet=True, **self.inputs))
         return Images(f"samples at guidance {scale:g}", num_images, self.shape(), batches)
 
+# %% ../../nbs/source/evaluation/09_evaluate.ipynb #9ba972c5
 def _drawing(model, config: SamplingConfig, further: dict) -> _Drawing:
     "A run says how it is sampled; raises `BadInput` for what is neither a run nor a backbone."
     names = {f.name for f in dataclasses.fields(SamplingConfig)}

@@ -27,6 +27,7 @@ from ..store.run import usual_device
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
+# %% ../../nbs/source/evaluation/03_extractors.ipynb #22903abe
 class VisionFeatures(Extractor):
     "A vision transformer of transformers. Raises `BadInput` for a model that cannot be loaded or is of another family."
     FAMILIES = {"dinov2": ("facebook/dinov2-large", ("dinov2", "dinov2_with_registers"), _IMAGENET, 224),
@@ -71,6 +72,7 @@ class VisionFeatures(Extractor):
         out = self.network(pixel_values=x)
         return {"features": out.image_embeds if self.family == "clip" else out.last_hidden_state[:, 0]}
 
+# %% ../../nbs/source/evaluation/03_extractors.ipynb #c927da0d
 def dinov2(model: str | None) -> VisionFeatures: return VisionFeatures("dinov2", model)
 
 def clip(model: str | None) -> VisionFeatures: return VisionFeatures("clip", model)
@@ -97,6 +99,7 @@ def load_extractor(
         extractor = make() if entry.takes is None else make(weights or None)
     return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(place)
 
+# %% ../../nbs/source/evaluation/03_extractors.ipynb #f3241557
 @torch.no_grad()
 def extract(
         # a name, or a network with a method `features`, or one that is called directly; on any device
@@ -124,6 +127,7 @@ def classifier_accuracy(
     return float(
         (torch.cat([model(part).argmax(1) for part in images.split(512)]) == labels.to(images.device)).float().mean())
 
+# %% ../../nbs/source/evaluation/03_extractors.ipynb #0a0b7c7e
 def evaluate_digits(
     images: torch.Tensor,    # [N, 1, 8, 8] in [−1, 1]
     labels: torch.Tensor,    # [N]

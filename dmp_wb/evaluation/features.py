@@ -52,6 +52,7 @@ def split_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(seed_of(seed, "digits-split")))
     return order[:1437], order[1437:]
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #ceae4784
 def train_digit_classifier(
     seed: int = 0,
     epochs: int = 40,
@@ -98,6 +99,7 @@ class Extractor(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor: return self(images)["features"]
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #eda7fcde
 class DigitFeatures(Extractor):
     "The classifier that ships with the package: 64 features, logits of 10 classes, of 1 × 8 × 8 images as they are."
     name, width, gives = "digits", 64, ("features", "logits")
@@ -115,6 +117,7 @@ class DigitFeatures(Extractor):
         features = self.network.body(images)
         return {"features": features, "logits": self.network.head(features)}
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #6a45abd1
 class ModuleFeatures(Extractor):
     """Somebody's own network: it gets the images as they are and returns features [B, D], or a dict
     with `features` and perhaps `logits` and `spatial`; a method `features` comes before the call."""

@@ -63,6 +63,7 @@ def _check_shape(images: torch.Tensor, name: str):
         raise BadInput(f"{name} have shape {tuple(images.shape)}: expected [N, C, H, W] with 1 or 3 channels")
     if not len(images): raise BadInput(f"{name} are empty: expected images")
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #eb82b45e
 def _tensor_images(x: torch.Tensor, name: str) -> Images:
     _check_shape(x, name)
     return Images(name, len(x), tuple(x.shape[1:]), x.split)
@@ -91,6 +92,7 @@ def _has_colour(file: Path) -> bool:
             return not (f.mode in ("1", "L", "LA", "La") or f.mode.startswith(("I", "F")))
     except Exception: return False   # decoders raise OSError, SyntaxError, struct.error and others
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #d854698a
 def _folder_images(folder: Path) -> Images:
     files = sorted(image_files(folder))
     if not files:
@@ -111,6 +113,7 @@ def _folder_images(folder: Path) -> Images:
     return Images(f"the images in {folder}", len(files), shape, batches)
 _MOST_PACKED = 1100   # bytes that one byte of a zip can hold
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #089a7089
 @contextlib.contextmanager
 def _npy(file: Path, name: str = "arr_0"):
     """An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype).
@@ -139,6 +142,7 @@ def _npz_arrays(file: Path) -> set[str]:
 
 def _why(error: BaseException) -> str: return " ".join(str(error).split())[:200] or type(error).__name__
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #7cff880c
 def _npz_images(file: Path) -> Images:
     if "arr_0" not in (names := _npz_arrays(file)):
         raise BadInput(
@@ -162,6 +166,7 @@ def _npz_images(file: Path) -> Images:
                 yield torch.frombuffer(block, dtype=torch.uint8).view(-1, height, width, channels).permute(0, 3, 1, 2)
     return Images(f"the images in {file}", count, (channels, height, width), batches, lambda: sha256_of(file))
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #6e4bb4ed
 def open_samples(samples: torch.Tensor | str | Path | Images) -> Images:
     """Samples as `Images`: a tensor [N, C, H, W], a folder of images, an .npz with `arr_0`.
     Raises `BadInput` for anything else, and if there are none."""
@@ -188,6 +193,7 @@ def _original(config: DataConfig) -> DataConfig:
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
     return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #dca78338
 def data_images(config: DataConfig) -> Images:
     """The images of a data set, whole and unencoded;
     those that cannot be read are named and skipped, up to `max_bad_images`."""
@@ -205,6 +211,7 @@ def data_images(config: DataConfig) -> Images:
         f"the images of {config.name}", len(data), data.shape, batches,
         functools.partial(_data_fingerprint, data, config) if isinstance(data, (ImageData, ImageFiles)) else None)
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #88f03623
 def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
     digest = hashlib.sha256(

@@ -51,6 +51,8 @@ INCEPTION_BLOCKS = {
         "branch7x7x3", ("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)), ["halve"]]),
     "Mixed_7b": (1280, _late("mean")), "Mixed_7c": (2048, _late("max")),   # the last one's pooling is the network's own peculiarity
 }
+
+# %% ../../nbs/source/evaluation/02_inception.ipynb #e08aba43
 _POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),   # TensorFlow's mean leaves the padding out
           "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
           "halve": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
@@ -66,6 +68,7 @@ class _Conv(nn.Module):
 
     def forward(self, x): return self.bn(self.conv(x)).relu_()
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #02c1abaa
 class _Block(nn.Module):
     "Branches side by side."
     def __init__(self, channels: int, branches: list):
@@ -85,6 +88,7 @@ class _Block(nn.Module):
         if isinstance(step, tuple): return self.get_submodule(step[0])(x)
         return torch.cat([self._step(x, end) for end in step], 1)
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #aa0a1d01
 class InceptionNetwork(nn.Module):
     """The FID Inception: images [B, 3, 299, 299], (x − 128) / 128
     → features [B, 2048], spatial [B, 2023], logits [B, 1008]."""
@@ -107,6 +111,7 @@ class InceptionNetwork(nn.Module):
         features = x.mean((2, 3))
         return {"features": features, "spatial": spatial, "logits": features @ self.fc.weight.T}
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #3d820226
 def resize_tf1(
     images: torch.Tensor,   # [B, C, H, W] floats
     size: int,
@@ -126,6 +131,7 @@ def resize_tf1(
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #e0995371
 def inception_weights() -> Path:
     """The file of Inception's weights: `$DMP_WB_INCEPTION`, or one of the two usual names
     in torch's hub cache or in `data/`. Raises `MissingFile` that says how to get it."""
@@ -140,6 +146,7 @@ def inception_weights() -> Path:
                       f"{places[0]} or {places[1]}, and $DMP_WB_INCEPTION is not set; get the file (91 MB) with: curl "
                       f"-L --create-dirs -o {places[1] / INCEPTION_FILES[0]} {INCEPTION_URL}")
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #cc3aecf1
 class InceptionFeatures(Extractor):
     "The FID Inception with its preprocessing. Raises `BadInput` for a file that holds something else."
     name, width, gives = "inception", 2048, ("features", "logits", "spatial")

@@ -47,6 +47,7 @@ class Statistics:
     score: ScoreSums | None = None
     logits: torch.Tensor | None = None   # [N, K]
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #18585d31
 @torch.no_grad()
 def collect(
     images: Images,
@@ -99,6 +100,7 @@ def collect(
 # %% ../../nbs/source/evaluation/05_statistics.ipynb #858c94ce
 STATISTICS_FORMAT, MAX_ROWS = 1, 10_000
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #e30023f0
 def reference_statistics(
         # a data set's name, folder or hub id, an ADM .npz (images or statistics), or images
         reference: str | Path | DataConfig | torch.Tensor | Images,
@@ -150,6 +152,7 @@ def reference_statistics(
             _write_statistics(folder, key, images.name, found)
     return dataclasses.replace(found, **known)
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #4a9389b2
 def _published(file: Path, mean: str, covariance: str) -> Moments:
     def numbers(name: str, dimensions: int) -> torch.Tensor:
         with _npy(file, name) as (stream, shape, dtype):
@@ -175,6 +178,7 @@ def _write_statistics(folder: Path, key: dict, name: str, found: Statistics):
     except (OSError, SafetensorError) as e:
         warnings.warn(f"the statistics of {name} cannot be kept in {folder}: {e}", stacklevel=3)
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #c0960f1c
 def _read_statistics(folder: Path, key: dict) -> Statistics | None:
     if not folder.is_dir(): return None
     file = folder / "statistics.safetensors"
