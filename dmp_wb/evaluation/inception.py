@@ -53,7 +53,8 @@ INCEPTION_BLOCKS = {
 }
 
 # %% ../../nbs/source/evaluation/02_inception.ipynb #e08aba43
-_POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),   # as TensorFlow's
+# as TensorFlow's mean, which leaves the padding out
+_POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
           "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
           "halve": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
 
