@@ -102,7 +102,7 @@ def test_search_finds_names_and_words(visit):
     assert any("load_patch" in n for n in names), names
     results.nth(next(i for i, n in enumerate(names) if re.search(r"\bload_patch\b", n))).click()
     page.wait_for_load_state()
-    assert "reference/patching.html" in page.url and "load_patch" in page.url
+    assert "reference/methods.files.html" in page.url and "load_patch" in page.url
     assert page.locator("[id='dmp_wb.load_patch']").is_visible()
     page.fill("input[name=q]", "timestep embedding")
     page.press("input[name=q]", "Enter")
@@ -119,7 +119,8 @@ def test_links_lead_from_prose_and_code_to_the_reference_and_back_to_the_source(
     entry.locator("a", has_text="methods/07_patches").first.click()
     page.wait_for_url("**/source/methods/07_patches.html#source-methods-patches-unpatch")
     assert page.locator("#source-methods-patches-unpatch").count() == 1
-    page.locator("article pre a.sphinx-codeautolink-a[href$='reference/models.dit.html#dmp_wb.DiT']:visible").first.click()
+    dit = "article pre a.sphinx-codeautolink-a[href$='reference/models.dit.html#dmp_wb.DiT']:visible"
+    page.locator(dit).first.click()
     page.wait_for_url("**/reference/models.dit.html#dmp_wb.DiT")
 
 
