@@ -102,7 +102,7 @@ def test_search_finds_names_and_words(visit):
     assert any("load_patch" in n for n in names), names
     results.nth(next(i for i, n in enumerate(names) if re.search(r"\bload_patch\b", n))).click()
     page.wait_for_load_state()
-    assert "reference/methods.files.html" in page.url and "load_patch" in page.url
+    assert "reference/methods.dmp.html" in page.url and "load_patch" in page.url
     assert page.locator("[id='dmp_wb.load_patch']").is_visible()
     page.fill("input[name=q]", "timestep embedding")
     page.press("input[name=q]", "Enter")
