@@ -12,7 +12,7 @@ SECTIONS = {
                   ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster",
                    "pictures", "explore", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
-                 ["timesteps_as_tasks", "dmp", "dtr", "losses", "sampling", "measuring"]),
+                 ["timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling", "measuring"]),
     "howto": ("How-to", "One task a page, for when you know what you want",
               ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "trust",
                "several_gpus"]),
