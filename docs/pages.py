@@ -14,8 +14,8 @@ SECTIONS = {
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
                  ["timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling", "measuring"]),
     "howto": ("How-to", "One task a page, for when you know what you want",
-              ["patches", "backbone", "objective", "metrics", "text", "latents", "run_folder", "resume", "trust",
-               "several_gpus"]),
+              ["patches", "method", "gate", "backbone", "objective", "metrics", "text", "latents", "run_folder",
+               "resume", "trust", "several_gpus"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
              ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
 }

@@ -16,10 +16,15 @@ import typer
 
 from ..core.errors import BadInput, printable, unknown
 from ..core.paths import expanded, runs_root
+from ..core.settings import PRESETS, SAMPLERS
 
 # %% ../../nbs/source/cli/00_base.ipynb #fd52b4c2
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
                   help="Diffusion Model Patching and Denoising Task Routing: train, sample, measure, look.")
+
+def _named(registry) -> str: return ", ".join(list(registry)[:-1]) + f" or {list(registry)[-1]}"
+
+_PRESETS = f"How images are drawn: {_named(PRESETS)}; what is given beside it comes first."
 
 def _version(value: bool):
     from dmp_wb import __version__
@@ -64,16 +69,26 @@ def _one_of(what: str, value: str, known):
     if value not in known: raise unknown(what, value, known)
 
 # %% ../../nbs/source/cli/00_base.ipynb #da05a29d
-def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_size: int, bootstrap: int, sampler: str,
-                   num_inference_steps: int):
+def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_size: int, bootstrap: int,
+                   drawn: dict):
     "Raise `BadInput` for what no evaluation can have, whatever it measures."
-    from dmp_wb.store.listing import METRICS
-    from dmp_wb.core.settings import EXTRACTOR_NAMES, SAMPLERS
-    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTOR_NAMES)
+    from dmp_wb.core.registries import EXTRACTORS, METRICS
+    from dmp_wb.methods.registry import load_plugins
+    load_plugins()
+    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTORS)
     for metric in (metrics or "").replace(",", " ").split(): _one_of("metric", metric, METRICS)
-    _at_least(1, num_images=num_images, batch_size=batch_size, num_inference_steps=num_inference_steps)
+    _at_least(1, num_images=num_images, batch_size=batch_size,
+              **{k: v for k, v in drawn.items() if k == "num_inference_steps"})
     _at_least(0, bootstrap=bootstrap)
-    _one_of("sampler", sampler, SAMPLERS)
+    _check_drawn(drawn)
+
+def _drawn(preset: str | None, **given) -> dict:
+    "How images are drawn, of the options that were given."
+    return {k: v for k, v in {"preset": preset, **given}.items() if v is not None}
+
+def _check_drawn(drawn: dict):
+    if "sampler" in drawn: _one_of("sampler", drawn["sampler"], SAMPLERS)
+    if "preset" in drawn: _one_of("preset", drawn["preset"], PRESETS)
 
 def _check_runs(runs: list[str]):
     "Raise `BadInput` for a name that leads to nothing at all."

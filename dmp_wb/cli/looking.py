@@ -179,7 +179,7 @@ def compare(
     if output.suffix != ".html" or output.is_dir():
         raise BadInput(f"--output is {output}: expected a file that ends in .html")
     _check_runs(runs)
-    _check_measure(extractor, None, max(num_images, 1), 1, 0, "ddim", num_inference_steps)
+    _check_measure(extractor, None, max(num_images, 1), 1, 0, {"num_inference_steps": num_inference_steps})
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _begin(f"comparing {', '.join(runs)}")
     import papermill

@@ -18,7 +18,10 @@ import typer
 
 from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
-from .base import _at_least, _begin, _complete_named, _complete_runs, _one_of, app
+from ..core.settings import SAMPLERS
+from dmp_wb.cli.base import (
+    _at_least, _begin, _check_drawn, _complete_named, _complete_runs, _drawn, _named, _one_of, _PRESETS, app,
+)
 
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665
 @app.command()
@@ -122,11 +125,13 @@ def sample(
             help="balanced, or a text file with a class number for each image.")] = "balanced",
         captions: Annotated[Path | None, typer.Option(help="Of a text-conditioned run: a text file with a caption on "
                                                       "each line; those of its data if not given.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="ddpm, ddim, dpmsolver++, unipc, heun or flow-euler; ddpm if "
-                                                    "not given, and flow-euler for flow matching.")] = None,
-        steps: Annotated[str, typer.Option(
-            help="Of the sampler; ddpm also takes sections, as 10,15,20, and ddim50.")] = "250",
-        guidance_scale: Annotated[float, typer.Option(help="At least 0; 1 is no guidance.")] = 1.5,
+        preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+        sampler: Annotated[str | None, typer.Option(
+            help=f"{_named(SAMPLERS)}; ddpm if not given, and flow-euler for flow matching.")] = None,
+        steps: Annotated[str | None, typer.Option(
+            help="Of the sampler, 250 if not given; ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
+        guidance_scale: Annotated[float | None, typer.Option(
+            help="At least 0; 1 is no guidance. 1.5 if not given.")] = None,
         guidance_interval: Annotated[tuple[int, int] | None, typer.Option(
             metavar="FIRST LAST", help="Guide in these timesteps only; all if not given.")] = None,
         guidance_channels: Annotated[int | None, typer.Option(
@@ -143,18 +148,20 @@ def sample(
 ):
     "Draw many images of a run as PNG files, and an .npz for evaluators. Killed, it goes on where it was: run it again."
     from dmp_wb.store.listing import run_folder
-    from dmp_wb.core.settings import SAMPLERS
     rank, world = _share(num_processes)
     home = run_folder(run)
     _at_least(1, num_images=num_images, batch_size=batch_size)
     _at_least(0, guidance_scale=guidance_scale)
-    if sampler is not None: _one_of("sampler", sampler, SAMPLERS)
+    drawn = _drawn(preset, sampler=sampler, guidance_scale=guidance_scale,
+                   num_inference_steps=int(steps) if steps and steps.isdecimal() else steps)
+    _check_drawn(drawn)
     _begin(f"{home.name}: {num_images:,} images")
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so
     from dmp_wb.evaluation.sample_files import sample_run
-    done = sample_run(home, num_images, folder and expanded(folder), labels, captions, sampler,
-                      int(steps) if steps.isdecimal() else steps, guidance_scale, seed, batch_size, (rank, world),
-                      guidance_interval, guidance_channels, not base, vae, "cpu" if cpu else "auto", npz)
+    done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed,
+                      batch_size=batch_size, part=(rank, world), guidance_interval=guidance_interval,
+                      guidance_channels=guidance_channels, patched=not base, vae=vae,
+                      device="cpu" if cpu else "auto", npz=npz)
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 

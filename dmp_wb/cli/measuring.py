@@ -13,9 +13,12 @@ import typer
 
 from ..core.errors import BadInput
 from ..core.paths import expanded
-from .base import _at_least, _begin, _check_measure, _complete_runs, app
+from ..core.registries import extractor_words, METRICS
+from .base import _at_least, _begin, _check_measure, _complete_runs, _drawn, _named, _PRESETS, app
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
+_METRICS_HELP = f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given."
+
 @app.command()
 def evaluate(
         samples: Annotated[str, typer.Argument(help="A run to sample from, a folder of images, or an .npz with arr_0.",
@@ -23,14 +26,13 @@ def evaluate(
         reference: Annotated[str | None,
                              typer.Option(help="Real images: a data set, a folder, an .npz of images or of mu and "
                                           "sigma. For a run: what it trained on, if not given.")] = None,
-        extractor: Annotated[str, typer.Option(
-            help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id].")] = "digits",
-        metrics: Annotated[str | None, typer.Option(help="For example fid,is,precision,recall; all that can be had, if "
-                                                    "not given. Also: sfid, kid, density, coverage.")] = None,
+        extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+        metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
         num_images: Annotated[int, typer.Option(help="Of a run: images to sample.")] = 1000,
-        guidance_scale: Annotated[float, typer.Option(help="Of a run; 1 is no guidance.")] = 1.5,
-        sampler: Annotated[str, typer.Option(help="Of a run.")] = "ddim",
-        num_inference_steps: Annotated[int, typer.Option(help="Of a run.")] = 50,
+        preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+        guidance_scale: Annotated[float | None, typer.Option(help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
+        sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
+        num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
         bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
         seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
         batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -39,7 +41,8 @@ def evaluate(
     import json
 
     from dmp_wb.store.listing import run_folder
-    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
+    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     _at_least(0, guidance_scale=guidance_scale)
     given, run = expanded(samples), None
     files = given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file()
@@ -54,7 +57,7 @@ def evaluate(
     else:
         run = open_run(home)
         row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale,
-                           sampler=sampler, num_inference_steps=num_inference_steps,
+                           **drawn,
                            bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False)
     print(json.dumps(row, indent=2), flush=True)   # before anything can go wrong with the note
     if run is not None: note_evaluation(run, row)
@@ -65,11 +68,12 @@ def guidance(
     run: Annotated[str, typer.Argument(help="A finished run: its name or folder.", autocompletion=_complete_runs)],
     scales: Annotated[list[float] | None, typer.Argument(help="Guidance scales; 1 is none. Default: 1 1.25 1.5 2 3 4.")] = None,
     reference: Annotated[str | None, typer.Option(help="Real images; what the run trained on, if not given.")] = None,
-    extractor: Annotated[str, typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or hub id].")] = "digits",
-    metrics: Annotated[str | None, typer.Option(help="For example fid,is,precision,recall; all that can be had, if not given.")] = None,
+    extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+    metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
     num_images: Annotated[int, typer.Option(help="Images at each scale, from the same seeds.")] = 1000,
-    sampler: Annotated[str, typer.Option()] = "ddim",
-    num_inference_steps: Annotated[int, typer.Option()] = 50,
+    preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
+    sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
     bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -80,14 +84,15 @@ def guidance(
 
     from dmp_wb.core.files import write_atomic
     from dmp_wb.store.listing import run_folder
-    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, sampler, num_inference_steps)
+    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
     for scale in scales or []: _at_least(0, guidance_scale=scale)
     home = run_folder(run)
     _begin(f"{home.name}: {num_images:,} images at each guidance scale")
     from dmp_wb.store.run import open_run
-    from dmp_wb.evaluation.evaluate import guidance_sweep, METRICS, note_evaluation
+    from dmp_wb.evaluation.evaluate import guidance_sweep, note_evaluation
     opened, unnoted, header = open_run(home), [], True
 
     def tell(row: dict):
@@ -102,12 +107,12 @@ def guidance(
         except BadInput as e: unnoted.append(e)
 
     rows = guidance_sweep(opened.folder, scales or (1.0, 1.25, 1.5, 2.0, 3.0, 4.0), num_images, reference, extractor,
-                          metrics, sampler=sampler, num_inference_steps=num_inference_steps,
+                          metrics, **drawn,
                           bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False, tell=tell)
     if figure is not None:
         from dmp_wb.look.viz import guidance_curves
-        drawn = io.BytesIO()
-        guidance_curves({opened.name: rows}).savefig(drawn, dpi=200, format=figure.suffix[1:])
-        try: write_atomic(figure, drawn.getvalue())
+        page = io.BytesIO()
+        guidance_curves({opened.name: rows}).savefig(page, dpi=200, format=figure.suffix[1:])
+        try: write_atomic(figure, page.getvalue())
         except OSError as e: raise BadInput(f"{figure} cannot be written: {e.strerror or e}") from None
     if unnoted: raise unnoted[0]

@@ -195,10 +195,15 @@ def _check_unused(key: str, value, origin: str, given: Given):
     "A setting of a method that does not act is left out, but not before it is found to be one that could act."
     try: value = refer(value, _looking(given, set(), {**keys(), **older_keys()}), (key,))
     except BadInput as e: raise BadInput(f"{origin}: {key}: {e}") from None
-    for name in newer_names(key):
+    refused = None
+    for name in newer_names(key):   # one method that takes it is enough: prompt tuning has settings that it fixes
         _, method, setting = name.split(".", 2)
-        with contextlib.suppress(TypeError):
-            method_entry(method).made(**{setting: _typed(key, value, origin, older_keys()[key])})
+        try:
+            with contextlib.suppress(TypeError):
+                method_entry(method).made(**{setting: _typed(key, value, origin, older_keys()[key])})
+            return
+        except BadInput as e: refused = refused or e
+    if refused: raise refused
 
 def _looking(given: Given, final: set[str], kinds: dict[str, Any]):
     "What gives the value that ${…} stands for."

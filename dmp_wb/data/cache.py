@@ -48,7 +48,8 @@ def write_cache(
     part: tuple[int, int] = (0, 1), # this process's number, and how many share the work
     say: Callable = print,          # is told of each image that is skipped
 ) -> "LatentCache | None": # None if other processes are not done yet
-    """Encode a data set once: moments of each image and its mirror image, labels, and text embeddings if there are captions.
+    """Encode a data set once: moments of each image and its mirror
+    image, labels, and text embeddings if there are captions.
 
     Raises `BadInput` if the folder holds a cache of something else, naming what differs.
     """
@@ -63,10 +64,14 @@ def write_cache(
     text = _text_coder(config, data)
     if text is not None: text.to(device)
     shape = coder.latent_shape(data.shape)
-    plan = {"format": CACHE_FORMAT, "data": config.name, "size": data.shape[-1], "channels": data.shape[0], "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
-            "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift, "latent_shape": list(shape),
-            "text_encoder": config.text_encoder if text else None, "text_fingerprint": fingerprint(text.encoder) if text else None,
-            "text_length": text.length if text else None, "caption_column": config.caption_column if text else None, "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
+    plan = {"format": CACHE_FORMAT, "data": config.name, "size": data.shape[-1], "channels": data.shape[0],
+            "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
+            "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
+            "latent_shape": list(shape),
+            "text_encoder": config.text_encoder if text else None,
+            "text_fingerprint": fingerprint(text.encoder) if text else None,
+            "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
+            "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
     with _writing(folder):
         if not (folder / PLAN_FILE).exists(): _put(write_json, folder / PLAN_FILE, plan)
@@ -75,6 +80,7 @@ def write_cache(
             _put(write_atomic, folder / "null.safetensors", save({k: _narrow(v[0], dtype) for k, v in empty.items()}))
         return _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say)
 
+# %% ../../nbs/source/data/06_cache.ipynb #97deee1a
 def _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say) -> "LatentCache | None":
     "The shards of a part that are not there yet; then, if all are, the note that makes the cache a whole."
     per_shard, dtype = plan["images_per_shard"], plan["dtype"]
@@ -84,12 +90,15 @@ def _write_shards(config, folder, plan, data, coder, text, batch_size, device, p
     todo = [s for s in mine if s not in done]
     count = lambda numbers: sum(min(per_shard, len(data) - s * per_shard) for s in numbers)
     skipped = SkippedImages(config.max_bad_images, say)
-    for entry in done.values(): skipped.found |= entry["skipped"]   # what earlier runs and other processes have skipped counts too
-    bar = progress(total=count(mine), initial=count(mine) - count(todo), desc="latents", unit="img", disable=part[0] != 0)
+    # what earlier runs and other processes have skipped counts too
+    for entry in done.values(): skipped.found |= entry["skipped"]
+    bar = progress(total=count(mine), initial=count(mine) - count(todo), desc="latents", unit="img",
+                   disable=part[0] != 0)
     try:
         for s in todo:
             indices = range(s * per_shard, min((s + 1) * per_shard, len(data)))
-            _write_shard(folder, s, data, coder, text, indices, batch_size, config.num_workers, dtype, device, skipped, bar)
+            _write_shard(folder, s, data, coder, text, indices, batch_size, config.num_workers, dtype, device, skipped,
+                         bar)
     finally: bar.close()
     entries = [entry for s in shards if (entry := read_entry(folder, s)) is not None]
     if len(entries) < len(shards): return None
@@ -98,11 +107,14 @@ def _write_shards(config, folder, plan, data, coder, text, batch_size, device, p
         raise BadInput(f"none of the {len(data)} images can be read; the first, {name}, {reason}")
     if not (folder / CACHE_FILE).exists():
         null = sha256_of(folder / "null.safetensors") if text else None
-        _put(write_json, folder / CACHE_FILE, {**plan, "null_sha256": null, "shards": entries, "images": sum(e["images"] for e in entries)})
+        _put(write_json, folder / CACHE_FILE,
+             {**plan, "null_sha256": null, "shards": entries, "images": sum(e["images"] for e in entries)})
     return LatentCache(folder)
 
+# %% ../../nbs/source/data/06_cache.ipynb #08fd7acc
 class ConsecutiveBatches(torch.utils.data.Dataset):
-    "Consecutive images, for the workers of a DataLoader; unreadable ones are left out, not replaced: a cache holds each image once."
+    """Consecutive images, for the workers of a DataLoader; unreadable ones are left out, not replaced:
+    a cache holds each image once."""
     def __init__(
         self,
         data: "ImageData | ImageFiles",   # its images, whole and not encoded
@@ -110,39 +122,50 @@ class ConsecutiveBatches(torch.utils.data.Dataset):
         batch_size: int,    # images an item, as many as are left in the last one
     ): self.data, self.parts = data, [indices[i:i + batch_size] for i in range(0, len(indices), batch_size)]
     def __len__(self): return len(self.parts)
-    def __getitem__(self, n) -> tuple[dict, int]: # `images` [B, C, H, W] if any can be read, `bad_images`: name → why not, labels and captions if there are; and how many were looked at
+    # `images` [B, C, H, W] if any can be read, `bad_images`: name → why not, labels and captions if there are;
+    # and how many were looked at
+    def __getitem__(self, n) -> tuple[dict, int]:
         if isinstance(self.data, ImageData): return self.data.batch(torch.tensor(self.parts[n])), len(self.parts[n])
         whole, bad = [], {}
         for i in self.parts[n]:
             try: whole.append((i, self.data.image(i)))
             except BadImage as e: bad[self.data.names(i)] = str(e)
         kept = [i for i, _ in whole]
-        return {**({"images": torch.stack([x for _, x in whole])} if whole else {}), "bad_images": bad,
-                **({} if self.data.labels is None else {"class_labels": self.data.labels[kept]}),
-                **({} if self.data.captions is None else {"captions": [self.data.captions(i) for i in kept]})}, len(self.parts[n])
+        return ({**({"images": torch.stack([x for _, x in whole])} if whole else {}), "bad_images": bad,
+                 **({} if self.data.labels is None else {"class_labels": self.data.labels[kept]}),
+                 **({} if self.data.captions is None else {"captions": [self.data.captions(i) for i in kept]})},
+                len(self.parts[n]))
 
+# %% ../../nbs/source/data/06_cache.ipynb #f6f00ed5
 @torch.no_grad()
 def _write_shard(folder, number, data, coder, text, indices, batch_size, num_workers, dtype, device, skipped, bar):
-    loader = torch.utils.data.DataLoader(ConsecutiveBatches(data, indices, batch_size), batch_size=None, num_workers=data.workers if num_workers is None else num_workers)
+    loader = torch.utils.data.DataLoader(ConsecutiveBatches(data, indices, batch_size), batch_size=None,
+                                         num_workers=data.workers if num_workers is None else num_workers)
     parts, before = [], len(skipped.found)
     for batch, read in loader:
         skipped.take(batch)
         if "images" in batch:
             images = batch["images"].to(device)
             found = {"moments": torch.stack([coder.moments(images), coder.moments(images.flip(-1))], 1)}
-            if text is not None: found |= text.embed(**{k: v.to(device) for k, v in text.tokens(batch["captions"]).items()})
-            if odd := next((k for k, v in found.items() if v.is_floating_point() and not _narrow(v, dtype).isfinite().all()), None):
+            if text is not None:
+                found |= text.embed(**{k: v.to(device) for k, v in text.tokens(batch["captions"]).items()})
+            if odd := next((
+                k for k, v in found.items() if v.is_floating_point() and not _narrow(v, dtype).isfinite().all()), None):
                 near = indices[min(len(parts) * batch_size, len(indices) - 1)]
-                raise BadInput(f"{odd} of images near {data.names(near) if isinstance(data, ImageFiles) else near} are not finite in {dtype}: "
+                raise BadInput(f"{odd} of images near {data.names(near) if isinstance(data, ImageFiles) else near} are "
+                               f"not finite in {dtype}: "
                                "expected a VAE and a text encoder whose numbers are, or dtype float32")
-            parts.append({k: _narrow(v, dtype) for k, v in found.items()} | ({"class_labels": batch["class_labels"]} if "class_labels" in batch else {}))
+            parts.append({k: _narrow(v, dtype) for k, v in found.items()}
+                         | ({"class_labels": batch["class_labels"]} if "class_labels" in batch else {}))
         bar.update(read)
     tensors = {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
     content = save(tensors, {"shard": str(number)})
     _put(write_atomic, _shard(folder, number), content)
-    _put(write_json, _shard(folder, number).with_suffix(".json"), {"file": _shard(folder, number).name, "images": len(tensors["moments"]) if parts else 0, "bytes": len(content),
-               "sha256": hashlib.sha256(content).hexdigest(), "skipped": dict(list(skipped.found.items())[before:])})
+    _put(write_json, _shard(folder, number).with_suffix(".json"),
+         {"file": _shard(folder, number).name, "images": len(tensors["moments"]) if parts else 0, "bytes": len(content),
+          "sha256": hashlib.sha256(content).hexdigest(), "skipped": dict(list(skipped.found.items())[before:])})
 
+# %% ../../nbs/source/data/06_cache.ipynb #c174b3a8
 def _narrow(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     return tensor.to("cpu", CACHE_DTYPES[dtype] if tensor.is_floating_point() else tensor.dtype).contiguous()
 
@@ -155,13 +178,22 @@ def _list_fingerprint(data) -> str:
     return digest.hexdigest()[:16]
 
 def _same_plan(folder: Path, old: dict, new: dict):
-    if type(old) is not dict: raise BadInput(f"{folder / PLAN_FILE} holds a {type(old).__name__}: expected an object, as dmp-wb latents writes it")
-    if old.get("format") != CACHE_FORMAT: raise BadInput(f"{folder} holds a cache of format {old.get('format')}: expected {CACHE_FORMAT}, which this version of dmp_wb writes")
-    same = lambda k: old[k] == new[k] or k in ("data", "vae", "text_encoder")   # where they lay; the fingerprints tell what they are
-    if lacks := [k for k in new if k not in old]: raise BadInput(f"{folder / PLAN_FILE} lacks {lacks[0]}: expected what dmp-wb latents writes")
+    if type(old) is not dict:
+        raise BadInput(
+            f"{folder / PLAN_FILE} holds a {type(old).__name__}: expected an object, as dmp-wb latents writes it")
+    if old.get("format") != CACHE_FORMAT:
+        raise BadInput(f"{folder} holds a cache of format {old.get('format')}: expected {CACHE_FORMAT}, which this "
+                       "version of dmp_wb writes")
+    # where they lay; the fingerprints tell what they are
+    same = lambda k: old[k] == new[k] or k in ("data", "vae", "text_encoder")
+    if lacks := [k for k in new if k not in old]:
+        raise BadInput(f"{folder / PLAN_FILE} lacks {lacks[0]}: expected what dmp-wb latents writes")
     differs = [k for k in new if not same(k)]
-    if differs: raise BadInput(f"{folder} holds latents of something else: {differs[0]} is {old[differs[0]]!r} there and {new[differs[0]]!r} here; expected the same, or another folder")
+    if differs:
+        raise BadInput(f"{folder} holds latents of something else: {differs[0]} is {old[differs[0]]!r} there and "
+                       f"{new[differs[0]]!r} here; expected the same, or another folder")
 
+# %% ../../nbs/source/data/06_cache.ipynb #6191f9da
 def cached_split(
     config: DataConfig,  # its default split, train, is no wish
     folder: Path,        # of the cache, for the message
@@ -171,6 +203,7 @@ def cached_split(
     made = facts["source"].get("split", "train")
     return made if config.split in (DataConfig.split, EVERY_SPLIT) else pick_split(str(folder), config.split, [made])
 
+# %% ../../nbs/source/data/06_cache.ipynb #8936fe64
 class LatentCache(Source):
     "A complete cache, opened and verified: gives latents that are drawn from the moments anew at each call."
     workers, random_latents = 1, True
@@ -184,7 +217,8 @@ class LatentCache(Source):
             plan = read_json(folder / PLAN_FILE)
             _check_facts(folder / PLAN_FILE, plan, {k: FACTS[k] for k in ("images", "images_per_shard")})
             done = len(list(folder.glob("shard-*.json")))
-            raise BadInput(f"{folder} is a latent cache that is not complete, {done} of {-(-plan['images'] // plan['images_per_shard'])} shards: "
+            raise BadInput(f"{folder} is a latent cache that is not complete, {done} of "
+                           f"{-(-plan['images'] // plan['images_per_shard'])} shards: "
                            "expected one that dmp-wb latents has finished; run it again to go on")
         self.facts = facts = read_cache_facts(folder)
         self.shape, self.class_names = tuple(facts["latent_shape"]), facts["class_names"] if conditional else []
@@ -196,18 +230,26 @@ class LatentCache(Source):
         self.null = {} if facts["text_encoder"] is None else self._null()
         self._verify()
         self.labels = None
-        if self.class_names: self.labels = torch.cat([self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
+        if self.class_names:
+            self.labels = torch.cat(
+                [self._shard(s).get_tensor("class_labels") for s, e in enumerate(facts["shards"]) if e["images"]])
 
     def _null(self) -> dict[str, torch.Tensor]:
         "The embeddings of the empty caption; raises `BadInput`."
         file = self.folder / "null.safetensors"
         again = f"remove it with {CACHE_FILE}, and run dmp-wb latents again"
-        if not file.is_file() or sha256_of(file) != self.facts["null_sha256"]: raise BadInput(f"{file} is missing or does not match its checksum: {again}")
+        if not file.is_file() or sha256_of(file) != self.facts["null_sha256"]:
+            raise BadInput(f"{file} is missing or does not match its checksum: {again}")
         try:
-            with safe_open(file, "pt") as f: null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
-        except (SafetensorError, OSError) as e: raise BadInput(f"{file} is no file of tensors, {' '.join(str(e).split())[:200]}: {again}") from None
-        if not null or not null.keys() <= set(TEXT_INPUTS): raise BadInput(f"{file} holds {', '.join(null)[:100] or 'nothing'}: expected some of {', '.join(TEXT_INPUTS)}; {again}")
-        if odd := [k for k, v in null.items() if not v.isfinite().all()]: raise BadInput(f"{file} holds NaN or infinite numbers in {odd[0]}: {again}")
+            with safe_open(file, "pt") as f:
+                null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
+        except (SafetensorError, OSError) as e:
+            raise BadInput(f"{file} is no file of tensors, {' '.join(str(e).split())[:200]}: {again}") from None
+        if not null or not null.keys() <= set(TEXT_INPUTS):
+            raise BadInput(f"{file} holds {', '.join(null)[:100] or 'nothing'}: expected some of "
+                           f"{', '.join(TEXT_INPUTS)}; {again}")
+        if odd := [k for k, v in null.items() if not v.isfinite().all()]:
+            raise BadInput(f"{file} holds NaN or infinite numbers in {odd[0]}: {again}")
         return null
 
     def __len__(self) -> int: return self._starts[-1]
@@ -222,16 +264,21 @@ class LatentCache(Source):
         stamps = self.folder / ".verified.json"
         try: known = dict(read_json(stamps))
         except (BadInput, TypeError, ValueError): known = {}   # a note that may be lost
-        now, said = {}, json.dumps([self.facts[k] for k in ("latent_shape", "dtype")] + [len(self.facts["class_names"])] + [(k, list(v.shape)) for k, v in self.null.items()])
+        now, said = {}, json.dumps([self.facts[k] for k in ("latent_shape", "dtype")] + [len(self.facts["class_names"])]
+                                   + [(k, list(v.shape)) for k, v in self.null.items()])
         for number, entry in enumerate(self.facts["shards"]):
             file = self.folder / entry["file"]
-            if not file.exists(): raise MissingFile(f"latent cache {self.folder} lacks {file.name}: remove {CACHE_FILE} and {file.stem}.json, and run dmp-wb latents again")
-            if not file.is_file(): raise BadInput(f"{file} is a folder, a pipe, a socket or a device: expected a regular file")
+            if not file.exists():
+                raise MissingFile(f"latent cache {self.folder} lacks {file.name}: remove {CACHE_FILE} and "
+                                  f"{file.stem}.json, and run dmp-wb latents again")
+            if not file.is_file():
+                raise BadInput(f"{file} is a folder, a pipe, a socket or a device: expected a regular file")
             found = file.stat()
             now[file.name] = [entry["sha256"], found.st_size, found.st_mtime_ns, entry["images"], said]
             if known.get(file.name) == now[file.name]: continue
             if found.st_size != entry["bytes"] or sha256_of(file) != entry["sha256"]:
-                raise BadInput(f"{file} does not match its checksum: remove it with {file.stem}.json and {CACHE_FILE}, and run dmp-wb latents again")
+                raise BadInput(f"{file} does not match its checksum: remove it with {file.stem}.json and {CACHE_FILE}, "
+                               "and run dmp-wb latents again")
             _check_shard(file, number, entry["images"], self.facts, self.null)
         if now != known:
             with contextlib.suppress(OSError): write_json(stamps, now)   # the folder may be one that others own
@@ -245,36 +292,54 @@ class LatentCache(Source):
         for n, index in enumerate(indices.tolist()):
             s = bisect.bisect_right(self._starts, index) - 1
             row, mirrored, shard = index - self._starts[s], int(flip is not None and bool(flip[n])), self._shard(s)
-            rows.append({"moments": shard.get_slice("moments")[row:row + 1, mirrored:mirrored + 1][0, 0], **{k: shard.get_slice(k)[row:row + 1][0] for k in self.null}})
+            rows.append({"moments": shard.get_slice("moments")[row:row + 1, mirrored:mirrored + 1][0, 0],
+                         **{k: shard.get_slice(k)[row:row + 1][0] for k in self.null}})
         batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
         moments = batch.pop("moments")
         batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
-        if drop is not None: batch = {k: torch.where(drop.view(-1, *[1] * (v.dim() - 1)), self.null[k].to(v.dtype), v) for k, v in batch.items()}
-        images = draw_latents(moments, torch.zeros(len(rows), *self.shape) if noise is None else noise, self.facts["scale"], self.facts["shift"])
+        if drop is not None:
+            batch = {k: torch.where(drop.view(-1, *[1] * (v.dim() - 1)), self.null[k].to(v.dtype), v)
+                     for k, v in batch.items()}
+        images = draw_latents(moments, torch.zeros(len(rows), *self.shape) if noise is None else noise,
+                              self.facts["scale"], self.facts["shift"])
         return {"images": images, **batch, **({} if self.labels is None else {"class_labels": self.labels[indices]})}
 
     def texts(self, captions, indices=None):
-        "New captions need the text encoder where it was when the cache was written; raises `BadInput` if it is gone or another."
+        """New captions need the text encoder where it was when the cache was written;
+        raises `BadInput` if it is gone or another."""
         if not self.null: return {}
         if captions is None: return {k: v for k, v in self.batch(indices).items() if k in self.null}
         if self._text is None:
             self._text = load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
-            if fingerprint(self._text.encoder) != self.facts["text_fingerprint"]: raise BadInput(f"text encoder {self.facts['text_encoder']} is not the one that latent cache {self.folder} was made with: expected fingerprint {self.facts['text_fingerprint']}")
+            if fingerprint(self._text.encoder) != self.facts["text_fingerprint"]:
+                raise BadInput(f"text encoder {self.facts['text_encoder']} is not the one that latent cache "
+                               f"{self.folder} was made with: expected fingerprint {self.facts['text_fingerprint']}")
         return self._text.embed(**self._text.tokens(captions))
 
     def decode(self, images):
         "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."
         if self._coder is None:
             self._coder = load_vae(self.facts["vae"])
-            if fingerprint(self._coder.vae) != self.facts["vae_fingerprint"]: raise BadInput(f"VAE {self.facts['vae']} is not the one that latent cache {self.folder} was made with: expected fingerprint {self.facts['vae_fingerprint']}")
+            if fingerprint(self._coder.vae) != self.facts["vae_fingerprint"]:
+                raise BadInput(f"VAE {self.facts['vae']} is not the one that latent cache {self.folder} was made with: "
+                               f"expected fingerprint {self.facts['vae_fingerprint']}")
         return self._coder.to(images.device).decode(images)
 
     def check(self, config: DataConfig):
-        "Raise `BadInput` if it was made of another split, or with another size, VAE or text encoder than the experiment names."
+        """Raise `BadInput` if it was made of another split, or with
+        another size, VAE or text encoder than the experiment names."""
         cached_split(config, self.folder, self.facts)
-        if config.size not in (None, self.facts["size"]): raise BadInput(f"data.size is {config.size}, but latent cache {self.folder} was made of {self.facts['size']} × {self.facts['size']} images: expected a cache of that size")
+        if config.size not in (None, self.facts["size"]):
+            raise BadInput(f"data.size is {config.size}, but latent cache {self.folder} was made of "
+                           f"{self.facts['size']} × {self.facts['size']} images: expected a cache of that size")
         facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
-        made, found = (self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]), facts(load_vae(config.vae)) if config.vae else None
-        if found not in (None, made): raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, scale and shift {made}), than data.vae {config.vae} {found}: expected the same")
-        if config.text_encoder and self.null and (found := fingerprint(load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
-            raise BadInput(f"latent cache {self.folder} was made with another text encoder, {self.facts['text_encoder']} ({self.facts['text_fingerprint']}), than data.text_encoder {config.text_encoder} ({found}): expected the same")
+        made, found = ((self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]),
+                       facts(load_vae(config.vae)) if config.vae else None)
+        if found not in (None, made):
+            raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
+                           f"scale and shift {made}), than data.vae {config.vae} {found}: expected the same")
+        if config.text_encoder and self.null and (found := fingerprint(
+            load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
+            raise BadInput(f"latent cache {self.folder} was made with another text encoder, "
+                           f"{self.facts['text_encoder']} ({self.facts['text_fingerprint']}), than data.text_encoder "
+                           f"{config.text_encoder} ({found}): expected the same")

@@ -34,26 +34,33 @@ def _is_text(value) -> bool: return type(value) is str
 def _is_text_or_none(value) -> bool: return value is None or type(value) is str
 
 FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {   # what a cache says of itself: what it may be
-    "data": (_is_text, "a name"), "size": (lambda v: _is_count(v, 1), "pixels"), "channels": (lambda v: v in (1, 3), "1 or 3"),
-    "images": (lambda v: _is_count(v, 1), "a number of images"), "images_per_shard": (lambda v: _is_count(v, 1), "a number of images"),
+    "data": (_is_text, "a name"), "size": (lambda v: _is_count(v, 1), "pixels"),
+    "channels": (lambda v: v in (1, 3), "1 or 3"),
+    "images": (lambda v: _is_count(v, 1), "a number of images"),
+    "images_per_shard": (lambda v: _is_count(v, 1), "a number of images"),
     "class_names": (lambda v: type(v) is list and all(map(_is_text, v)) and len({*v}) == len(v), "names, each another"),
-    "latent_shape": (lambda v: type(v) is list and len(v) == 3 and all(_is_count(n, 1) for n in v), "channels, height and width"),
+    "latent_shape": (lambda v: type(v) is list and len(v) == 3 and all(_is_count(n, 1) for n in v),
+                     "channels, height and width"),
     "scale": (lambda v: _is_number(v) and v != 0, "a number"), "shift": (_is_number, "a number"),
     "dtype": (lambda v: _is_text(v) and v in CACHE_DTYPES, "float32, float16 or bfloat16"),
     "vae": (_is_text, "a name"), "vae_fingerprint": (_is_text, "hex digits"),
     **{k: (_is_text_or_none, "a name or null") for k in ("text_encoder", "text_fingerprint", "caption_column")},
     "text_length": (lambda v: v is None or _is_count(v, 1), "a number of tokens or null"),
-    "source": (lambda v: type(v) is dict and v.keys() <= {"split", "image_column"} and all(map(_is_text, v.values())), "a split and a column"),
+    "source": (lambda v: type(v) is dict and v.keys() <= {"split", "image_column"} and all(map(_is_text, v.values())),
+               "a split and a column"),
 }
 ENTRY: dict[str, tuple[Callable[[Any], bool], str]] = {   # the same, of one shard
-    "file": (_is_text, "a file's name"), "images": (_is_count, "a number of images"), "bytes": (lambda v: _is_count(v, 1), "a number of bytes"),
+    "file": (_is_text, "a file's name"), "images": (_is_count, "a number of images"),
+    "bytes": (lambda v: _is_count(v, 1), "a number of bytes"),
     "sha256": (lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{64}", v) is not None, "64 hex digits"),
     "skipped": (lambda v: type(v) is dict and all(map(_is_text, v.values())), "names and reasons"),
 }
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #e751956d
 def _check_facts(file: Path, facts, rules: dict[str, tuple[Callable[[Any], bool], str]]):
     "Raise `BadInput` for the first thing that a file says and that cannot be."
-    if type(facts) is not dict: raise BadInput(f"{file} holds a {type(facts).__name__}: expected an object, as dmp-wb latents writes it")
+    if type(facts) is not dict:
+        raise BadInput(f"{file} holds a {type(facts).__name__}: expected an object, as dmp-wb latents writes it")
     for key, (good, what) in rules.items():
         if key not in facts: raise BadInput(f"{file} lacks {key}: expected {what}")
         if not good(facts[key]): raise BadInput(f"{file}: {key} is {str(facts[key])[:60]!r}: expected {what}")
@@ -73,28 +80,38 @@ def _check_entry(file: Path, entry, number: int):
     if entry["file"] != _shard(Path(), number).name:
         raise BadInput(f"{file}: shard {number} is {entry['file'][:60]!r}: expected {_shard(Path(), number).name}")
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #1d2a34e6
 def read_cache_facts(folder: Path) -> dict:
     "What latents.json says, where that can be true; raises `BadInput`."
     file = folder / CACHE_FILE
     facts = read_json(file)
     if type(facts) is dict and facts.get("format") != CACHE_FORMAT:
-        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected {CACHE_FORMAT}, which this version of dmp_wb reads")
+        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected {CACHE_FORMAT}, "
+                       "which this version of dmp_wb reads")
     if type(facts) is dict: facts.setdefault("source", {})   # older than splits
-    _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"), "null_sha256": (_is_text_or_none, "hex digits or null")})
+    _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"),
+                                       "null_sha256": (_is_text_or_none, "hex digits or null")})
     for n, entry in enumerate(facts["shards"]): _check_entry(file, entry, n)
     counts, sums = [e["images"] for e in facts["shards"]], [e["sha256"] for e in facts["shards"] if e["images"]]
-    if sum(counts) != facts["images"]: raise BadInput(f"{file}: images is {facts['images']}: expected {sum(counts)}, as many as its shards hold")
+    if sum(counts) != facts["images"]:
+        raise BadInput(f"{file}: images is {facts['images']}: expected {sum(counts)}, as many as its shards hold")
     if max(counts) > facts["images_per_shard"]:
-        raise BadInput(f"{file}: shard {counts.index(max(counts))} has {max(counts)} images: expected at most {facts['images_per_shard']}")
+        raise BadInput(f"{file}: shard {counts.index(max(counts))} has {max(counts)} images: expected at most "
+                       f"{facts['images_per_shard']}")
     if twice := next((n for n, checksum in enumerate(sums) if checksum in sums[:n]), None):
         raise BadInput(f"{file}: two shards have the checksum {sums[twice][:16]}…: expected each image once")
     return facts
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #653b17c6
 def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[str, torch.Tensor]):
-    "Raise `BadInput` if a shard's tensors are not what the cache says: shapes, types, classes; and if a number is not finite."
-    wrong = lambda what: BadInput(f"{file} {what}; the cache cannot be trained on: remove {file.name}, {file.stem}.json and {CACHE_FILE}, and run dmp-wb latents again")
-    kind, (channels, *side) = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[facts["dtype"]], facts["latent_shape"]
-    expected = {"moments": (kind, [images, 2, 2 * channels, *side])} | ({"class_labels": ("I64", [images])} if facts["class_names"] else {})
+    """Raise `BadInput` if a shard's tensors are not what the cache says: shapes, types, classes;
+    and if a number is not finite."""
+    wrong = lambda what: BadInput(f"{file} {what}; the cache cannot be trained on: remove {file.name}, "
+                                  f"{file.stem}.json and {CACHE_FILE}, and run dmp-wb latents again")
+    kind, (channels, *side) = ({"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[facts["dtype"]],
+                               facts["latent_shape"])
+    expected = {"moments": (kind, [images, 2, 2 * channels, *side])} | ({"class_labels": ("I64", [images])}
+                                                                        if facts["class_names"] else {})
     expected |= {k: (kind if v.is_floating_point() else "I64", [images, *v.shape]) for k, v in null.items()}
     try:
         with safe_open(file, "pt") as f:
@@ -104,34 +121,42 @@ def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[s
             if found != (expected if images else {}):
                 k = sorted(k for k in {*found, *expected} if found.get(k) != expected.get(k) or not images)[0]
                 told = lambda t: f"{t[0]} {list(t[1])}" if t else "nothing"
-                raise wrong(f"holds {told(found.get(k))} as {k[:60]}: expected {told(expected.get(k) if images else None)}")
+                raise wrong(
+                    f"holds {told(found.get(k))} as {k[:60]}: expected {told(expected.get(k) if images else None)}")
             for start in range(0, images, 64):
                 part = {k: f.get_slice(k)[start:start + 64] for k in found}
                 if k := next((k for k, v in part.items() if v.is_floating_point() and not v.isfinite().all()), None):
                     raise wrong(f"holds NaN or infinite numbers in {k}, rows {start} to {start + len(part[k]) - 1}")
-                if (top := float(part["moments"][:, :, channels:].max())) > 40: raise wrong(f"holds log variances up to {top:g}: expected at most 40")
+                if (top := float(part["moments"][:, :, channels:].max())) > 40:
+                    raise wrong(f"holds log variances up to {top:g}: expected at most 40")
                 if facts["class_names"]:
                     low, high = (int(v) for v in part["class_labels"].aminmax())
                     if low < 0 or high >= len(facts["class_names"]):
-                        raise wrong(f"holds class label {low if low < 0 else high}: expected 0 to {len(facts['class_names']) - 1}")
+                        raise wrong(f"holds class label {low if low < 0 else high}: expected 0 to "
+                                    f"{len(facts['class_names']) - 1}")
     except (SafetensorError, OSError) as e:
         if isinstance(e, BadInput): raise
         raise wrong(f"is no file of tensors: {' '.join(str(e).split())[:200]}") from None
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #5e668196
 def _put(write: Callable, file: Path, content):
     "Write a file of a cache; raises `BadInput` where there is no room for it, or no permission."
     try: return write(file, content)
     except BadInput: raise
     except OSError as e:
-        error = BadInput(f"{file} cannot be written: {e.strerror or e}; the shards that are done stay, run dmp-wb latents again to go on")
+        error = BadInput(f"{file} cannot be written: {e.strerror or e}; the shards that are done stay, run dmp-wb "
+                         "latents again to go on")
         error.local = True   # other processes may have room
         raise error from None
 
-LEFTOVER = re.compile(r"\.(shard-\d+\.(safetensors|json)|plan\.json|latents\.json|null\.safetensors|\.verified\.json)\.[^.]+\.tmp")
+LEFTOVER = re.compile(
+    r"\.(shard-\d+\.(safetensors|json)|plan\.json|latents\.json|null\.safetensors|\.verified\.json)\.[^.]+\.tmp")
 
+# %% ../../nbs/source/data/05_cache_facts.ipynb #ec359093
 @contextlib.contextmanager
 def _writing(folder: Path):
-    """Held by each of the processes that write a cache; one that finds no other removes what killed ones left half-written.
+    """Held by each of the processes that write a cache;
+    one that finds no other removes what killed ones left half-written.
 
     The lock is one of fcntl, which no child has: readers that outlive a killed process do not hold it.
     """
@@ -140,7 +165,8 @@ def _writing(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         fd = open_plain(folder / ".lock", os.O_RDWR | os.O_CREAT)
     except BadInput: raise
-    except OSError as e: raise BadInput(f"{folder} cannot be written: {e.strerror or e}: expected a folder for the latents") from None
+    except OSError as e:
+        raise BadInput(f"{folder} cannot be written: {e.strerror or e}: expected a folder for the latents") from None
     try:
         with contextlib.suppress(OSError):   # another process writes here, or the disk knows no locks
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -149,4 +175,3 @@ def _writing(folder: Path):
         with contextlib.suppress(OSError): fcntl.lockf(fd, fcntl.LOCK_SH)
         yield
     finally: os.close(fd)
-

@@ -29,8 +29,11 @@ class LatentCoder(nn.Module):
     def latent_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         "[C, h, w] of an image's latents; raises `BadInput` for a size the VAE cannot take."
         channels, *side = shape
-        if channels != self.vae.config.in_channels: raise BadInput(f"images have {channels} channels, but VAE {self.name} takes {self.vae.config.in_channels}: set data.channels")
-        if any(s % self.factor for s in side): raise BadInput(f"data.size is {side[0]}: expected a multiple of {self.factor} for VAE {self.name}")
+        if channels != self.vae.config.in_channels:
+            raise BadInput(f"images have {channels} channels, but VAE {self.name} takes {self.vae.config.in_channels}: "
+                           "set data.channels")
+        if any(s % self.factor for s in side):
+            raise BadInput(f"data.size is {side[0]}: expected a multiple of {self.factor} for VAE {self.name}")
         return self.vae.config.latent_channels, *(s // self.factor for s in side)
 
     def moments(self, images: torch.Tensor) -> torch.Tensor: # [B, 2C, h, w]: mean and log σ² along the channels
@@ -46,14 +49,17 @@ class LatentCoder(nn.Module):
         "The images of latents."
         return self.vae.decode((latents / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
 
-def draw_latents(moments: torch.Tensor, noise: torch.Tensor, scale: float, shift: float) -> torch.Tensor: # [B, C, h, w] float32
+# %% ../../nbs/source/data/04_encoders.ipynb #f6007399
+def draw_latents(moments: torch.Tensor, noise: torch.Tensor, scale: float,
+                 shift: float) -> torch.Tensor:   # [B, C, h, w] float32
     "z = s (μ + σ ε − b), from `moments` [B, 2C, h, w] and `noise` [B, C, h, w]."
     mean, logvar = moments.float().chunk(2, 1)
     return scale * (mean + (0.5 * logvar).exp() * noise - shift)
 
 def load_vae(name: str) -> LatentCoder: # float32, on the CPU
     "A diffusers AutoencoderKL: its folder or hub id, or those of a pipeline that holds one in vae/. Raises `BadInput`."
-    places = [{}] if (Path(name) / "config.json").exists() else [{"subfolder": "vae"}] if Path(name).is_dir() else [{"subfolder": "vae"}, {}]
+    places = ([{}] if (Path(name) / "config.json").exists() else [{"subfolder": "vae"}] if Path(name).is_dir()
+              else [{"subfolder": "vae"}, {}])
     try:
         for place in places:
             try:
@@ -62,12 +68,17 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
             except OSError:
                 if place is places[-1]: raise
         if kind != "AutoencoderKL": raise ValueError(f"found a {kind}")
-        vae, info = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True, **place)
-        if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
-        if vae.config.get("latents_mean") is not None: raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
+        vae, info = diffusers.AutoencoderKL.from_pretrained(name, use_safetensors=True, output_loading_info=True,
+                                                            **place)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
+        if vae.config.get("latents_mean") is not None:
+            raise ValueError("found one that normalises its latents by channel (latents_mean), which is not supported")
         return LatentCoder(vae, name)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, {' '.join(str(e).split())[:200]}") from None
+        raise BadInput(f"data.vae is {name!r}: expected a diffusers AutoencoderKL or a pipeline with one, "
+                       f"{' '.join(str(e).split())[:200]}") from None
 
 # %% ../../nbs/source/data/04_encoders.ipynb #acf6bcc1
 class TextCoder(nn.Module):
@@ -80,38 +91,52 @@ class TextCoder(nn.Module):
 
     def tokens(self, captions: list[str]) -> dict[str, torch.Tensor]: # input_ids and attention_mask [B, length]
         "Captions as numbers, padded and cut to the encoder's length."
-        out = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length, return_tensors="pt")
+        out = self.tokenizer(list(captions), padding="max_length", truncation=True, max_length=self.length,
+                             return_tensors="pt")
         return {"input_ids": out["input_ids"], "attention_mask": out["attention_mask"]}
 
     @torch.no_grad()
-    def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]: # encoder_hidden_states [B, L, D]; encoder_attention_mask [B, L] for T5-like encoders; pooled_projections [B, P] where the encoder has them
+    # encoder_hidden_states [B, L, D]; encoder_attention_mask [B, L] for T5-like encoders;
+    # pooled_projections [B, P] where the encoder has them
+    def embed(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
         "What a backbone is conditioned on, by diffusers' names."
         if self.clip:   # its pipelines attend to the padding as well
             out = self.encoder(input_ids)
-            pooled = getattr(out, "text_embeds", None) if getattr(out, "text_embeds", None) is not None else out.pooler_output
+            pooled = (getattr(out, "text_embeds", None) if getattr(out, "text_embeds", None) is not None
+                      else out.pooler_output)
             return {"encoder_hidden_states": out.last_hidden_state, "pooled_projections": pooled}
-        return {"encoder_hidden_states": self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state, "encoder_attention_mask": attention_mask}
+        return {"encoder_hidden_states": self.encoder(input_ids, attention_mask=attention_mask).last_hidden_state,
+                "encoder_attention_mask": attention_mask}
 
+# %% ../../nbs/source/data/04_encoders.ipynb #07522913
 def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
     "The tokenizer/ and text_encoder/ of a pipeline, local or on the hub. Raises `BadInput`."
     try: import transformers
-    except ImportError: raise BadInput("data.text_encoder needs the package transformers: pip install transformers") from None
+    except ImportError:
+        raise BadInput("data.text_encoder needs the package transformers: pip install transformers") from None
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, subfolder="tokenizer", trust_remote_code=False)
         config = transformers.AutoConfig.from_pretrained(name, subfolder="text_encoder", trust_remote_code=False)
-        cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)   # T5's encoder is a class of its own
-        encoder, info = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32, output_loading_info=True)
-        if info["missing_keys"]: raise ValueError(f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
+        # T5's encoder is a class of its own
+        cls = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        encoder, info = cls.from_pretrained(name, subfolder="text_encoder", use_safetensors=True, dtype=torch.float32,
+                                            output_loading_info=True)
+        if info["missing_keys"]:
+            raise ValueError(
+                f"{len(info['missing_keys'])} weights are missing, first {sorted(info['missing_keys'])[0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise BadInput(f"data.text_encoder is {name!r}: expected a pipeline with tokenizer/ and text_encoder/, {' '.join(str(e).split())[:200]}") from None
+        raise BadInput(f"data.text_encoder is {name!r}: expected a pipeline with tokenizer/ and text_encoder/, "
+                       f"{' '.join(str(e).split())[:200]}") from None
     return TextCoder(tokenizer, encoder, length, name)
 
 def _text_coder(config: DataConfig, data) -> TextCoder | None:
     if getattr(data, "captions", None) is None: return None
-    if config.text_encoder is None: raise BadInput("data.text_encoder is null: expected a pipeline with tokenizer/ and text_encoder/, for the captions of data.caption_column")
+    if config.text_encoder is None:
+        raise BadInput("data.text_encoder is null: expected a pipeline with tokenizer/ and text_encoder/, for the "
+                       "captions of data.caption_column")
     return load_text_encoder(config.text_encoder, config.text_length)
 
-
+# %% ../../nbs/source/data/04_encoders.ipynb #43e1ad79
 class EncodedImages(Source):
     "Images that are encoded in the loop, at every step: for data that are seen once. A cache saves that work."
     def __init__(self, data: Source, coder: LatentCoder | None, text: TextCoder | None):
@@ -125,14 +150,16 @@ class EncodedImages(Source):
     def batch(self, indices, flip=None, noise=None, drop=None):
         "Pixels and tokens: `encode` makes latents and embeddings of them."
         batch = self.data.batch(indices, flip, None, drop)
-        if self.coder is not None: batch["latent_noise"] = torch.zeros(len(indices), *self.shape) if noise is None else noise
+        if self.coder is not None:
+            batch["latent_noise"] = torch.zeros(len(indices), *self.shape) if noise is None else noise
         if self.text is not None: batch |= self.text.tokens(batch.pop("captions"))
         return batch
 
     @torch.no_grad()
     def encode(self, batch):
         batch = dict(batch)
-        if self.coder is not None: batch["images"] = self.coder.draw(self.coder.moments(batch["images"]), batch.pop("latent_noise"))
+        if self.coder is not None:
+            batch["images"] = self.coder.draw(self.coder.moments(batch["images"]), batch.pop("latent_noise"))
         if self.text is not None: batch |= self.text.embed(batch.pop("input_ids"), batch.pop("attention_mask"))
         return batch
 
@@ -141,7 +168,9 @@ class EncodedImages(Source):
     def texts(self, captions, indices=None):
         if self.text is None: return {}
         device = next(self.text.parameters()).device
-        return self.text.embed(**{k: v.to(device) for k, v in self.text.tokens([self.data.captions(i) for i in indices.tolist()] if captions is None else captions).items()})
+        return self.text.embed(
+            **{k: v.to(device) for k, v in self.text.tokens([self.data.captions(i) for i in indices.tolist()]
+                                                            if captions is None else captions).items()})
 
     def to(self, device):
         for coder in (self.coder, self.text):

@@ -40,11 +40,14 @@ def split_kind(
         if not exact and re.search(rf"(^|[-._ 0-9])({'|'.join(words)})($|[-._ 0-9])", name): return kind
     return None
 
+# %% ../../nbs/source/data/02_folders.ipynb #cd5acad7
 def folder_splits(
-    root: Path,              # for messages
-    folders: Iterable[str],  # those below it that hold images, relative to it, as "train/daisy"; "." is the folder itself
-    split: str = "train",    # the one that is asked for: all does not mind folders of which only some are splits
-) -> dict[str, tuple[str, str | None]]: # folder → its split, and its class if it lies in one; empty: there are no splits
+        root: Path,   # for messages
+        # those below it that hold images, relative to it, as "train/daisy"; "." is the folder itself
+        folders: Iterable[str],
+        split: str = "train",   # the one that is asked for: all does not mind folders of which only some are splits
+) -> dict[str,
+          tuple[str, str | None]]:   # folder → its split, and its class if it lies in one; empty: there are no splits
     "Which folders belong to which split, by their names. Raises `BadInput` where only some belong to one."
     parts = {folder: [] if folder == "." else folder.split("/") for folder in sorted(folders)}
     place = {f: next((n for n, w in enumerate(p) if split_kind(w, exact=True)), None) for f, p in parts.items()}
@@ -52,17 +55,21 @@ def folder_splits(
         tops = {p[0] if p else "." for p in parts.values()}
         longer = {w for w in tops if split_kind(w)}
         if 2 * len(longer) < len(tops): return {}   # classes, as test-tube and bullet train among many
-        if len({split_kind(w) for w in longer}) < 2 and len(tops) > 1: return {}   # classes, as train-steam and train-diesel
+        # classes, as train-steam and train-diesel
+        if len({split_kind(w) for w in longer}) < 2 and len(tops) > 1: return {}
     for f, p in parts.items():   # longer names count at the top only
         if place[f] is None and p and split_kind(p[0]): place[f] = 0
     found = {f: None if n is None else parts[f][n] for f, n in place.items()}
     if all(found.values()):
-        return {f: (parts[f][n].casefold(), next(iter(parts[f][:n] + parts[f][n + 1:]), None)) for f, n in place.items() if n is not None}
+        return {f: (parts[f][n].casefold(), next(iter(parts[f][:n] + parts[f][n + 1:]), None))
+                for f, n in place.items() if n is not None}
     if split == EVERY_SPLIT: return {}
     some, other = (next(f for f in found if bool(found[f]) is there) for there in (True, False))
-    raise BadInput(f"folder {root} holds {some}/, by its name of split {found[some]}, beside images of no split in "
-                   f"{other}/: expected all in splits, or none; data.split=all takes them all, and every folder as a class")
+    raise BadInput(
+        f"folder {root} holds {some}/, by its name of split {found[some]}, beside images of no split in "
+        f"{other}/: expected all in splits, or none; data.split=all takes them all, and every folder as a class")
 
+# %% ../../nbs/source/data/02_folders.ipynb #593ff48a
 def pick_split(
     name: str,             # of the data, for messages
     split: str,            # what was asked for
@@ -77,7 +84,6 @@ def pick_split(
     alike = [s for s in there if kind and split_kind(s, exact) == kind]
     if len(alike) == 1: return alike[0]
     raise BadInput(f"{name}: {unknown('data.split', split, there)}")
-
 
 # %% ../../nbs/source/data/02_folders.ipynb #98d70716
 def data_path(name: str | os.PathLike) -> Path:
@@ -100,9 +106,12 @@ class ImageFiles(Source):
         source: dict | None = None,                 # what else tells which images these are
     ):
         self.source = source or {}
-        self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = read, names, num_images, labels, list(class_names), captions
+        self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = (
+            read, names, num_images, labels, list(class_names), captions)
         self.shape, self.bad = (channels, size, size), {}
-        self.workers = min(4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)   # the rest is for the model
+        # the rest is for the model
+        self.workers = min(
+            4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)
 
     def __len__(self) -> int: return self.num_images
 
@@ -111,7 +120,8 @@ class ImageFiles(Source):
         return to_tensor(centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1]))
 
     def batch(self, indices, flip=None, noise=None, drop=None) -> dict:
-        "A batch; an image that cannot be read is replaced by the next in the list that can. With `captions` (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."
+        """A batch; an image that cannot be read is replaced by the next in the list that can. With `captions`
+        (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."""
         images, taken, met = [], [], {}
         for index in indices.tolist():
             for i in (n % self.num_images for n in range(index, index + self.num_images)):
@@ -122,12 +132,16 @@ class ImageFiles(Source):
                     continue
                 taken.append(i)
                 break
-            else: raise BadInput(f"none of the {self.num_images} images can be read; the first, {self.names(0)}, {self.bad[0]}")
+            else:
+                raise BadInput(
+                    f"none of the {self.num_images} images can be read; the first, {self.names(0)}, {self.bad[0]}")
         batch = {"images": _flipped(torch.stack(images), flip)}
         if self.labels is not None: batch["class_labels"] = self.labels[taken]
-        if self.captions is not None: batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
+        if self.captions is not None:
+            batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
         return batch | ({"bad_images": met} if met else {})
 
+# %% ../../nbs/source/data/02_folders.ipynb #bf07cbd9
 class SkippedImages:
     "Counts images that could not be read, names each once, and stops at a limit."
     def __init__(self, limit: int, say: Callable = print):
@@ -141,11 +155,13 @@ class SkippedImages:
             self.say(f"skipped image {len(self.found)}: {name} {reason}")
         if len(self.found) > self.limit:
             name, reason = next(iter(self.found.items()))
-            error = BadInput(f"{len(self.found)} images cannot be read, more than data.max_bad_images, {self.limit}; the first, {name}, {reason}")
+            error = BadInput(f"{len(self.found)} images cannot be read, more than data.max_bad_images, {self.limit}; "
+                             f"the first, {name}, {reason}")
             error.local = True   # other processes read other images
             raise error
         return batch
 
+# %% ../../nbs/source/data/02_folders.ipynb #e78e79ab
 def image_folder(config: DataConfig) -> ImageFiles:
     """A folder of images, or one split of it.
 
@@ -168,8 +184,11 @@ def image_folder(config: DataConfig) -> ImageFiles:
     return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side,
                       config.channels, labels, classes, source=None if split is None else {"split": split})
 
-def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None, Callable[[str], str | None], list[str]]:
-    "The images of the split that is asked for, in order; its name, if there are splits; the class of a file; the classes of train."
+# %% ../../nbs/source/data/02_folders.ipynb #43db9189
+def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None, Callable[[str], str | None],
+                                                          list[str]]:
+    """The images of the split that is asked for, in order; its name, if there are splits; the class of a file;
+    the classes of train."""
     found, others = [], []
     for file in _all_files(root): (found if file.name.lower().endswith(IMAGE_SUFFIXES) else others).append(file)
     files = sorted(p.relative_to(root).as_posix() for p in found)
@@ -182,8 +201,10 @@ def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None,
     names = sorted({s for s, _ in splits.values()})
     split = EVERY_SPLIT if config.split == EVERY_SPLIT else pick_split(f"folder {root}", config.split, names)
     train = sorted({c for s, c in splits.values() if split_kind(s) == "train" and c is not None})
-    return [f for f in files if split in (EVERY_SPLIT, splits[folder_of(f)][0])], split, lambda file: splits[folder_of(file)][1], train
+    return ([f for f in files if split in (EVERY_SPLIT, splits[folder_of(f)][0])], split,
+            lambda file: splits[folder_of(file)][1], train)
 
+# %% ../../nbs/source/data/02_folders.ipynb #d7f0c410
 def _tell_others(root: Path, files: list[str], others: list[Path]):
     "Name what is passed over, and raise `BadInput` where nothing is left."
     others = [p for p in others if p.suffix.lower() not in SIDE_SUFFIXES]
@@ -191,15 +212,18 @@ def _tell_others(root: Path, files: list[str], others: list[Path]):
     told = ", ".join(f"{n} × {suffix}" for suffix, n in counts.most_common(8))
     ending = f"expected files ending in {', '.join(IMAGE_SUFFIXES[:10])}, …"
     if not files: raise BadInput(f"folder {root} holds no images: {ending}" + (f"; it holds {told}" if told else ""))
-    if told: warnings.warn(f"folder {root} holds {len(others)} files that are left out, since their suffixes are of no image that is read: "
-                           f"{told}; the first, {_printable(sorted(others)[0].relative_to(root).as_posix())}", stacklevel=4)
+    if told:
+        warnings.warn(f"folder {root} holds {len(others)} files that are left out, since their suffixes are of no "
+                      "image that is read: "
+                      f"{told}; the first, {_printable(sorted(others)[0].relative_to(root).as_posix())}", stacklevel=4)
     _formats()
     hopeless = [f for f in files if Path(f).suffix.lower() not in Image.registered_extensions()]
     if len(hopeless) < len(files): return
     for f in files:   # the suffix may be wrong
         try: return read_image(root / f)
         except BadImage as e: reason = str(e)
-    raise BadInput(f"folder {root} holds no image that can be read: none of {len(files)}; the last, {_printable(files[-1])}, {reason}")
+    raise BadInput(f"folder {root} holds no image that can be read: none of {len(files)}; the last, "
+                   f"{_printable(files[-1])}, {reason}")
 
 def _file(root: Path, files: list[str], i: int) -> Path: return root / files[i]
 def _printed(files: list[str], i: int) -> str: return _printable(files[i])
@@ -208,6 +232,7 @@ def _printable(name: str) -> str: return os.fsencode(name).decode("utf-8", "back
 SIDE_SUFFIXES = ("", ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
                  ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")   # often beside images, and none
 
+# %% ../../nbs/source/data/02_folders.ipynb #d4fc291a
 def image_files(
     root: Path,  # links to folders are followed, not in circles; names that begin with a dot are left out
 ) -> Iterator[Path]:
@@ -217,9 +242,12 @@ def image_files(
 def _all_files(root: Path) -> Iterator[Path]:
     for folder, folders, files in os.walk(root, followlinks=True):
         above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents)}
-        folders[:] = [f for f in folders if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]
+        folders[:] = [f for f in folders
+                      if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]
         yield from (Path(folder) / f for f in files if not f.startswith("."))
 
 def _side(config: DataConfig) -> int:
-    if config.size is None: raise BadInput(f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")
+    if config.size is None:
+        raise BadInput(
+            f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")
     return config.size

@@ -41,6 +41,7 @@ def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
+# %% ../../nbs/source/data/01_images.ipynb #8791c156
 def open_regular(file: str | os.PathLike) -> io.BufferedReader:
     """Open a regular file for reading; a pipe, a socket or a device is never waited for.
 
@@ -56,10 +57,12 @@ def open_regular(file: str | os.PathLike) -> io.BufferedReader:
         raise BadImage(f"cannot be opened: {getattr(e, 'strerror', None) or e}") from None
     raise BadImage("is a folder, a pipe, a socket or a device: expected a regular file")
 
+# %% ../../nbs/source/data/01_images.ipynb #60aa8fd2
+# 8 bits a channel, the right way up, on white where it is transparent; the first frame of an animation
 def read_image(
-    file: str | Path | bytes,  # a file, or what it holds
-    channels: int = 3,         # 3: RGB, 1: grey
-) -> Image.Image: # 8 bits a channel, the right way up, on white where it is transparent; the first frame of an animation
+        file: str | Path | bytes,   # a file, or what it holds
+        channels: int = 3,   # 3: RGB, 1: grey
+) -> Image.Image:
     "Read one image; raises `BadImage`."
     with io.BytesIO(file) if isinstance(file, bytes) else open_regular(file) as stream:
         if not stream.read(1): raise BadImage("is empty (0 bytes)")
@@ -70,7 +73,8 @@ def read_image(
                 image = Image.open(stream, formats=_formats())
                 if 0 in image.size: raise BadImage(f"has no pixels, {image.width} × {image.height}")
                 image.load()
-                with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)   # a broken orientation is none
+                # a broken orientation is none
+                with contextlib.suppress(Exception): image = ImageOps.exif_transpose(image)
         except BadImage: raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise BadImage(f"has too many pixels: expected at most {Image.MAX_IMAGE_PIXELS:,}") from None
@@ -91,14 +95,17 @@ def read_image(
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB" if channels == 3 else "L")
 
+# %% ../../nbs/source/data/01_images.ipynb #fd7ed820
 def centre_crop(
     image: Image.Image,
     size: int,           # side in pixels
 ) -> Image.Image: # size × size
-    "ADM's crop: halved by box averaging while the short side is at least twice `size`, then bicubic to `size`, then the middle."
+    """ADM's crop: halved by box averaging while the short side is at
+    least twice `size`, then bicubic to `size`, then the middle."""
     while min(image.size) >= 2 * size: image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    if size * max(image.size) * scale > (Image.MAX_IMAGE_PIXELS or float("inf")): raise BadImage(f"is too elongated, {image.width} × {image.height}, for {size} × {size}")
+    if size * max(image.size) * scale > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        raise BadImage(f"is too elongated, {image.width} × {image.height}, for {size} × {size}")
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))

@@ -27,7 +27,8 @@ from ..models.anatomy import TEXT_INPUTS, unwrap_model
 def load_data(
     data: str | DataConfig = "digits",  # a name, or the config that an experiment holds
 ) -> Source:
-    "The images of a data set, or its latents if `vae` is named or it is a cache. Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."
+    """The images of a data set, or its latents if `vae` is named or it is a cache.
+    Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."""
     config = (data if isinstance(data, DataConfig) else DataConfig(name=data)).check()
     folder = data_path(config.name)
     if (folder / CACHE_FILE).is_file() or (folder / PLAN_FILE).is_file():
@@ -59,21 +60,28 @@ class Captions:
     @property
     def fingerprint(self) -> str:
         "Of the text encoder and the captions."
-        digest = hashlib.sha256((f"those of {len(self.data)} examples" if self.captions is None else "\n".join(self.captions)).encode())
+        digest = hashlib.sha256(
+            (f"those of {len(self.data)} examples" if self.captions is None else "\n".join(self.captions)).encode())
         for v in self.null.values(): digest.update(v.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+# %% ../../nbs/source/data/07_load.ipynb #510958cf
 def captions_of(
     model: nn.Module,
     data: DataConfig | Source,              # what the model was trained on
     captions: Sequence[str] | None = None,  # None: those of the data
 ) -> Captions | None:
-    "The captions for a model's images; None for a model that takes no text. Raises `BadInput` where model and data do not fit."
+    """The captions for a model's images; None for a model that takes no text.
+    Raises `BadInput` where model and data do not fit."""
     model = unwrap_model(model)
     name, takes = type(model).__name__, [k for k in TEXT_INPUTS if k in inspect.signature(model.forward).parameters]
     if not takes:
-        if captions is not None: raise BadInput(f"captions were given, but the model, a {name}, takes no text: expected a text-conditioned model")
+        if captions is not None:
+            raise BadInput(
+                f"captions were given, but the model, a {name}, takes no text: expected a text-conditioned model")
         return None
     source = load_data(data) if isinstance(data, DataConfig) else data
-    if not source.null: raise BadInput(f"the model, a {name}, is conditioned on text, but its data have no captions: expected data.caption_column and data.text_encoder, or a latent cache with text")
+    if not source.null:
+        raise BadInput(f"the model, a {name}, is conditioned on text, but its data have no captions: expected "
+                       "data.caption_column and data.text_encoder, or a latent cache with text")
     return Captions(source.to(next(model.parameters()).device), captions, takes)

@@ -8,6 +8,7 @@ __all__ = ['METADATA_FILES', 'SAVED_FILES', 'metadata_columns', 'captioned_folde
 
 # %% ../../nbs/source/data/03_tables.ipynb #352fd529
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from dmp_wb.data.folders import (
     _split_files,
 )
 from .images import BadImage, open_regular
-from .sources import DATASETS, ImageData
+from .sources import DATASETS, has_idx, IDX_FILES, idx_images, ImageData
 
 # %% ../../nbs/source/data/03_tables.ipynb #5d1a7c05
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -50,9 +51,11 @@ def metadata_columns(
         kind = "UTF-8" if isinstance(e, UnicodeDecodeError) else file.suffix[1:]
         raise BadInput(f"{file} is no valid {kind}: {' '.join(str(e).split())[:200]}") from None
     if wrong := [n for n, row in enumerate(rows) if not isinstance(row, dict)]:
-        raise BadInput(f"{file} holds {str(rows[wrong[0]])[:60]!r} as row {wrong[0]}: expected an object with file_name")
+        raise BadInput(
+            f"{file} holds {str(rows[wrong[0]])[:60]!r} as row {wrong[0]}: expected an object with file_name")
     return {key: [row.get(key) for row in rows] for key in dict.fromkeys(k for row in rows for k in row)}
 
+# %% ../../nbs/source/data/03_tables.ipynb #3c68f3c8
 def captioned_folder(config: DataConfig):
     """A folder of images and what its metadata say of them: a data set in memory, a row for each row of theirs.
 
@@ -64,15 +67,17 @@ def captioned_folder(config: DataConfig):
     ours = {folder_of(f) for f in files}
     others = set() if split is None else {folder_of(p.relative_to(root).as_posix()) for p in image_files(root)} - ours
     notes = sorted(p for p in _all_files(root) if p.name in METADATA_FILES)
-    if not notes: raise BadInput(f"{config.name}: {unknown('data.caption_column', str(config.caption_column), ['image'])}; "
-                                 f"there is no {' or '.join(METADATA_FILES)}")
+    if not notes:
+        raise BadInput(f"{config.name}: {unknown('data.caption_column', str(config.caption_column), ['image'])}; "
+                       f"there is no {' or '.join(METADATA_FILES)}")
     if len({p.suffix for p in notes}) > 1:
         raise BadInput(f"folder {root} holds {notes[0].name} and {notes[-1].name}: expected metadata of one kind")
     taken: dict[str, list] = {config.image_column: []}
     for note in notes:
         columns = metadata_columns(note)
         names = columns[_checked_columns(config, note, columns)]
-        extra = {c for c in (config.caption_column, config.label_column if config.conditional else None) if c in columns}
+        extra = {c
+                 for c in (config.caption_column, config.label_column if config.conditional else None) if c in columns}
         if note != notes[0] and extra != set(taken) - {config.image_column}:
             raise BadInput(f"{note} and {notes[0]} hold different columns: expected the same in each")
         places = [_inside(root, note, n, name) for n, name in enumerate(names)]
@@ -81,17 +86,21 @@ def captioned_folder(config: DataConfig):
         for column in extra: taken.setdefault(column, []).extend(columns[column][n] for n in kept)
     listed = {os.path.relpath(p, root) for p in taken[config.image_column] if p}
     if unlisted := [f for f in files if f not in listed]:
-        warnings.warn(f"{len(unlisted)} of the {len(files)} images in {root} are left out, since no metadata name them; "
-                      f"the first, {_printable(unlisted[0])}", stacklevel=3)
+        warnings.warn(
+            f"{len(unlisted)} of the {len(files)} images in {root} are left out, since no metadata name them; "
+            f"the first, {_printable(unlisted[0])}", stacklevel=3)
     return _typed(config, taken)
 
+# %% ../../nbs/source/data/03_tables.ipynb #c0775b2a
 def _checked_columns(config: DataConfig, note: Path, columns: dict[str, list]) -> str:
     "The column of the files' names; raises `BadInput` for a column that is not there."
     known = {"image" if c == "file_name" else c.removesuffix("_file_name"): c for c in columns}
     asked = {"image_column": config.image_column, "caption_column": config.caption_column}
-    if config.conditional and config.label_column != DataConfig.label_column: asked["label_column"] = config.label_column
+    if config.conditional and config.label_column != DataConfig.label_column:
+        asked["label_column"] = config.label_column
     for key, column in asked.items():
-        if column is not None and column not in known: raise BadInput(f"{note}: {unknown(f'data.{key}', column, known)}")
+        if column is not None and column not in known:
+            raise BadInput(f"{note}: {unknown(f'data.{key}', column, known)}")
     if not known[config.image_column].endswith("file_name"):
         raise BadInput(f"{note}: data.image_column {config.image_column!r} holds no files: "
                        f"expected file_name, or {config.image_column}_file_name")
@@ -100,12 +109,15 @@ def _checked_columns(config: DataConfig, note: Path, columns: dict[str, list]) -
 def _inside(root: Path, note: Path, row: int, name) -> str | None: # relative to the root; None where none is named
     "Where the image of a row lies; raises `BadInput` for a name that leads out of the metadata's folder."
     if name is None or name == "": return None
-    if not isinstance(name, str): raise BadInput(f"{note}: file_name of row {row} is {str(name)[:60]!r}: expected a string")
+    if not isinstance(name, str):
+        raise BadInput(f"{note}: file_name of row {row} is {str(name)[:60]!r}: expected a string")
     name = os.path.normpath(name.replace("\\", "/"))
     if os.path.isabs(name) or name.split("/")[0] == ".." or ":" in name.split("/")[0]:
-        raise BadInput(f"{note}: file_name of row {row} is {name[:200]!r}: expected a path below the folder of {note.name}")
+        raise BadInput(
+            f"{note}: file_name of row {row} is {name[:200]!r}: expected a path below the folder of {note.name}")
     return (note.parent / name).relative_to(root).as_posix()
 
+# %% ../../nbs/source/data/03_tables.ipynb #790783c4
 def _typed(config: DataConfig, columns: dict[str, list]):
     "Columns as a data set; raises `BadInput` for a caption that is no string, and a column of several types."
     import datasets
@@ -114,8 +126,9 @@ def _typed(config: DataConfig, columns: dict[str, list]):
     if label and all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,18}", v) for v in label):
         columns[config.label_column] = [int(v) for v in label]   # a CSV holds strings only
     if wrong := [n for n, v in enumerate(caption) if not isinstance(v, str | None)]:
-        raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds {str(caption[wrong[0]])[:60]!r} "
-                       f"in row {wrong[0]}: expected strings")
+        raise BadInput(
+            f"{config.name}: data.caption_column {config.caption_column!r} holds {str(caption[wrong[0]])[:60]!r} "
+            f"in row {wrong[0]}: expected strings")
     kinds = {config.image_column: pyarrow.string(), config.caption_column: pyarrow.string()}
     try: table = pyarrow.table({k: pyarrow.array(v, kinds.get(k)) for k, v in columns.items()})
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as e:
@@ -123,15 +136,18 @@ def _typed(config: DataConfig, columns: dict[str, list]):
                        f"expected class numbers; {' '.join(str(e).split())[:200]}") from None
     return datasets.Dataset(table).cast_column(config.image_column, datasets.Image())
 
+# %% ../../nbs/source/data/03_tables.ipynb #adef61f6
 def _rows_of(config: DataConfig):
-    "The rows of a data set, all splits in a dictionary where it has some; raises `BadInput` for what `datasets` cannot load."
+    """The rows of a data set, all splits in a dictionary where it has some;
+    raises `BadInput` for what `datasets` cannot load."""
     import datasets
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False   # older versions run a script that comes with the data
     path = data_path(config.name)
     local = path.is_dir()
     if local:
         for file in _all_files(path):
-            if file.exists() and not file.is_file(): raise BadInput(f"{file} is a pipe, a socket or a device: expected regular files only")
+            if file.exists() and not file.is_file():
+                raise BadInput(f"{file} is a pipe, a socket or a device: expected regular files only")
         if not any((path / f).exists() for f in SAVED_FILES) and any(image_files(path)): return captioned_folder(config)
     try:
         if local and any((path / f).exists() for f in SAVED_FILES): return datasets.load_from_disk(path)
@@ -141,8 +157,10 @@ def _rows_of(config: DataConfig):
     except Exception as e:   # it raises its own, fsspec's, the hub's and pyarrow's errors, and hides one in another
         reasons = [str(e)]
         while (e := e.__cause__) is not None: reasons.append(str(e))
-        raise BadInput(f"data.name is {config.name!r}, which datasets cannot load: {' '.join('; '.join(reasons).split())[:300]}") from None
+        raise BadInput(f"data.name is {config.name!r}, which datasets cannot load: "
+                       f"{' '.join('; '.join(reasons).split())[:300]}") from None
 
+# %% ../../nbs/source/data/03_tables.ipynb #8f56874c
 def _nothing_left_out(path: Path):
     "Raise `BadInput` for a folder of which `datasets` would take some files only, for the splits in their names."
     import datasets
@@ -153,15 +171,19 @@ def _nothing_left_out(path: Path):
     kinds = {Path(f).suffix for f in used}
     left = sorted(p for p in _all_files(path) if p.suffix in kinds and os.path.realpath(p) not in used
                   and p.name != "README.md" and not any(part.startswith("__") for part in p.relative_to(path).parts))
-    if left: raise BadInput(f"folder {path} holds {left[0].relative_to(path)}, of no split, beside {Path(min(used)).name} of split "
-                            f"{used[min(used)]}: expected names of splits in all files, or in none")
+    if left:
+        raise BadInput(
+            f"folder {path} holds {left[0].relative_to(path)}, of no split, beside {Path(min(used)).name} of split "
+            f"{used[min(used)]}: expected names of splits in all files, or in none")
 
+# %% ../../nbs/source/data/03_tables.ipynb #e4d5f5cd
 class DataRows:
     "The images and captions of a `datasets` data set by number; it can be pickled, for workers that are spawned."
     def __init__(self, rows, config: DataConfig):
         import datasets
         self.image_column, self.caption_column = config.image_column, config.caption_column
-        self.encoded = rows.select_columns([self.image_column]).cast_column(self.image_column, datasets.Image(decode=False))
+        self.encoded = rows.select_columns([self.image_column]).cast_column(self.image_column,
+                                                                            datasets.Image(decode=False))
         self.captions: Any = rows.select_columns([self.caption_column]) if self.caption_column else None
 
     def read(self, i: int) -> bytes | str: # an image's file, or what it holds
@@ -176,8 +198,10 @@ class DataRows:
 
     def caption(self, i: int) -> str: return self.captions[i][self.caption_column] or ""   # with a caption column only
 
+# %% ../../nbs/source/data/03_tables.ipynb #300039b3
 def hub_data(config: DataConfig) -> ImageFiles:
-    """A `datasets` data set: from the hub, saved by `save_to_disk`, a captioned folder, or any folder that library can load.
+    """A `datasets` data set: from the hub, saved by `save_to_disk`,
+    a captioned folder, or any folder that library can load.
 
     Raises `BadInput` for splits and columns that are not there and labels out of range.
     """
@@ -186,43 +210,63 @@ def hub_data(config: DataConfig) -> ImageFiles:
     if isinstance(ds, dict):
         if config.split == EVERY_SPLIT: ds = _joined(ds, config)
         else: ds = ds[pick_split(config.name, config.split, ds, exact=True)]
-    elif config.split != EVERY_SPLIT and data_path(config.name).is_dir() and any((data_path(config.name) / f).exists() for f in SAVED_FILES):
+    elif config.split != EVERY_SPLIT and data_path(config.name).is_dir() and any(
+            (data_path(config.name) / f).exists() for f in SAVED_FILES):
         pick_split(config.name, config.split, [str(ds.split or "train")], exact=True)
     ds = ds.with_format(None)   # `save_to_disk` keeps a format
     for key in ("image_column", "caption_column", "label_column"):
         column = getattr(config, key)
-        if key == "label_column" and (not config.conditional or column == DataConfig.label_column): continue   # the default need not be there
-        if column is not None and column not in ds.column_names: raise BadInput(f"{config.name}: {unknown(f'data.{key}', column, ds.column_names)}")
-    if not isinstance(ds.features[config.image_column], datasets.Image): raise BadInput(f"{config.name}: data.image_column {config.image_column!r} holds {ds.features[config.image_column]}: expected images")
-    if config.caption_column and getattr(ds.features[config.caption_column], "dtype", None) not in ("string", "large_string", "string_view"): raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds {ds.features[config.caption_column]}: expected strings")
+        # the default need not be there
+        if key == "label_column" and (not config.conditional or column == DataConfig.label_column): continue
+        if column is not None and column not in ds.column_names:
+            raise BadInput(f"{config.name}: {unknown(f'data.{key}', column, ds.column_names)}")
+    if not isinstance(ds.features[config.image_column], datasets.Image):
+        raise BadInput(f"{config.name}: data.image_column {config.image_column!r} holds "
+                       f"{ds.features[config.image_column]}: expected images")
+    if config.caption_column and getattr(ds.features[config.caption_column], "dtype", None) not in (
+            "string", "large_string", "string_view"):
+        raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds "
+                       f"{ds.features[config.caption_column]}: expected strings")
     if not len(ds): raise BadInput(f"split {config.split!r} of {config.name} is empty: expected images")
-    labels, classes = _labels(ds, config) if config.conditional and config.label_column in ds.column_names else (None, [])
+    labels, classes = (_labels(ds, config) if config.conditional and config.label_column in ds.column_names
+                       else (None, []))
     rows = DataRows(ds, config)
     return ImageFiles(rows.read, rows.name, len(ds), side, config.channels, labels, classes,
-                      rows.caption if config.caption_column else None, {"split": config.split, "image_column": config.image_column})
+                      rows.caption if config.caption_column else None,
+                      {"split": config.split, "image_column": config.image_column})
 
+# %% ../../nbs/source/data/03_tables.ipynb #09275ab7
 def _joined(splits: dict, config: DataConfig):
     "All splits, one after another; raises `BadInput` where their columns differ."
     import datasets
     first, *others = splits
     for other in others:
         if splits[other].features != splits[first].features:
-            raise BadInput(f"{config.name}: splits {first} and {other} have different columns: expected the same with data.split=all")
+            raise BadInput(f"{config.name}: splits {first} and {other} have different columns: expected the same with "
+                           "data.split=all")
     return datasets.concatenate_datasets(list(splits.values()))
 
 def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
     import datasets
     feature = ds.features[config.label_column]
     column = ds.select_columns([config.label_column]).with_format("arrow")[:][config.label_column]
-    if column.null_count: raise BadInput(f"{config.name}: the label of row {column.is_null().to_pylist().index(True)} is missing: expected one for every image, or data.conditional=false")
+    if column.null_count:
+        raise BadInput(f"{config.name}: the label of row {column.is_null().to_pylist().index(True)} is missing: "
+                       "expected one for every image, or data.conditional=false")
     values = np.asarray(ds.select_columns([config.label_column]).with_format("numpy")[:][config.label_column])
     if isinstance(feature, datasets.ClassLabel): names = feature.names
-    elif values.ndim == 1 and values.dtype.kind in "iu" and values.max() < 10**6: names = [str(i) for i in range(int(values.max()) + 1)]
-    else: raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds {feature}: expected class numbers below a million or a ClassLabel; data.conditional=false trains without labels")
+    elif values.ndim == 1 and values.dtype.kind in "iu" and values.max() < 10**6:
+        names = [str(i) for i in range(int(values.max()) + 1)]
+    else:
+        raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds {feature}: expected class "
+                       "numbers below a million or a ClassLabel; data.conditional=false trains without labels")
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
-    if len(wrong): raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to {len(names) - 1}")
+    if len(wrong):
+        raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to "
+                       f"{len(names) - 1}")
     return torch.from_numpy(values.astype(np.int64)), list(names)
 
+# %% ../../nbs/source/data/03_tables.ipynb #c5f72ec2
 def only_split(
     name: str,  # of data, as in `DataConfig`
 ) -> str: # train, where there may be others
@@ -232,22 +276,42 @@ def only_split(
         if isinstance(state, dict) and isinstance(state.get("_split"), str): return state["_split"]
     return DataConfig.split
 
+def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
+    kept = [split for split in IDX_FILES if has_idx(folder, split)]
+    split = config.split if config.split == EVERY_SPLIT else pick_split(config.name, config.split, kept)
+    data = idx_images(folder, split)
+    if config.size not in (None, data.shape[-1]):
+        raise BadInput(
+            f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the images in {folder}")
+    return data if config.conditional else ImageData(data.images, None, [])
+
+# %% ../../nbs/source/data/03_tables.ipynb #7772abf7
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
     folder = data_path(config.name)
     if config.name in DATASETS:
-        if config.split != EVERY_SPLIT: pick_split(config.name, config.split, ["train"])
-        data = DATASETS[config.name]()
-        if config.size not in (None, data.shape[-1]): raise BadInput(f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the built-in {config.name}")
-        return data if config.conditional else ImageData(data.images, None, [])
+        entry, split = DATASETS[config.name], config.split
+        if split != EVERY_SPLIT: split = pick_split(config.name, split, list(entry.splits))
+        data: Any = entry.make(dataclasses.replace(config, split=split))
+        if config.size not in (None, data.shape[-1]):
+            raise BadInput(f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the built-in "
+                           f"{config.name}")
+        return data if config.conditional or not isinstance(data, ImageData) else ImageData(data.images, None, [])
+    if folder.is_dir() and has_idx(folder): return _idx_folder(config, folder)
     if folder.is_dir():
-        tables = [p for p in (*folder.glob("*.parquet"), *folder.glob("data/*.parquet")) if p.name not in METADATA_FILES]
+        tables = [p
+                  for p in (*folder.glob("*.parquet"), *folder.glob("data/*.parquet")) if p.name not in METADATA_FILES]
         if any((folder / f).exists() for f in SAVED_FILES): return hub_data(config)
         if tables and (file := next(image_files(folder), None)):
-            raise BadInput(f"folder {folder} holds images and tables, as {file.relative_to(folder)} and {tables[0].relative_to(folder)}: expected one or the other")
-        return hub_data(config) if config.caption_column or tables or (folder / "metadata.parquet").exists() else image_folder(config)
+            raise BadInput(f"folder {folder} holds images and tables, as {file.relative_to(folder)} and "
+                           f"{tables[0].relative_to(folder)}: expected one or the other")
+        return (hub_data(config) if config.caption_column or tables or (folder / "metadata.parquet").exists()
+                else image_folder(config))
     if folder.exists(): raise BadInput(f"data.name is {config.name!r}, a file: expected a folder of images")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.name) and not config.name.startswith(".") and not folder.parent.is_dir(): return hub_data(config)
-    if "/" in config.name or os.sep in config.name: raise MissingFile(f"data.name is {config.name!r}: there is no such folder; expected a folder of images, a latent cache, or owner/name of a data set on the hub")
-    raise BadInput(f"data.name is {config.name!r}: there is no such folder, and an {unknown('data set', config.name, DATASETS)}")
-
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.name) and not config.name.startswith(".") and not folder.parent.is_dir():
+        return hub_data(config)
+    if "/" in config.name or os.sep in config.name:
+        raise MissingFile(f"data.name is {config.name!r}: there is no such folder; expected a folder of images, a "
+                          "latent cache, or owner/name of a data set on the hub")
+    raise BadInput(
+        f"data.name is {config.name!r}: there is no such folder, and an {unknown('data set', config.name, DATASETS)}")

@@ -7,6 +7,7 @@ __all__ = ['posterior', 'guided', 'balanced_labels', 'usual_sampler', 'Step', 's
 
 # %% ../../nbs/source/diffusion/02_sampling.ipynb #5bd29bac
 import contextlib
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch import nn
 from ..core.errors import BadInput, real_number, said, unknown, whole_number, yes_or_no
 from ..core.bars import progress
 from ..core.seeds import seed_of
-from ..core.settings import ObjectiveConfig, PREDICTION_TYPES, SAMPLERS, ScheduleConfig
+from ..core.settings import ObjectiveConfig, SamplingConfig, ScheduleConfig
 from .objectives import predicted_x0
 from .schedules import betas, sampler as make_sampler
 from ..methods.base import methods_of
@@ -90,7 +91,7 @@ def _answer(model, x, timestep, conditions, both, scale, channels):
     channels = channels or x.shape[1]
     return torch.cat([torch.lerp(uncond[:, :channels], cond[:, :channels], scale), cond[:, channels:]], dim=1)
 
-# %% ../../nbs/source/diffusion/02_sampling.ipynb #3bff3564
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #ba8f1fdd
 def balanced_labels(
     num_images: int,
     classes: int | None,  # number of classes; None gives None
@@ -111,6 +112,7 @@ class Step(NamedTuple):
     x_t: torch.Tensor      # [B, C, H, W] on the model's device, scaled as the model sees it
     pred_x0: torch.Tensor  # [B, C, H, W]: what the answer at x_t amounts to
 
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #b327650b
 def _checked_labels(given, classes: int | None,
                     num_images: int | None) -> torch.Tensor | None:   # [num_images] on the CPU
     try: labels = torch.as_tensor(given).reshape(-1).cpu()
@@ -147,72 +149,90 @@ def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, gu
                            "one of the conditions")
     return conditions, nulls
 
-class _Walk:
-    "The checked settings of `sample`, and the walks of its images by number."
-    def __init__(self, model, num_images=None, class_labels=None, guidance_scale=1.5, sampler="ddim",
-                 num_inference_steps=50, schedule="linear", seed=0, first=0,
-                 prediction_type="epsilon", conditions=None, null_conditions=None, guidance_interval=None,
-                 guidance_channels=None, texts=None):
+
+def _images_and_labels(backbone: nn.Module, num_images, class_labels, first) -> tuple[int, torch.Tensor | None, int,
+                                                                                      int | None]:
+    "How many images, their labels, the number of the first, and how many classes there are."
+    classes = anatomy_of(backbone).num_classes(backbone)
+    if num_images is not None: num_images = whole_number("num_images", num_images, 1)
+    labels = None if class_labels is None else _checked_labels(class_labels, classes, num_images)
+    if num_images is None: num_images = 16 if labels is None else whole_number("num_images", len(labels), 1)
+    first = whole_number("first", first, 0)
+    return num_images, labels if labels is not None else balanced_labels(num_images, classes, first), first, classes
+
+def _check_channels(channels: int | None, most: int):
+    if channels is not None and not 1 <= channels <= most:
+        raise BadInput(f"guidance_channels is {channels}: expected 1 to {most}, or None for all")
+
+def _guided_interval(given, last: int) -> tuple[float, float]:
+    if given is None: return 0, last
+    try: low, high = (real_number("guidance_interval", t) for t in given)
+    except (TypeError, ValueError): low, high = 1, 0   # is refused below
+    if not 0 <= low <= high <= last:
+        raise BadInput(f"guidance_interval is {said(given)}: expected the first and last of the timesteps 0 to {last}, "
+                       "the lower one first")
+    return low, high
+
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #66ac8b84
+def _not_finite(x: torch.Tensor) -> int | None:
+    "The first of the images that is not finite."
+    return None if x.isfinite().all() else int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module):
+    training = [m for m in model.modules() if m.training]
+    for m in training: m.training = False
+    try: yield
+    finally:
+        for m in training: m.training = True
+
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #2b4dfd85
+class _Checked:
+    "The checked settings of a walk."
+    def __init__(self, model, config: SamplingConfig, num_images=None, class_labels=None, *, first=0, conditions=None,
+                 null_conditions=None, texts=None):
         if isinstance(model, (str, Path)):
             raise BadInput(
                 f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
-        backbone = unwrap_model(model)
-        classes = anatomy_of(backbone).num_classes(backbone)
-        if num_images is not None: num_images = whole_number("num_images", num_images, 1)
-        labels = None if class_labels is None else _checked_labels(class_labels, classes, num_images)
-        if num_images is None: num_images = 16 if labels is None else whole_number("num_images", len(labels), 1)
-        guidance_scale, seed, first = (real_number("guidance_scale", guidance_scale, 0), whole_number("seed", seed),
-                                       whole_number("first", first, 0))
-        if labels is None: labels = balanced_labels(num_images, classes, first)
-        if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES:
-            raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
-        if not isinstance(sampler, str) or sampler not in SAMPLERS: raise unknown("sampler", sampler, SAMPLERS)
-        if not (isinstance(schedule, ScheduleConfig) or isinstance(schedule, str)):
-            raise BadInput(f"schedule is {said(schedule)}: expected a name or a ScheduleConfig")
-        if not (texts is None or hasattr(texts, "of")):
-            raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
-        self.flow = sampler == "flow-euler"
-        if self.flow != (prediction_type == "flow_prediction"):
-            raise BadInput(f"sampler is {sampler!r} and prediction_type {prediction_type!r}: expected flow-euler with "
-                           "flow_prediction, and another sampler with the others")
-
-        conditions, nulls = _checked_conditions(conditions, null_conditions, backbone, num_images,
-                                                1.0 if texts is not None else guidance_scale)
-        if texts is not None: nulls |= texts.null
-        if labels is not None: conditions["class_labels"], nulls["class_labels"] = labels, torch.tensor(classes)
-        self.param, self.learned, self.shape = (next(backbone.parameters()), learned_variance(backbone),
-                                                input_size(backbone))
-        if guidance_channels is not None:
-            guidance_channels = whole_number("guidance_channels", guidance_channels)
-            if not 1 <= guidance_channels <= self.shape[0]:
-                raise BadInput(
-                    f"guidance_channels is {guidance_channels}: expected 1 to {self.shape[0]}, or None for all")
-
-        # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
-        settings: dict[str, Any] = {} if self.flow else {
-            "prediction_type": "epsilon" if sampler == "heun" else prediction_type,
-            **({"variance_type": "learned_range"} if self.learned and sampler == "ddpm" else {})}
-        # a new one for each batch: solvers of higher order keep a history
-        self.make_scheduler = lambda: make_sampler(sampler, schedule, num_inference_steps, **settings)
-        scheduler = self.make_scheduler()
-        self.timesteps = scheduler.timesteps
-        last = scheduler.config.num_train_timesteps - (not self.flow)
-        if guidance_interval is not None:
-            try: low, high = (real_number("guidance_interval", t) for t in guidance_interval)
-            except (TypeError, ValueError): low, high = 1, 0   # is refused below
-            if not 0 <= low <= high <= last:
-                raise BadInput(f"guidance_interval is {said(guidance_interval)}: expected the first and last of the "
-                               f"timesteps 0 to {last}, the lower one first")
-            guidance_interval = low, high
-        self.interval = guidance_interval or (0, last)
-        self.bar = (1 - betas(schedule)).cumprod(0)
+        self.backbone = backbone = unwrap_model(model)
         # DDP's own pass would wait for the other processes
         self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.backbone, self.num_images, self.labels, self.conditions, self.nulls, self.texts = (
-            backbone, num_images, labels, conditions, nulls, texts)
-        self.guidance_scale, self.guidance_channels, self.sampler, self.seed, self.first, self.prediction_type = (
-            guidance_scale, guidance_channels, sampler, seed, first, prediction_type)
+        self.num_images, self.labels, self.first, self.classes = _images_and_labels(backbone, num_images, class_labels,
+                                                                                    first)
+        self.config = dataclasses.replace(config).check()
+        if not (texts is None or hasattr(texts, "of")):
+            raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
+        self.texts = texts
+        self._condition(conditions, null_conditions)
+        self.param, self.learned, self.shape = (next(backbone.parameters()), learned_variance(backbone),
+                                                input_size(backbone))
+        _check_channels(self.config.guidance_channels, self.shape[0])
+        self.flow = self.config.prediction_type == "flow_prediction"
+        scheduler = self.make_scheduler()
+        self.timesteps = scheduler.timesteps
+        self.interval = _guided_interval(self.config.guidance_interval,
+                                         scheduler.config.num_train_timesteps - (not self.flow))
+        self.bar = (1 - betas(self.config.schedule)).cumprod(0)
 
+    def _condition(self, conditions, nulls):
+        scale = 1.0 if self.texts is not None else self.config.guidance_scale
+        self.conditions, self.nulls = _checked_conditions(conditions, nulls, self.backbone, self.num_images, scale)
+        if self.texts is not None: self.nulls |= self.texts.null
+        if self.labels is not None:
+            self.conditions["class_labels"], self.nulls["class_labels"] = self.labels, torch.tensor(self.classes)
+
+    def make_scheduler(self):
+        "A new one for each batch: solvers of higher order keep a history."
+        c = self.config
+        settings: dict[str, Any] = {}
+        # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
+        if not self.flow: settings["prediction_type"] = "epsilon" if c.sampler == "heun" else c.prediction_type
+        if self.learned and c.sampler == "ddpm": settings["variance_type"] = "learned_range"
+        return make_sampler(c.sampler, c.schedule, c.num_inference_steps, **settings)
+
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #e5a1c0df
+class _Walk(_Checked):
+    "The walks of images, by their numbers."
     def __len__(self) -> int: return len(self.timesteps)   # calls of the model, S
 
     @contextlib.contextmanager
@@ -229,7 +249,8 @@ class _Walk:
         "The walk of these of the images, as one batch."
         device, channels = self.param.device, self.shape[0]
         scheduler, times = self.make_scheduler(), self.timesteps.to(device)
-        generators = [torch.Generator().manual_seed(seed_of(self.seed, "image", self.first + i)) for i in numbers]
+        generators = [torch.Generator().manual_seed(seed_of(self.config.seed, "image", self.first + i))
+                      for i in numbers]
         # float32; only the model may be narrower
         x = randn_tensor((len(generators), *self.shape), generator=generators).to(device) * getattr(
             scheduler, "init_noise_sigma", 1.0)
@@ -240,22 +261,25 @@ class _Walk:
         # a null condition for each image
         own = (lambda k, v: v[numbers.start:numbers.stop]
                if k in self.conditions and v.ndim == self.conditions[k].ndim and len(v) > 1 else v)
-        both = (_with_nulls(given, {k: own(k, v).to(device) for k, v in self.nulls.items()}) if self.guidance_scale != 1
+        both = (_with_nulls(given, {k: own(k, v).to(device) for k, v in self.nulls.items()})
+                if self.config.guidance_scale != 1
                 else {})
-        noise = {"generator": generators} if self.sampler == "ddpm" else {}
+        takes_noise = "generator" in inspect.signature(scheduler.step).parameters
+        noise = {"generator": generators} if takes_noise else {}
         # on the CPU, where schedulers look things up; the model is told `times`
         for i, t in enumerate(scheduler.timesteps):
             seen = x if self.flow else scheduler.scale_model_input(x, t)
             inside = self.interval[0] <= t <= self.interval[1]
             with _evaluating(self.model):
                 output = _answer(self.model, seen.to(self.param.dtype), times[i], given, both if inside else {},
-                                 self.guidance_scale, self.guidance_channels).float()
+                                 self.config.guidance_scale, self.config.guidance_channels).float()
             prediction = output[:, :channels] if self.learned else output
             a, b = self._coefficients(t)
-            x0 = predicted_x0(prediction, seen, a, b, self.prediction_type)
+            x0 = predicted_x0(prediction, seen, a, b, self.config.prediction_type)
             yield Step(i, float(t), seen, x0)
-            if self.sampler == "heun" and self.prediction_type != "epsilon": prediction = (seen - a * x0) / b
-            x = scheduler.step(output if self.sampler == "ddpm" else prediction, t, x, **noise).prev_sample
+            if self.config.sampler == "heun" and self.config.prediction_type != "epsilon":
+                prediction = (seen - a * x0) / b
+            x = scheduler.step(output if self.config.sampler == "ddpm" else prediction, t, x, **noise).prev_sample
         yield Step(len(self), -1.0, x, x)
 
     def _coefficients(self, t: torch.Tensor) -> tuple[float, float]:
@@ -270,34 +294,34 @@ class _Walk:
         half = " in float16, expected bfloat16 or float32" if self.param.dtype == torch.float16 else ""
         for step in self.steps(range(number, number + 1)):
             when = f" from timestep {step.timestep:g} on" if step.timestep >= 0 else ""
-            if not step.x_t.isfinite().all(): return f"the sampler {self.sampler} leaves the range of float32{when}"
+            if not step.x_t.isfinite().all():
+                return f"the sampler {self.config.sampler} leaves the range of float32{when}"
             if not step.pred_x0.isfinite().all():
-                return f"the model's answer is not{half}{when}, with guidance_scale {self.guidance_scale:g}"
+                return f"the model's answer is not{half}{when}, with guidance_scale {self.config.guidance_scale:g}"
         return "its walk ends well when it is taken again, alone"
 
-def _not_finite(x: torch.Tensor) -> int | None:
-    "The first of the images that is not finite."
-    return None if x.isfinite().all() else int((~x.isfinite()).flatten(1).any(1).nonzero()[0])
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module):
-    training = [m for m in model.modules() if m.training]
-    for m in training: m.training = False
-    try: yield
-    finally:
-        for m in training: m.training = True
-
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #3bff3564
 def sample_trajectory(
-        model: nn.Module,   # a backbone, patched or not
-        num_images: int = 1,   # all in one batch
-        class_labels: torch.Tensor | list[int] | None = None,   # [num_images] in 0…num_classes−1; None: balanced
-        **settings,   # those of `sample` that have to do with one batch, from guidance_scale to guidance_channels
+    model: nn.Module,   # a backbone, patched or not
+    num_images: int = 1,   # all in one batch
+    class_labels: torch.Tensor | list[int] | None = None,   # [num_images] in 0…num_classes−1; None: balanced
+    **settings,   # those of `sample` that have to do with one batch, from guidance_scale to texts
 ) -> Iterator[Step]:
     "The walk of `sample`, one `Step` at a time; the settings are checked at once. Raises `BadInput` as `sample` does."
-    walk = _Walk(model, num_images, class_labels, **settings)
+    walk = _walk(model, num_images, class_labels, settings)
     return walk.steps(range(walk.num_images))
 
-# %% ../../nbs/source/diffusion/02_sampling.ipynb #c4baf456
+_INPUTS = ("first", "conditions", "null_conditions", "texts")   # what a walk needs beside a SamplingConfig
+
+def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
+    "From keywords; raises `BadInput` for one that there is not, with the nearest."
+    config, preset = settings.pop("config", None), settings.pop("preset", None)
+    known = [*_INPUTS, "config", "preset", *(f.name for f in dataclasses.fields(SamplingConfig))]
+    if wrong := [k for k in settings if k not in known]: raise unknown("setting of sampling", wrong[0], known)
+    inputs = {k: settings.pop(k) for k in _INPUTS if k in settings}
+    return _Walk(model, SamplingConfig.of(config, preset, **settings), num_images, class_labels, **inputs)
+
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #74546702
 @dataclass(frozen=True)
 class Trajectory:
     "What `sample` kept on its way, on the CPU."
@@ -321,44 +345,40 @@ def _kept_steps(keep: list[int] | int | None, last: int) -> list[int]:
     if not numbers: raise BadInput(f"keep is {keep!r}: expected at least one step, or None")
     return numbers
 
+_USUAL: Any = object()   # an argument that was not given
+
+# %% ../../nbs/source/diffusion/02_sampling.ipynb #c4baf456
 @torch.no_grad()
 def sample(
         model: nn.Module,   # a backbone, patched or not; conditional on classes or not
         num_images: int | None = None,   # default: as many as there are labels
         class_labels: torch.Tensor | list[int] | None = None,   # [num_images] in 0…num_classes−1; None: balanced
-        guidance_scale: float = 1.5,   # ≥ 0; 1 is no guidance
-        sampler: str = "ddim",   # a name in `schedules.SAMPLERS`
-        num_inference_steps: int | str | list[int] = 50,   # what `schedules.sampler` takes
-        schedule: str | ScheduleConfig = "linear",   # the one the model was trained with
-        seed: int = 0,
+        guidance_scale: float = _USUAL,   # ≥ 0; 1 is no guidance; 1.5 if not given
+        *,
+        config: SamplingConfig | str | None = None,   # how images are drawn, or the name of a preset: papers, fast
+        preset: str | None = None,   # the same by its name alone
         batch_size: int = 256,
-        first: int = 0,   # number of the first image: image first + i has the stream of that number
-        quiet: bool = False,   # no progress bar
-        # what the model predicts, as it was trained; flow_prediction needs the sampler flow-euler
-        prediction_type: str = "epsilon",
-        # further inputs of the model by name, [num_images, …] each, as text embeddings
-        conditions: dict[str, torch.Tensor] | None = None,
-        # […] each: what guidance leaves out, as the embedding of no text
-        null_conditions: dict[str, torch.Tensor] | None = None,
-        clamp: bool = True,   # to [−1, 1], the range of images; False for latents
-        # first and last timestep that are guided, inclusive; None: all
-        guidance_interval: tuple[int, int] | None = None,
-        # the first so many channels are guided, 3 in the original DiT code; None: all
-        guidance_channels: int | None = None,
-        texts=None,   # in place of `conditions` and `null_conditions`: captions, embedded batch by batch
-        keep: list[int] | int | None = None,   # steps to keep: their numbers, or how many, from first to last
+        # sampler (ddim), num_inference_steps (50), schedule,
+        # prediction_type, guidance_interval, guidance_channels, seed: as
+        # in `SamplingConfig`, and before it. first (0): number of the first image, whose stream that is; conditions and
+        # null_conditions: further inputs of the model by name,
+        # [num_images, …] each, and what guidance leaves out of them;
+        # texts: captions in their place, embedded batch by batch; clamp (True): to [−1, 1], False for latents;
+        # keep: steps to keep, their numbers or how many; quiet: no progress bar
+        **settings,
 ) -> torch.Tensor | tuple[torch.Tensor,
-                          Trajectory]:   # [num_images, C, H, W] float32 on the CPU; with `keep`, and the trajectory
-    """Sample images. Raises `BadInput` for a label outside the classes, a
-    negative guidance scale, an unknown sampler, steps that there are not,
-    and any argument of another type. Images that are not finite are named in a warning, with the reason."""
-    batch_size, quiet, clamp = (whole_number("batch_size", batch_size, 1), yes_or_no("quiet", quiet),
-                                yes_or_no("clamp", clamp))
-    walk = _Walk(model, num_images, class_labels, guidance_scale, sampler, num_inference_steps, schedule, seed, first,
-                 prediction_type, conditions, null_conditions, guidance_interval, guidance_channels, texts)
+                          Trajectory]:   # [num_images, C, H, W] float32 on the CPU; with `keep`, and the walk
+    """Sample images. Raises `BadInput` for a label outside the classes, a negative guidance scale, an unknown sampler,
+    preset or setting, steps that there are not, and any argument of another type.
+    Images that are not finite are named in a warning, with the reason."""
+    batch_size, quiet = whole_number("batch_size", batch_size, 1), yes_or_no("quiet", settings.pop("quiet", False))
+    clamp, keep = yes_or_no("clamp", settings.pop("clamp", True)), settings.pop("keep", None)
+    if guidance_scale is not _USUAL: settings["guidance_scale"] = guidance_scale
+    walk = _walk(model, num_images, class_labels, {"config": config, "preset": preset, **settings})
     numbers = _kept_steps(keep, len(walk))
     kept, images = {n: [] for n in numbers}, []
-    with walk.ready(), progress(total=walk.num_images, desc=f"{sampler}-{num_inference_steps}", unit="img",
+    with walk.ready(), progress(total=walk.num_images, desc=f"{walk.config.sampler}-{walk.config.num_inference_steps}",
+                                unit="img",
                                 disable=quiet) as bar:
         for start in range(0, walk.num_images, batch_size):
             batch = range(start, min(start + batch_size, walk.num_images))

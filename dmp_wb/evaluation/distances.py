@@ -18,7 +18,8 @@ from ..core.seeds import seed_of
 
 # %% ../../nbs/source/evaluation/00_distances.ipynb #9491e4c2
 class Moments:
-    "Running mean and covariance of features [*, D], summed in float64: memory does not grow with the number of samples."
+    """Running mean and covariance of features [*, D], summed in float64:
+    memory does not grow with the number of samples."""
     def __init__(self):
         self.n = 0
         self.shift: Any = None   # None: nothing was added yet
@@ -27,7 +28,8 @@ class Moments:
 
     def update(self, features: torch.Tensor) -> "Moments":
         "Add features [B, D]; raises `BadInput` for NaN or infinite ones."
-        if not isinstance(features, torch.Tensor): raise BadInput(f"features are {said(features)}: expected a tensor [samples, width]")
+        if not isinstance(features, torch.Tensor):
+            raise BadInput(f"features are {said(features)}: expected a tensor [samples, width]")
         if features.ndim != 2: raise BadInput(f"features have shape {tuple(features.shape)}: expected [samples, width]")
         if features.is_complex(): raise BadInput("features are complex: expected real numbers")
         f = features.detach().cpu().double()
@@ -35,7 +37,8 @@ class Moments:
         if self.total is None:
             self.shift = f.mean(0)   # sums of squares about a point near the mean lose no digits
             self.total, self.outer = torch.zeros_like(self.shift), f.new_zeros(f.shape[1], f.shape[1])
-        if f.shape[1] != self.width: raise BadInput(f"features have width {f.shape[1]}: expected {self.width}, as those before")
+        if f.shape[1] != self.width:
+            raise BadInput(f"features have width {f.shape[1]}: expected {self.width}, as those before")
         f = f - self.shift
         self.n += len(f)
         self.total += f.sum(0)
@@ -44,12 +47,16 @@ class Moments:
 
     @classmethod
     def of(cls, mean: torch.Tensor, covariance: torch.Tensor, n: int = 2) -> "Moments":
-        "Moments that are known: `mean` [D] and unbiased `covariance` [D, D] of n ≥ 2 samples; raises `BadInput` for other shapes, for NaN, and for what is no covariance."
+        """Moments that are known: `mean` [D] and unbiased `covariance` [D, D] of n ≥ 2 samples;
+        raises `BadInput` for other shapes, for NaN, and for what is no covariance."""
         given = [torch.as_tensor(x).detach() for x in (mean, covariance)]
         if any(x.is_complex() for x in given): raise BadInput("mean and covariance are complex: expected real numbers")
         mean, covariance = (x.cpu().double() for x in given)
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)): raise BadInput(f"mean and covariance have shapes {tuple(mean.shape)} and {tuple(covariance.shape)}: expected [width] and [width, width]")
-        if not (mean.isfinite().all() and covariance.isfinite().all()): raise BadInput("mean and covariance hold NaN or infinite values")
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise BadInput(f"mean and covariance have shapes {tuple(mean.shape)} and {tuple(covariance.shape)}: "
+                           "expected [width] and [width, width]")
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise BadInput("mean and covariance hold NaN or infinite values")
         if fault := _no_covariance(covariance): raise BadInput(f"the covariance {fault}")
         m = cls()
         m.n, m.shift, m.total, m.outer = n, mean, torch.zeros_like(mean), covariance * (n - 1)
@@ -67,12 +74,14 @@ class Moments:
         if self.n < 2: raise BadInput(f"{self.n} samples have no covariance: expected at least 2")
         return (self.outer - torch.outer(self.total, self.total) / self.n) / (self.n - 1)
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #3937ebef
 def _no_covariance(c: torch.Tensor) -> str | None:
     "Why a finite matrix is no covariance; rounding to float32 is forgiven."
     size = float(c.abs().max()) if len(c) else 0.0
     if float((c - c.T).abs().max() if len(c) else 0.0) > 1e-4 * size: return "is not symmetric"
     slack = 1e-5 * max(float(c.trace()), size)
-    if size and int(torch.linalg.cholesky_ex((c + c.T) / 2 + slack * torch.eye(len(c), dtype=c.dtype)).info): return "has negative eigenvalues: expected one that samples can have"
+    if size and int(torch.linalg.cholesky_ex((c + c.T) / 2 + slack * torch.eye(len(c), dtype=c.dtype)).info):
+        return "has negative eigenvalues: expected one that samples can have"
     return None
 
 def frechet_distance(
@@ -81,7 +90,8 @@ def frechet_distance(
 ) -> float:
     "Fréchet distance d² between two Gaussians (1706.08500, equation 6), float64; ≥ 0, 0 for equal moments."
     a, b = (m if isinstance(m, Moments) else Moments().update(m) for m in (a, b))
-    if a.width != b.width: raise BadInput(f"features have widths {a.width} and {b.width}: expected the same, from one extractor")
+    if a.width != b.width:
+        raise BadInput(f"features have widths {a.width} and {b.width}: expected the same, from one extractor")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
@@ -92,23 +102,30 @@ def frechet_distance(
 def _checked_strata(strata, n: int) -> torch.Tensor | None: # [n] on the CPU
     if strata is None: return None
     try: strata = torch.as_tensor(strata).cpu()
-    except (TypeError, ValueError, RuntimeError): raise BadInput(f"strata are {said(strata)}: expected a class for each sample") from None
-    if strata.shape != (n,): raise BadInput(f"{len(strata) if strata.ndim else 'a number as'} strata for {n} samples: expected as many")
+    except (TypeError, ValueError, RuntimeError):
+        raise BadInput(f"strata are {said(strata)}: expected a class for each sample") from None
+    if strata.shape != (n,):
+        raise BadInput(f"{len(strata) if strata.ndim else 'a number as'} strata for {n} samples: expected as many")
     return strata
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #68fff89f
 def frechet_bootstrap(
-    features: dict[str, torch.Tensor],  # model → features [N, D]; row i comes from the same seed in all of them
-    reference: Moments | torch.Tensor,  # of the real images
-    against: str | None = None,         # also the differences to this model
-    strata: torch.Tensor | None = None, # [N] class of each row, if the samples are class-balanced by design: resampled class by class
-    rounds: int = 200,
-    seed: int = 0,
-    level: float = 0.95,
-) -> dict[str, dict]: # model → "frechet", "interval", and with `against` "difference", "difference_interval"
-    "Fréchet distance of each model with a bootstrap interval, which is shifted to be centred on it (a resample is further away by itself)."
+        features: dict[str, torch.Tensor],   # model → features [N, D]; row i comes from the same seed in all of them
+        reference: Moments | torch.Tensor,   # of the real images
+        against: str | None = None,   # also the differences to this model
+        # [N] class of each row, if the samples are class-balanced by design: resampled class by class
+        strata: torch.Tensor | None = None,
+        rounds: int = 200,
+        seed: int = 0,
+        level: float = 0.95,
+) -> dict[str, dict]:   # model → "frechet", "interval", and with `against` "difference", "difference_interval"
+    """Fréchet distance of each model with a bootstrap interval, which is
+    shifted to be centred on it (a resample is further away by itself)."""
     lengths = {len(f) for f in features.values()}
-    if len(lengths) != 1: raise BadInput(f"the models have {sorted(lengths)} samples: expected the same number, from the same seeds")
-    if against is not None and against not in features: raise BadInput(f"against is {against!r}: expected one of {list(features)}")
+    if len(lengths) != 1:
+        raise BadInput(f"the models have {sorted(lengths)} samples: expected the same number, from the same seeds")
+    if against is not None and against not in features:
+        raise BadInput(f"against is {against!r}: expected one of {list(features)}")
     n, reference = lengths.pop(), reference if isinstance(reference, Moments) else Moments().update(reference)
     g = torch.Generator().manual_seed(seed_of(seed, "bootstrap"))
     point = {name: frechet_distance(f, reference) for name, f in features.items()}
@@ -126,24 +143,28 @@ def frechet_bootstrap(
         out[name] = {"frechet": point[name], "interval": centred(resampled[name], point[name])}
         if against is not None and name != against:
             difference = point[name] - point[against]
-            out[name] |= {"difference": difference, "difference_interval": centred(resampled[name] - resampled[against], difference)}
+            out[name] |= {"difference": difference,
+                          "difference_interval": centred(resampled[name] - resampled[against], difference)}
     return out
 
 # %% ../../nbs/source/evaluation/00_distances.ipynb #93d91b24
 def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: return (a @ b.T / a.shape[1] + 1) ** 3
 
-def _two_sets(a: torch.Tensor, b: torch.Tensor, device: str | torch.device = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def _two_sets(a: torch.Tensor, b: torch.Tensor, device: str | torch.device = "cpu") -> tuple[torch.Tensor,
+                                                                                             torch.Tensor]:
     "Both in float64, which distances of nearly equal sets need; on the CPU where the device has none."
     for f in (a, b):
         if f.ndim != 2: raise BadInput(f"features have shape {tuple(f.shape)}: expected [samples, width]")
         if not f.isfinite().all(): raise BadInput("features hold NaN or infinite values")
-    if a.shape[1] != b.shape[1]: raise BadInput(f"features have widths {a.shape[1]} and {b.shape[1]}: expected the same, from one extractor")
+    if a.shape[1] != b.shape[1]:
+        raise BadInput(f"features have widths {a.shape[1]} and {b.shape[1]}: expected the same, from one extractor")
     device = "cpu" if torch.device(device).type == "mps" else device
     return a.detach().to(device).double(), b.detach().to(device).double()
 
 def _subset_size(most: int, subsets: int, size: int | None) -> int:
     size = min(1000, most) if size is None else size
-    if not 2 <= size <= most: raise BadInput(f"subset_size is {size}: expected 2 to {most}, the number of images in the smaller set")
+    if not 2 <= size <= most:
+        raise BadInput(f"subset_size is {size}: expected 2 to {most}, the number of images in the smaller set")
     if subsets < 1: raise BadInput(f"subsets is {subsets}: expected at least 1")
     return size
 
@@ -169,9 +190,12 @@ def kernel_distance(
 # %% ../../nbs/source/evaluation/00_distances.ipynb #05a7b88e
 class ScoreSums:
     "What the Inception Score needs of logits [*, K], summed by part in float64."
-    def __init__(self, num_images: int, splits: int = 10, seed: int | None = 0): # seed None: parts in the order of the samples
-        if not 1 <= splits <= num_images: raise BadInput(f"splits is {splits}: expected 1 to {num_images}, the number of samples")
-        order = torch.arange(num_images) if seed is None else torch.randperm(num_images, generator=torch.Generator().manual_seed(seed_of(seed, "inception-score")))
+    # seed None: parts in the order of the samples
+    def __init__(self, num_images: int, splits: int = 10, seed: int | None = 0):
+        if not 1 <= splits <= num_images:
+            raise BadInput(f"splits is {splits}: expected 1 to {num_images}, the number of samples")
+        order = torch.arange(num_images) if seed is None else torch.randperm(
+            num_images, generator=torch.Generator().manual_seed(seed_of(seed, "inception-score")))
         self.part = torch.empty_like(order)
         for i in range(splits): self.part[order[i * num_images // splits:(i + 1) * num_images // splits]] = i
         self.seen, self.splits, self.plogp = 0, splits, torch.zeros(splits, dtype=torch.float64)
@@ -182,7 +206,8 @@ class ScoreSums:
         if logits.ndim != 2: raise BadInput(f"logits have shape {tuple(logits.shape)}: expected [samples, classes]")
         logp = logits.detach().cpu().double().log_softmax(1)
         if not logits.isfinite().all(): raise BadInput("logits hold NaN or infinite values")
-        if self.seen + len(logits) > len(self.part): raise BadInput(f"more than {len(self.part)} samples: expected as many as were announced")
+        if self.seen + len(logits) > len(self.part):
+            raise BadInput(f"more than {len(self.part)} samples: expected as many as were announced")
         if self.p is None: self.p = logp.new_zeros(self.splits, logp.shape[1])
         part = self.part[self.seen:self.seen + len(logp)]
         self.p.index_add_(0, part, logp.exp())
@@ -192,12 +217,14 @@ class ScoreSums:
 
     def result(self) -> tuple[float, float]: # mean and standard deviation over the parts
         "The score of all samples; raises `BadInput` if some are missing."
-        if self.seen != len(self.part): raise BadInput(f"{self.seen} samples: expected {len(self.part)}, as were announced")
+        if self.seen != len(self.part):
+            raise BadInput(f"{self.seen} samples: expected {len(self.part)}, as were announced")
         counts = self.part.bincount(minlength=self.splits).double()
         q = self.p / counts[:, None]
         scores = (self.plogp / counts - torch.xlogy(q, q).sum(1)).exp()
         return float(scores.mean()), float(scores.std(correction=0))
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #ee7b14ce
 def inception_score(
     logits: torch.Tensor,      # [N, K]
     splits: int = 10,
@@ -209,17 +236,21 @@ def inception_score(
 # %% ../../nbs/source/evaluation/00_distances.ipynb #4f69630c
 _BLOCK = 2**24   # distances that are in memory at once: 128 MiB
 
-def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[torch.Tensor]: # blocks [rows, M] of squared distances, float64
+def _distances(a: torch.Tensor,
+               b: torch.Tensor) -> Iterator[torch.Tensor]:   # blocks [rows, M] of squared distances, float64
     norms = b.square().sum(1)
     for rows in a.split(max(1, _BLOCK // len(b))):
         yield (rows.square().sum(1, keepdim=True) + norms - 2 * rows @ b.T).clamp_(min=0)
 
 def _radii(features: torch.Tensor, k: int) -> torch.Tensor: # [N] squared distances to the k-th neighbour
-    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(features, features)])   # the first is the image itself
+    # the first is the image itself
+    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in _distances(features, features)])
 
-def _inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # [N] in how many balls each point lies, [M] whether each ball holds a point
+def _inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) -> tuple[
+        torch.Tensor, torch.Tensor]:   # [N] in how many balls each point lies, [M] whether each ball holds a point
     counts, hit = [], torch.zeros(len(centres), dtype=torch.bool, device=centres.device)
-    reach = radii + 1e-12 * (radii + centres.square().sum(1))   # what lies on the rim lies inside, whatever the rounding
+    # what lies on the rim lies inside, whatever the rounding
+    reach = radii + 1e-12 * (radii + centres.square().sum(1))
     for d in _distances(points, centres):
         near = d <= reach
         counts.append(near.sum(1))
@@ -227,14 +258,18 @@ def _inside(points: torch.Tensor, centres: torch.Tensor, radii: torch.Tensor) ->
     return torch.cat(counts), hit
 
 def _centred(samples: torch.Tensor, reference: torch.Tensor, k: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    if k < 1 or k >= min(len(samples), len(reference)): raise BadInput(f"k is {k}, with {len(samples)} samples and {len(reference)} real images: expected 1 or more, and fewer than either")
+    if k < 1 or k >= min(len(samples), len(reference)):
+        raise BadInput(f"k is {k}, with {len(samples)} samples and {len(reference)} real images: expected 1 or more, "
+                       "and fewer than either")
     a, b = _two_sets(samples, reference, device)
     return a - b.mean(0), b - b.mean(0)   # distances as differences of large numbers would lose digits
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #f17e2d6e
 def _precision_recall(samples, reference, k, device) -> dict[str, torch.Tensor]:
     "What the two figures are means of: [N] for the samples, [M] for the real images."
     a, b = _centred(samples, reference, k, device)
-    return {"precision": _inside(a, b, _radii(b, k))[0].gt(0).double().cpu(), "recall": _inside(b, a, _radii(a, k))[0].gt(0).double().cpu()}
+    return {"precision": _inside(a, b, _radii(b, k))[0].gt(0).double().cpu(),
+            "recall": _inside(b, a, _radii(a, k))[0].gt(0).double().cpu()}
 
 def _density_coverage(samples, reference, k, device) -> dict[str, torch.Tensor]:
     a, b = _centred(samples, reference, k, device)
@@ -261,23 +296,27 @@ def density_coverage(
 
 # %% ../../nbs/source/evaluation/00_distances.ipynb #7e2dc1c4
 def bootstrap_mean(
-    values: torch.Tensor,               # [N] one per image
-    rounds: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-    strata: torch.Tensor | None = None, # [N] class of each, if the images are class-balanced by design: resampled class by class
+        values: torch.Tensor,   # [N] one per image
+        rounds: int = 1000,
+        seed: int = 0,
+        level: float = 0.95,
+        # [N] class of each, if the images are class-balanced by design: resampled class by class
+        strata: torch.Tensor | None = None,
 ) -> tuple[float, float]:
     "Bootstrap interval of a mean."
     values, g = values.cpu().double(), torch.Generator().manual_seed(seed_of(seed, "bootstrap-mean"))
     strata = _checked_strata(strata, len(values))
     groups = [values] if strata is None else [values[strata == c] for c in strata.unique()]
-    totals = sum(torch.stack([group[torch.randint(len(group), (len(group),), generator=g)].sum() for _ in range(rounds)]) for group in groups)
-    low, high = (totals / len(values)).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    totals = sum(torch.stack([group[torch.randint(len(group), (len(group),), generator=g)].sum()
+                              for _ in range(rounds)]) for group in groups)
+    low, high = (
+        (totals / len(values)).quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist())
     return low, high
 
 def _kid_terms(samples: torch.Tensor, reference: torch.Tensor, device) -> torch.Tensor: # [N], up to a constant
     a, b = _two_sets(samples, reference, device)
-    own = torch.cat([_kernel(rows, a).sum(1) for rows in a.split(max(1, _BLOCK // len(a)))]) - (a.square().sum(1) / a.shape[1] + 1) ** 3
+    own = (torch.cat([_kernel(rows, a).sum(1) for rows in a.split(max(1, _BLOCK // len(a)))])
+           - (a.square().sum(1) / a.shape[1] + 1) ** 3)
     other = torch.cat([_kernel(rows, b).mean(1) for rows in a.split(max(1, _BLOCK // len(b)))])
     return 2 * (own / (len(a) - 1) - other).cpu()
 

@@ -6,6 +6,7 @@
 __all__ = ['sample_decoder', 'Drawn', 'image_shape', 'draw']
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #cfcf6fa9
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from ..config import Experiment
 from ..core.errors import BadInput
-from ..core.settings import DataConfig, ObjectiveConfig
+from ..core.settings import DataConfig, ObjectiveConfig, SamplingConfig
 from ..data.cache_facts import CACHE_FILE, PLAN_FILE
 from ..data.encoders import load_vae
 from ..data.folders import data_path
@@ -32,7 +33,8 @@ def sample_decoder(
     channels: int,       # of what it draws
     vae: str | None,     # in place of what the run was trained with
 ) -> tuple[Callable | None, str | None]:
-    "What makes images of what a model draws, and the fingerprint of its VAE; None and None where that is images already. Raises `BadInput` for latents that nothing decodes."
+    """What makes images of what a model draws, and the fingerprint of its VAE;
+    None and None where that is images already. Raises `BadInput` for latents that nothing decodes."""
     data = run.experiment.data if run else DataConfig()
     if vae is None and any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE)):
         cache = load_data(data)
@@ -40,7 +42,10 @@ def sample_decoder(
     if name := vae or data.vae:
         coder = load_vae(name)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
-    if channels not in (1, 3): raise BadInput((f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here" if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
+    if channels not in (1, 3):
+        raise BadInput(
+            (f"run {run.folder} draws {channels} channels, and the data it was trained on, {data.name}, are not here"
+             if run else f"the model draws {channels} channels") + ": expected vae, what decodes its latents")
     return None, None
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #1d21a553
@@ -60,28 +65,33 @@ def image_shape(model: str | Path) -> tuple[int, ...]:
     decode, _ = sample_decoder(open_run(model) if _experiment(model) else None, shape[0], None)
     with torch.no_grad(): return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
+# %% ../../nbs/source/evaluation/06_draw.ipynb #e4056e05
 def draw(
-    model: str | Path,            # a run, or what `load_model` takes
-    num_images: int,              # balanced over the classes
-    guidance_scale: float = 1.5,
-    sampler: str = "dpmsolver++", # flow-euler for models that predict flow
-    num_inference_steps: int = 25,
-    seed: int = 0,
-    *,
-    schedule: str = "",           # in place of the run's
-    vae: str | None = None,       # what decodes latents, in place of the run's
-    batch_size: int = 64,
-    backbone: nn.Module | None = None,  # the loaded model, if it is at hand
-    quiet: bool = False,
+        model: str | Path,   # a run, or what `load_model` takes
+        num_images: int,   # balanced over the classes
+        *,
+        # how, or the name of a preset; the sampler of a model of flow is flow-euler
+        config: SamplingConfig | str = "fast",
+        vae: str | None = None,   # what decodes latents, in place of the run's
+        batch_size: int = 64,
+        backbone: nn.Module | None = None,   # the loaded model, if it is at hand
+        quiet: bool = False,
+        **settings,   # of `SamplingConfig`, before those of config; schedule: in place of the run's
 ) -> Drawn:
-    "Sample images from a model, decoded. Raises `BadInput` for a run without a model, and for latents that nothing decodes."
+    """Sample images from a model, decoded.
+    Raises `BadInput` for a run without a model, and for latents that nothing decodes."""
     exp, backbone = _experiment(model), load_model(model) if backbone is None else backbone
     objective, device = exp.objective if exp else ObjectiveConfig(), next(backbone.parameters()).device
     decode, _ = sample_decoder(open_run(model) if exp else None, input_size(backbone)[0], vae)
-    if exp is None and set(model_inputs(backbone)) - {"class_labels"}: raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
+    if exp is None and set(model_inputs(backbone)) - {"class_labels"}:
+        raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
     labels = balanced_labels(num_images, anatomy_of(backbone).num_classes(backbone))
-    images = sample(backbone, num_images, labels, guidance_scale, usual_sampler(objective, sampler), num_inference_steps, schedule or (exp.schedule if exp else "linear"), seed, batch_size,
-                    quiet=quiet, prediction_type=objective.prediction_type, clamp=decode is None, texts=captions_of(backbone, exp.data) if exp else None)
+    settings["schedule"] = settings.get("schedule") or (exp.schedule if exp else "linear")
+    how = SamplingConfig.of(config, **settings)
+    how = dataclasses.replace(how, sampler=usual_sampler(objective, how.sampler),
+                              prediction_type=objective.prediction_type)
+    images = sample(backbone, num_images, labels, config=how, batch_size=batch_size, quiet=quiet,
+                    clamp=decode is None, texts=captions_of(backbone, exp.data) if exp else None)
     if decode is not None:
         with torch.no_grad(): images = torch.cat([decode(z.to(device)).cpu() for z in images.split(16)]).clamp(-1, 1)
     return Drawn(images, labels)

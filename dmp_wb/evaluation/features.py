@@ -26,8 +26,10 @@ from ..data.sources import digits
 from ..methods.weights import fingerprint
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #675ec57b
-# what zipfile, its decompressors and NumPy raise for archives and headers that are damaged, encrypted, of another method, or nested too deeply
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, MemoryError, OverflowError, struct.error)
+# what zipfile, its decompressors and NumPy raise for archives and headers
+# that are damaged, encrypted, of another method, or nested too deeply
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, TypeError, KeyError,
+               RuntimeError, NotImplementedError, MemoryError, OverflowError, struct.error)
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #88b09b32
 class DigitClassifier(nn.Module):
@@ -38,7 +40,8 @@ class DigitClassifier(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.GELU(), nn.Conv2d(32, 64, 3, padding=1), nn.GELU(), nn.MaxPool2d(2),
-            nn.Conv2d(64, 64, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, self.num_features), nn.GELU())
+            nn.Conv2d(64, 64, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(256, self.num_features), nn.GELU())
         self.head = nn.Linear(self.num_features, 10)
 
     def features(self, images: torch.Tensor) -> torch.Tensor: return self.body(images)
@@ -49,11 +52,13 @@ def split_digits(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(seed_of(seed, "digits-split")))
     return order[:1437], order[1437:]
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #ceae4784
 def train_digit_classifier(
     seed: int = 0,
     epochs: int = 40,
 ) -> tuple[DigitClassifier, float]: # the classifier in eval mode, and its accuracy on the 360 held-out digits
-    "How the shipped weights were made: AdamW, one-cycle to 3e-3, batch 64, shifts of up to one pixel, noise of 0.1, label smoothing 0.05."
+    """How the shipped weights were made: AdamW, one-cycle to 3e-3, batch
+    64, shifts of up to one pixel, noise of 0.1, label smoothing 0.05."""
     data: Any = digits()
     fit, held_out = split_digits(seed)
     g = torch.Generator().manual_seed(seed_of(seed, "digits-classifier"))
@@ -81,7 +86,8 @@ def digit_classifier() -> DigitClassifier:
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #03ed6a78
 class Extractor(nn.Module):
-    "A network that measures images [B, C, H, W] in [−1, 1], with its preprocessing: a call gives a dict with what `gives` names."
+    """A network that measures images [B, C, H, W] in [−1, 1], with its preprocessing:
+    a call gives a dict with what `gives` names."""
     name = ""
     width: int | None = None                # of the features; None: not known before the first call
     gives: tuple[str, ...] = ("features",)  # "features" [B, D], "logits" [B, K], "spatial" [B, S]
@@ -93,6 +99,7 @@ class Extractor(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor: return self(images)["features"]
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #eda7fcde
 class DigitFeatures(Extractor):
     "The classifier that ships with the package: 64 features, logits of 10 classes, of 1 × 8 × 8 images as they are."
     name, width, gives = "digits", 64, ("features", "logits")
@@ -102,14 +109,18 @@ class DigitFeatures(Extractor):
         self.weights = fingerprint(self.network)
 
     def check(self, shape):
-        if tuple(shape) != (1, 8, 8): raise BadInput(f"images are {' × '.join(map(str, shape))}: expected 1 × 8 × 8 for the extractor digits; inception, dinov2 and clip take any size")
+        if tuple(shape) != (1, 8, 8):
+            raise BadInput(f"images are {' × '.join(map(str, shape))}: expected 1 × 8 × 8 for the extractor digits; "
+                           "inception, dinov2 and clip take any size")
 
     def forward(self, images):
         features = self.network.body(images)
         return {"features": features, "logits": self.network.head(features)}
 
+# %% ../../nbs/source/evaluation/01_features.ipynb #6a45abd1
 class ModuleFeatures(Extractor):
-    "Somebody's own network: it gets the images as they are and returns features [B, D], or a dict with `features` and perhaps `logits` and `spatial`; a method `features` comes before the call."
+    """Somebody's own network: it gets the images as they are and returns features [B, D], or a dict
+    with `features` and perhaps `logits` and `spatial`; a method `features` comes before the call."""
     name = "module"
     def __init__(self, network: nn.Module, gives: Sequence[str] = ("features",)):
         super().__init__()
@@ -118,5 +129,6 @@ class ModuleFeatures(Extractor):
     def forward(self, images):
         out = getattr(self.network, "features", self.network)(images)
         out = out if isinstance(out, dict) else {"features": out}
-        if lacking := [k for k in self.gives if k not in out]: raise BadInput(f"extractor {self.name} gave {sorted(out)}: expected {lacking[0]} as well")
+        if lacking := [k for k in self.gives if k not in out]:
+            raise BadInput(f"extractor {self.name} gave {sorted(out)}: expected {lacking[0]} as well")
         return {k: out[k] for k in self.gives}

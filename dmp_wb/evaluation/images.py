@@ -49,30 +49,38 @@ def _checked(images: torch.Tensor, name: str) -> torch.Tensor: # float32 in [−
     "Raise `BadInput` for what are no images."
     _check_shape(images, name)
     if images.dtype == torch.uint8: return images.float() / 127.5 - 1
-    if not images.is_floating_point(): raise BadInput(f"{name} are {str(images.dtype).removeprefix('torch.')}: expected uint8, or floats in [−1, 1]")
+    if not images.is_floating_point():
+        raise BadInput(f"{name} are {str(images.dtype).removeprefix('torch.')}: expected uint8, or floats in [−1, 1]")
     low, high = images.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)): raise BadInput(f"{name} hold NaN or infinite values: expected numbers in [−1, 1]")
-    if low < -1.001 or high > 1.001: raise BadInput(f"{name} reach from {low:.4g} to {high:.4g}: expected floats in [−1, 1], or uint8")
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise BadInput(f"{name} hold NaN or infinite values: expected numbers in [−1, 1]")
+    if low < -1.001 or high > 1.001:
+        raise BadInput(f"{name} reach from {low:.4g} to {high:.4g}: expected floats in [−1, 1], or uint8")
     return images.float()
 
 def _check_shape(images: torch.Tensor, name: str):
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]: raise BadInput(f"{name} have shape {tuple(images.shape)}: expected [N, C, H, W] with 1 or 3 channels")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape[2:]:
+        raise BadInput(f"{name} have shape {tuple(images.shape)}: expected [N, C, H, W] with 1 or 3 channels")
     if not len(images): raise BadInput(f"{name} are empty: expected images")
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #eb82b45e
 def _tensor_images(x: torch.Tensor, name: str) -> Images:
     _check_shape(x, name)
     return Images(name, len(x), tuple(x.shape[1:]), x.split)
 
 class _SampleFiles(torch.utils.data.Dataset):
     "Batches of a folder of samples; an error comes back as text, since a worker's exception would carry a traceback."
-    def __init__(self, files: list[Path], shape: tuple[int, int, int], batch_size: int): self.files, self.shape, self.batch_size = files, shape, batch_size
+    def __init__(self, files: list[Path], shape: tuple[int, int, int], batch_size: int):
+        self.files, self.shape, self.batch_size = files, shape, batch_size
     def __len__(self): return -(-len(self.files) // self.batch_size)
     def __getitem__(self, n):
         images = []
         for file in self.files[n * self.batch_size:(n + 1) * self.batch_size]:
             try: x = to_tensor(read_image(file, self.shape[0]))
             except BadImage as e: return None, f"sample {file} {e}"
-            if tuple(x.shape) != self.shape: return None, f"sample {file} is {x.shape[1]} × {x.shape[2]}: expected {self.shape[1]} × {self.shape[2]}, as {self.files[0].name}"
+            if tuple(x.shape) != self.shape:
+                return (None, f"sample {file} is {x.shape[1]} × {x.shape[2]}: expected {self.shape[1]} × "
+                        f"{self.shape[2]}, as {self.files[0].name}")
             images.append(x)
         return torch.stack(images), None
 
@@ -84,33 +92,45 @@ def _has_colour(file: Path) -> bool:
             return not (f.mode in ("1", "L", "LA", "La") or f.mode.startswith(("I", "F")))
     except Exception: return False   # decoders raise OSError, SyntaxError, struct.error and others
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #d854698a
 def _folder_images(folder: Path) -> Images:
     files = sorted(image_files(folder))
-    if not files: raise BadInput(f"folder {folder} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    if not files:
+        raise BadInput(f"folder {folder} holds no images: expected files ending in {', '.join(IMAGE_SUFFIXES)}")
     try: first = read_image(files[0])
     except BadImage as e: raise BadInput(f"sample {files[0]} {e}") from None
-    shape = (3 if any(map(_has_colour, files)) else 1, first.height, first.width)   # one file in colour, and grey ones are taken three times
+    # one file in colour, and grey ones are taken three times
+    shape = (3 if any(map(_has_colour, files)) else 1, first.height, first.width)
 
     def batches(batch_size: int) -> Iterator[torch.Tensor]:
-        workers = min(4, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1) if len(files) >= 1000 else 0   # starting them takes longer than reading few files
-        for images, fault in torch.utils.data.DataLoader(_SampleFiles(files, shape, batch_size), batch_size=None, num_workers=workers):
+        # starting them takes longer than reading few files
+        workers = (min(4, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else 1)
+                   if len(files) >= 1000 else 0)
+        for images, fault in torch.utils.data.DataLoader(_SampleFiles(files, shape, batch_size), batch_size=None,
+                                                         num_workers=workers):
             if fault: raise BadInput(fault)
             yield images
     return Images(f"the images in {folder}", len(files), shape, batches)
 _MOST_PACKED = 1100   # bytes that one byte of a zip can hold
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #089a7089
 @contextlib.contextmanager
 def _npy(file: Path, name: str = "arr_0"):
-    "An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype). Raises for a header that promises other than the file can hold, before anything is made of it."
+    """An array of an .npz as a stream of bytes, after its header: (stream, shape, dtype).
+    Raises for a header that promises other than the file can hold, before anything is made of it."""
     with zipfile.ZipFile(file) as z, z.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         try: shape, fortran, dtype = read(stream)
-        except Exception as e: raise ValueError(f"its header is no NumPy header ({type(e).__name__})") from None   # what Python's own parser raises has no end
+        except Exception as e:
+            # what Python's own parser raises has no end
+            raise ValueError(f"its header is no NumPy header ({type(e).__name__})") from None
         if fortran and len(shape) > 1: raise BadInput(f"{name} of {file} is in Fortran order: expected C order")
         held, promised = z.getinfo(f"{name}.npy").file_size - stream.tell(), math.prod(map(int, shape)) * dtype.itemsize
         if dtype.hasobject or min(shape, default=0) < 0: raise ValueError(f"it is {dtype} {list(shape)}")
-        if promised != held or held > _MOST_PACKED * file.stat().st_size: raise BadInput(f"{name} of {file} is cut off: its header promises {said(list(shape))} {dtype}, and it holds {held:,} bytes")
+        if promised != held or held > _MOST_PACKED * file.stat().st_size:
+            raise BadInput(f"{name} of {file} is cut off: its header promises {said(list(shape))} {dtype}, and it "
+                           f"holds {held:,} bytes")
         yield stream, shape, dtype
 
 def _npz_arrays(file: Path) -> set[str]:
@@ -122,12 +142,18 @@ def _npz_arrays(file: Path) -> set[str]:
 
 def _why(error: BaseException) -> str: return " ".join(str(error).split())[:200] or type(error).__name__
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #7cff880c
 def _npz_images(file: Path) -> Images:
-    if "arr_0" not in (names := _npz_arrays(file)): raise BadInput(f"{file} holds {', '.join(sorted(names)[:10]) or 'nothing'}: expected arr_0, images [N, H, W, C] as uint8")
+    if "arr_0" not in (names := _npz_arrays(file)):
+        raise BadInput(
+            f"{file} holds {', '.join(sorted(names)[:10]) or 'nothing'}: expected arr_0, images [N, H, W, C] as uint8")
     try:
         with _npy(file) as (_, shape, dtype): pass
-    except _UNREADABLE as e: raise e if isinstance(e, BadInput) else BadInput(f"arr_0 of {file} cannot be read: {_why(e)}") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape: raise BadInput(f"arr_0 of {file} is {dtype} {list(shape)}: expected uint8 images [N, H, W, C] with 1 or 3 channels")
+    except _UNREADABLE as e:
+        raise e if isinstance(e, BadInput) else BadInput(f"arr_0 of {file} cannot be read: {_why(e)}") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+        raise BadInput(
+            f"arr_0 of {file} is {dtype} {list(shape)}: expected uint8 images [N, H, W, C] with 1 or 3 channels")
     count, height, width, channels = shape
 
     def batches(batch_size: int) -> Iterator[torch.Tensor]:
@@ -140,16 +166,21 @@ def _npz_images(file: Path) -> Images:
                 yield torch.frombuffer(block, dtype=torch.uint8).view(-1, height, width, channels).permute(0, 3, 1, 2)
     return Images(f"the images in {file}", count, (channels, height, width), batches, lambda: sha256_of(file))
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #6e4bb4ed
 def open_samples(samples: torch.Tensor | str | Path | Images) -> Images:
-    "Samples as `Images`: a tensor [N, C, H, W], a folder of images, an .npz with `arr_0`. Raises `BadInput` for anything else, and if there are none."
+    """Samples as `Images`: a tensor [N, C, H, W], a folder of images, an .npz with `arr_0`.
+    Raises `BadInput` for anything else, and if there are none."""
     if isinstance(samples, Images): return samples
     if isinstance(samples, torch.Tensor): return _tensor_images(samples, "samples")
-    if not isinstance(samples, (str, Path)): raise BadInput(f"samples are a {type(samples).__name__}: expected a tensor [N, C, H, W], a folder of images or an .npz")
+    if not isinstance(samples, (str, Path)):
+        raise BadInput(
+            f"samples are a {type(samples).__name__}: expected a tensor [N, C, H, W], a folder of images or an .npz")
     path = expanded(samples)
     if path.is_dir(): return _folder_images(path)
     if path.suffix == ".npz": return _npz_images(path)
     if path.is_file(): raise BadInput(f"samples are {path}: expected a folder of images or an .npz")
-    raise MissingFile(f"samples are {str(samples)!r}: there is no such folder or file; expected a folder of images or an .npz")
+    raise MissingFile(
+        f"samples are {str(samples)!r}: there is no such folder or file; expected a folder of images or an .npz")
 
 def _original(config: DataConfig) -> DataConfig:
     "The data set as images: what a latent cache was made of, and nothing encoded."
@@ -157,12 +188,15 @@ def _original(config: DataConfig) -> DataConfig:
     if file.is_file():
         facts = read_cache_facts(file.parent)
         split = cached_split(config, file.parent, facts)
-        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"], **{**facts["source"], "split": split})
+        config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"],
+                                     **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
     return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #dca78338
 def data_images(config: DataConfig) -> Images:
-    "The images of a data set, whole and unencoded; those that cannot be read are named and skipped, up to `max_bad_images`."
+    """The images of a data set, whole and unencoded;
+    those that cannot be read are named and skipped, up to `max_bad_images`."""
     config = _original(config.check())
     data = load_images(config)
 
@@ -170,13 +204,18 @@ def data_images(config: DataConfig) -> Images:
         if isinstance(data, ImageData): yield from data.images.split(batch_size); return
         skipped = SkippedImages(config.max_bad_images)
         workers = (data.workers if len(data) >= 1000 else 0) if config.num_workers is None else config.num_workers
-        for batch, _ in torch.utils.data.DataLoader(ConsecutiveBatches(data, range(len(data)), batch_size), batch_size=None, num_workers=workers):
+        for batch, _ in torch.utils.data.DataLoader(ConsecutiveBatches(data, range(len(data)), batch_size),
+                                                    batch_size=None, num_workers=workers):
             if "images" in skipped.take(batch): yield batch["images"]
-    return Images(f"the images of {config.name}", len(data), data.shape, batches, functools.partial(_data_fingerprint, data, config))
+    return Images(
+        f"the images of {config.name}", len(data), data.shape, batches,
+        functools.partial(_data_fingerprint, data, config) if isinstance(data, (ImageData, ImageFiles)) else None)
 
+# %% ../../nbs/source/evaluation/04_images.ipynb #88f03623
 def _data_fingerprint(data: ImageData | ImageFiles, config: DataConfig) -> str:
     "Names, sizes and dates of all files, and the content of 64 of them; of images in memory, all."
-    digest = hashlib.sha256(json.dumps([config.name, len(data), data.shape, config.split, config.image_column]).encode())
+    digest = hashlib.sha256(
+        json.dumps([config.name, len(data), data.shape, config.split, config.image_column]).encode())
     if isinstance(data, ImageData): digest.update(data.images.numpy().tobytes()); return digest.hexdigest()
     local = False
     for i in range(0, len(data), max(1, len(data) // 64)):

@@ -28,36 +28,47 @@ def _tower(prefix: str, *convs) -> list: # each conv is (name, channels, kernel[
 _B3, _B5, _B7, _B33, _B77 = "branch3x3", "branch5x5", "branch7x7", "branch3x3dbl", "branch7x7dbl"   # names in the file
 
 def _early(pool: int) -> list:
-    return [[("branch1x1", 64, 1)], _tower(_B5, ("_1", 48, 1), ("_2", 64, 5)), _tower(_B33, ("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3)), ["mean", ("branch_pool", pool, 1)]]
+    return [[("branch1x1", 64, 1)], _tower(_B5, ("_1", 48, 1), ("_2", 64, 5)),
+            _tower(_B33, ("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3)), ["mean", ("branch_pool", pool, 1)]]
 
 def _middle(width: int) -> list:
     return [[("branch1x1", 192, 1)], _tower(_B7, ("_1", width, 1), ("_2", width, (1, 7)), ("_3", 192, (7, 1))),
-            _tower(_B77, ("_1", width, 1), ("_2", width, (7, 1)), ("_3", width, (1, 7)), ("_4", width, (7, 1)), ("_5", 192, (1, 7))), ["mean", ("branch_pool", 192, 1)]]
+            _tower(_B77, ("_1", width, 1), ("_2", width, (7, 1)), ("_3", width, (1, 7)), ("_4", width, (7, 1)),
+                   ("_5", 192, (1, 7))), ["mean", ("branch_pool", 192, 1)]]
 
 def _late(pool: str) -> list: # a list in a branch is a fork, whose two ends are put side by side
-    return [[("branch1x1", 320, 1)], [*_tower(_B3, ("_1", 384, 1)), _tower(_B3, ("_2a", 384, (1, 3)), ("_2b", 384, (3, 1)))],
-            [*_tower(_B33, ("_1", 448, 1), ("_2", 384, 3)), _tower(_B33, ("_3a", 384, (1, 3)), ("_3b", 384, (3, 1)))], [pool, ("branch_pool", 192, 1)]]
+    return [[("branch1x1", 320, 1)],
+            [*_tower(_B3, ("_1", 384, 1)), _tower(_B3, ("_2a", 384, (1, 3)), ("_2b", 384, (3, 1)))],
+            [*_tower(_B33, ("_1", 448, 1), ("_2", 384, 3)), _tower(_B33, ("_3a", 384, (1, 3)), ("_3b", 384, (3, 1)))],
+            [pool, ("branch_pool", 192, 1)]]
 
 INCEPTION_BLOCKS = {
     "Mixed_5b": (192, _early(32)), "Mixed_5c": (256, _early(64)), "Mixed_5d": (288, _early(64)),
     "Mixed_6a": (288, [[(_B3, 384, 3, 2)], _tower(_B33, ("_1", 64, 1), ("_2", 96, 3), ("_3", 96, 3, 2)), ["halve"]]),
-    "Mixed_6b": (768, _middle(128)), "Mixed_6c": (768, _middle(160)), "Mixed_6d": (768, _middle(160)), "Mixed_6e": (768, _middle(192)),
-    "Mixed_7a": (768, [_tower(_B3, ("_1", 192, 1), ("_2", 320, 3, 2)), _tower("branch7x7x3", ("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)), ["halve"]]),
+    "Mixed_6b": (768, _middle(128)), "Mixed_6c": (768, _middle(160)), "Mixed_6d": (768, _middle(160)),
+    "Mixed_6e": (768, _middle(192)),
+    "Mixed_7a": (768, [_tower(_B3, ("_1", 192, 1), ("_2", 320, 3, 2)), _tower(
+        "branch7x7x3", ("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)), ["halve"]]),
     "Mixed_7b": (1280, _late("mean")), "Mixed_7c": (2048, _late("max")),   # the last one's pooling is the network's own peculiarity
 }
+
+# %% ../../nbs/source/evaluation/02_inception.ipynb #e08aba43
 _POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),   # TensorFlow's mean leaves the padding out
-          "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1), "halve": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
+          "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
+          "halve": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
 
 class _Conv(nn.Module):
     "Convolution, batch norm, ReLU; `valid` leaves out the padding, as every strided one does."
     def __init__(self, channels: int, out: int, kernel, stride: int = 1, valid: bool = False):
         super().__init__()
         kernel = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        self.conv = nn.Conv2d(channels, out, kernel, stride, 0 if valid or stride > 1 else (kernel[0] // 2, kernel[1] // 2), bias=False)
+        self.conv = nn.Conv2d(channels, out, kernel, stride,
+                              0 if valid or stride > 1 else (kernel[0] // 2, kernel[1] // 2), bias=False)
         self.bn = nn.BatchNorm2d(out, eps=1e-3)
 
     def forward(self, x): return self.bn(self.conv(x)).relu_()
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #02c1abaa
 class _Block(nn.Module):
     "Branches side by side."
     def __init__(self, channels: int, branches: list):
@@ -77,11 +88,14 @@ class _Block(nn.Module):
         if isinstance(step, tuple): return self.get_submodule(step[0])(x)
         return torch.cat([self._step(x, end) for end in step], 1)
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #aa0a1d01
 class InceptionNetwork(nn.Module):
-    "The FID Inception: images [B, 3, 299, 299], (x − 128) / 128 → features [B, 2048], spatial [B, 2023], logits [B, 1008]."
+    """The FID Inception: images [B, 3, 299, 299], (x − 128) / 128
+    → features [B, 2048], spatial [B, 2023], logits [B, 1008]."""
     def __init__(self):
         super().__init__()
-        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = _Conv(3, 32, 3, 2), _Conv(32, 32, 3, valid=True), _Conv(32, 64, 3)
+        self.Conv2d_1a_3x3, self.Conv2d_2a_3x3, self.Conv2d_2b_3x3 = (_Conv(3, 32, 3, 2), _Conv(32, 32, 3, valid=True),
+                                                                      _Conv(32, 64, 3))
         self.Conv2d_3b_1x1, self.Conv2d_4a_3x3 = _Conv(64, 80, 1), _Conv(80, 192, 3, valid=True)
         for name, (channels, branches) in INCEPTION_BLOCKS.items(): self.add_module(name, _Block(channels, branches))
         self.fc = nn.Linear(2048, 1008)
@@ -91,16 +105,19 @@ class InceptionNetwork(nn.Module):
         x = _POOLS["halve"](self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))
         for name in INCEPTION_BLOCKS:
             block = self.get_submodule(name)
-            if name == "Mixed_6d": spatial = block.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)   # TensorFlow's order, for published statistics
+            # TensorFlow's order, for published statistics
+            if name == "Mixed_6d": spatial = block.branch1x1(x)[:, :7].permute(0, 2, 3, 1).flatten(1)
             x = block(x)
         features = x.mean((2, 3))
         return {"features": features, "spatial": spatial, "logits": features @ self.fc.weight.T}
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #3d820226
 def resize_tf1(
     images: torch.Tensor,   # [B, C, H, W] floats
     size: int,
 ) -> torch.Tensor: # [B, C, size, size]
-    "Bilinear as TensorFlow 1 had it: output pixel i looks at input position i · H / size, with no half-pixel shift and no antialiasing, which torch's interpolate cannot do."
+    """Bilinear as TensorFlow 1 had it: output pixel i looks at input position i · H / size,
+    with no half-pixel shift and no antialiasing, which torch's interpolate cannot do."""
     for dim in (3, 2):
         n = images.shape[dim]
         position = torch.arange(size, dtype=torch.float32, device=images.device) * (n / size)
@@ -110,34 +127,50 @@ def resize_tf1(
         images = a + (b - a) * (position - low).view(shape)
     return images
 
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")   # torch-fidelity's and pytorch-fid's
+# torch-fidelity's and pytorch-fid's
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #e0995371
 def inception_weights() -> Path:
-    "The file of Inception's weights: `$DMP_WB_INCEPTION`, or one of the two usual names in torch's hub cache or in `data/`. Raises `MissingFile` that says how to get it."
+    """The file of Inception's weights: `$DMP_WB_INCEPTION`, or one of the two usual names
+    in torch's hub cache or in `data/`. Raises `MissingFile` that says how to get it."""
     if given := os.environ.get("DMP_WB_INCEPTION"):
         if expanded(given).is_file(): return expanded(given)
-        raise MissingFile(f"no file {given}, which $DMP_WB_INCEPTION names: expected {INCEPTION_FILES[0]} from {INCEPTION_URL}")
+        raise MissingFile(
+            f"no file {given}, which $DMP_WB_INCEPTION names: expected {INCEPTION_FILES[0]} from {INCEPTION_URL}")
     places = [Path(torch.hub.get_dir()) / "checkpoints", project_root() / "data"]
     for file in (place / name for place in places for name in INCEPTION_FILES):
         if file.is_file(): return file
-    raise MissingFile(f"extractor inception needs its weights, {' or '.join(INCEPTION_FILES)}: not found in {places[0]} or {places[1]}, and $DMP_WB_INCEPTION is not set; get the file (91 MB) with: curl -L --create-dirs -o {places[1] / INCEPTION_FILES[0]} {INCEPTION_URL}")
+    raise MissingFile(f"extractor inception needs its weights, {' or '.join(INCEPTION_FILES)}: not found in "
+                      f"{places[0]} or {places[1]}, and $DMP_WB_INCEPTION is not set; get the file (91 MB) with: curl "
+                      f"-L --create-dirs -o {places[1] / INCEPTION_FILES[0]} {INCEPTION_URL}")
 
+# %% ../../nbs/source/evaluation/02_inception.ipynb #cc3aecf1
 class InceptionFeatures(Extractor):
     "The FID Inception with its preprocessing. Raises `BadInput` for a file that holds something else."
     name, width, gives = "inception", 2048, ("features", "logits", "spatial")
     def __init__(self, file: str | Path | None = None):
         super().__init__()
         file = inception_weights() if file is None else expanded(file)
-        if not file.is_file(): raise MissingFile(f"no file {file}: expected the weights of extractor inception, {INCEPTION_FILES[0]} from {INCEPTION_URL}")
+        if not file.is_file():
+            raise MissingFile(f"no file {file}: expected the weights of extractor inception, {INCEPTION_FILES[0]} from "
+                              f"{INCEPTION_URL}")
         try: state = torch.load(file, map_location="cpu", weights_only=True)
-        except (*_UNREADABLE, pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as e: raise BadInput(f"{file} is damaged or no file of weights: expected {INCEPTION_FILES[0]} from {INCEPTION_URL} ({type(e).__name__})") from None
+        except (*_UNREADABLE, pickle.UnpicklingError, AttributeError, IndexError, AssertionError) as e:
+            raise BadInput(f"{file} is damaged or no file of weights: expected {INCEPTION_FILES[0]} from "
+                           f"{INCEPTION_URL} ({type(e).__name__})") from None
         self.network = InceptionNetwork()
         expected = self.network.state_dict()
-        if not isinstance(state, dict): raise BadInput(f"{file} holds a {type(state).__name__}: expected the tensors of {INCEPTION_FILES[0]}")
+        if not isinstance(state, dict):
+            raise BadInput(f"{file} holds a {type(state).__name__}: expected the tensors of {INCEPTION_FILES[0]}")
         counters = lambda key: key.endswith("num_batches_tracked")   # old files lack them, and nothing here reads them
-        wrong = sorted(k for k in expected.keys() ^ state.keys() if not counters(k)) or sorted(k for k in expected.keys() & state.keys() if not torch.is_tensor(state[k]) or state[k].shape != expected[k].shape)
-        if wrong: raise BadInput(f"{file} holds other weights than extractor inception has: {len(wrong)} tensors differ, first {wrong[0]}; expected {INCEPTION_FILES[0]} from {INCEPTION_URL}")
+        wrong = sorted(k for k in expected.keys() ^ state.keys() if not counters(k)) or sorted(
+            k for k in expected.keys() & state.keys()
+            if not torch.is_tensor(state[k]) or state[k].shape != expected[k].shape)
+        if wrong:
+            raise BadInput(f"{file} holds other weights than extractor inception has: {len(wrong)} tensors differ, "
+                           f"first {wrong[0]}; expected {INCEPTION_FILES[0]} from {INCEPTION_URL}")
         self.network.load_state_dict({k: v for k, v in state.items() if k in expected}, strict=False)
         self.eval().requires_grad_(False)
         self.weights = fingerprint(self.network)

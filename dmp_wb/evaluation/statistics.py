@@ -47,6 +47,7 @@ class Statistics:
     score: ScoreSums | None = None
     logits: torch.Tensor | None = None   # [N, K]
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #18585d31
 @torch.no_grad()
 def collect(
     images: Images,
@@ -57,23 +58,31 @@ def collect(
     splits: int = 10,               # of the Inception Score
     quiet: bool = False,
 ) -> Statistics:
-    "One pass of the images through the extractor. Raises `BadInput` for images out of range, and features that are NaN or no matrix."
+    """One pass of the images through the extractor.
+    Raises `BadInput` for images out of range, and features that are NaN or no matrix."""
     extractor.check(images.shape)
     batch_size = whole_number("batch_size", batch_size, 1)
     n, device = images.num_images, _device_of(extractor, torch.device("cpu"))
     keep = torch.ones(n, dtype=torch.bool)
-    if max_rows is not None and n > max_rows: keep = torch.zeros(n, dtype=torch.bool).scatter_(0, torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, "rows")))[:max_rows], True)
-    out = Statistics(0, images.shape, Moments() if "moments" in needs else None, Moments() if "spatial" in needs else None, score=ScoreSums(n, splits) if "score" in needs else None)
+    if max_rows is not None and n > max_rows:
+        keep = torch.zeros(n, dtype=torch.bool).scatter_(
+            0, torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, "rows")))[:max_rows], True)
+    out = Statistics(0, images.shape, Moments() if "moments" in needs else None, Moments() if "spatial" in needs
+                     else None, score=ScoreSums(n, splits) if "score" in needs else None)
     rows, logits, lowest, seen = [], [], 1.0, 0
     with progress(total=n, desc=f"{extractor.name} features", unit="img", disable=quiet, leave=None) as bar:
         for batch in images.batches(batch_size):
             batch = _checked(batch, images.name)
-            if seen + len(batch) > n: raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
+            if seen + len(batch) > n:
+                raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
             lowest = min(lowest, float(batch.min()))
             found = extractor(batch.to(device))
             for kind, value in found.items():
-                if value.ndim != 2 or len(value) != len(batch): raise BadInput(f"extractor {extractor.name} gave {kind} of shape {list(value.shape)} for {len(batch)} images: expected [{len(batch)}, width]")
-                if not value.isfinite().all(): raise BadInput(f"extractor {extractor.name} gave NaN or infinite {kind} for {images.name}")
+                if value.ndim != 2 or len(value) != len(batch):
+                    raise BadInput(f"extractor {extractor.name} gave {kind} of shape {list(value.shape)} for "
+                                   f"{len(batch)} images: expected [{len(batch)}, width]")
+                if not value.isfinite().all():
+                    raise BadInput(f"extractor {extractor.name} gave NaN or infinite {kind} for {images.name}")
             if out.moments is not None: out.moments.update(found["features"])
             if out.spatial is not None: out.spatial.update(found["spatial"])
             if out.score is not None: out.score.update(found["logits"])
@@ -82,7 +91,8 @@ def collect(
             out.num_images = seen = seen + len(batch)
             bar.update(len(batch))
     if not out.num_images: raise BadInput(f"{images.name}: none can be read")
-    if lowest >= 0 and seen > 1: warnings.warn(f"{images.name} hold no value below 0: expected [−1, 1]; are they in [0, 1]?", stacklevel=2)
+    if lowest >= 0 and seen > 1:
+        warnings.warn(f"{images.name} hold no value below 0: expected [−1, 1]; are they in [0, 1]?", stacklevel=2)
     if rows: out.rows = torch.cat(rows)
     if logits: out.logits = torch.cat(logits)
     return out
@@ -90,50 +100,67 @@ def collect(
 # %% ../../nbs/source/evaluation/05_statistics.ipynb #858c94ce
 STATISTICS_FORMAT, MAX_ROWS = 1, 10_000
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #e30023f0
 def reference_statistics(
-    reference: str | Path | DataConfig | torch.Tensor | Images,  # a data set's name, folder or hub id, an ADM .npz (images or statistics), or images
-    extractor: str | nn.Module = "digits",
-    size: int | None = None,        # side in pixels that a folder's or hub's images are cropped to
-    channels: int = 3,              # of images read from files
-    max_rows: int = MAX_ROWS,       # rows of features to keep, for KID, precision, recall, density and coverage
-    batch_size: int = 64,
-    cache: bool = True,             # read and write `runs/.statistics`
-    quiet: bool = False,
+        # a data set's name, folder or hub id, an ADM .npz (images or statistics), or images
+        reference: str | Path | DataConfig | torch.Tensor | Images,
+        extractor: str | nn.Module = "digits",
+        size: int | None = None,   # side in pixels that a folder's or hub's images are cropped to
+        channels: int = 3,   # of images read from files
+        max_rows: int = MAX_ROWS,   # rows of features to keep, for KID, precision, recall, density and coverage
+        batch_size: int = 64,
+        cache: bool = True,   # read and write `runs/.statistics`
+        quiet: bool = False,
 ) -> Statistics:
-    "Moments and rows of real images, from the cache if it has them. Raises `BadInput` for a reference that leads nowhere, and statistics of another width."
+    """Moments and rows of real images, from the cache if it has them.
+    Raises `BadInput` for a reference that leads nowhere, and statistics of another width."""
     extractor = load_extractor(extractor)
     known: dict[str, Any] = {}
     if isinstance(reference, (str, Path)) and expanded(reference).suffix == ".npz":
         file = expanded(reference)
         names = _npz_arrays(file)
-        known = {part: _published(file, *pair) for part, pair in (("moments", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s"))) if {*pair} <= names and (part == "moments" or "spatial" in extractor.gives)}
+        known = {part: _published(file, *pair)
+                 for part, pair in (("moments", ("mu", "sigma")), ("spatial", ("mu_s", "sigma_s")))
+                 if {*pair} <= names and (part == "moments" or "spatial" in extractor.gives)}
         if known and "arr_0" not in names: images = None
-        elif not known and "arr_0" not in names: raise BadInput(f"{file} holds {', '.join(sorted(names)) or 'nothing'}: expected mu and sigma, or arr_0, images [N, H, W, C] as uint8")
+        elif not known and "arr_0" not in names:
+            raise BadInput(f"{file} holds {', '.join(sorted(names)) or 'nothing'}: expected mu and sigma, or arr_0, "
+                           "images [N, H, W, C] as uint8")
         else: images = _npz_images(file)
     elif isinstance(reference, Images): images = reference
     elif isinstance(reference, torch.Tensor): images = _tensor_images(reference, "reference images")
     elif isinstance(reference, (str, Path, DataConfig)):
-        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(name=str(reference), split=only_split(str(reference)), size=size, channels=channels))
+        images = data_images(reference if isinstance(reference, DataConfig) else DataConfig(
+            name=str(reference), split=only_split(str(reference)), size=size, channels=channels))
     else: raise BadInput(f"reference is a {type(reference).__name__}: expected a data set, an .npz or images")
-    if "moments" in known and extractor.width not in (None, known["moments"].width): raise BadInput(f"mu of {reference} has {known['moments'].width} values: expected {extractor.width}, the width of extractor {extractor.name}")
+    if "moments" in known and extractor.width not in (None, known["moments"].width):
+        raise BadInput(f"mu of {reference} has {known['moments'].width} values: expected {extractor.width}, the width "
+                       f"of extractor {extractor.name}")
     if images is None: return Statistics(None, None, **known)
     needs = {"moments", "rows"} | ({"spatial"} if "spatial" in extractor.gives else set())
-    if not cache or images.fingerprint is None or extractor.weights is None: found = collect(images, extractor, needs, max_rows, batch_size, quiet=quiet)
+    if not cache or images.fingerprint is None or extractor.weights is None:
+        found = collect(images, extractor, needs, max_rows, batch_size, quiet=quiet)
     else:
         extractor.check(images.shape)
-        key = {"format": STATISTICS_FORMAT, "images": images.fingerprint(), "shape": list(images.shape), "extractor": extractor.name.partition(":")[0], "weights": extractor.weights, "max_rows": max_rows}
-        folder = runs_root() / ".statistics" / f"{key['extractor']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}"
+        key = {"format": STATISTICS_FORMAT, "images": images.fingerprint(), "shape": list(images.shape),
+               "extractor": extractor.name.partition(":")[0], "weights": extractor.weights, "max_rows": max_rows}
+        folder = (runs_root() / ".statistics"
+                  / f"{key['extractor']}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}")
         found = _read_statistics(folder, key)
         if found is None:
             found = collect(images, extractor, needs, max_rows, batch_size, quiet=quiet)
             _write_statistics(folder, key, images.name, found)
     return dataclasses.replace(found, **known)
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #4a9389b2
 def _published(file: Path, mean: str, covariance: str) -> Moments:
     def numbers(name: str, dimensions: int) -> torch.Tensor:
         with _npy(file, name) as (stream, shape, dtype):
-            if dtype.kind not in "fiu" or len(shape) != dimensions: raise ValueError(f"{name} is {dtype} {list(shape)}, expected real numbers [{', '.join(['width'] * dimensions)}]")
-            return torch.from_numpy(np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape).astype(np.float64))
+            if dtype.kind not in "fiu" or len(shape) != dimensions:
+                raise ValueError(
+                    f"{name} is {dtype} {list(shape)}, expected real numbers [{', '.join(['width'] * dimensions)}]")
+            return torch.from_numpy(
+                np.frombuffer(stream.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape).astype(np.float64))
     try: return Moments.of(numbers(mean, 1), numbers(covariance, 2))
     except BadInput as e: raise BadInput(f"{mean} and {covariance} of {file}: {e}") from None
     except _UNREADABLE as e: raise BadInput(f"{mean} and {covariance} of {file} cannot be read: {_why(e)}") from None
@@ -141,13 +168,17 @@ def _published(file: Path, mean: str, covariance: str) -> Moments:
 def _write_statistics(folder: Path, key: dict, name: str, found: Statistics):
     tensors: dict[str, Any] = {"rows": found.rows}
     for part in ("moments", "spatial"):
-        if (m := getattr(found, part)) is not None and m.n > 1: tensors |= {f"{part}.mean": m.mean, f"{part}.covariance": m.covariance}
+        if (m := getattr(found, part)) is not None and m.n > 1:
+            tensors |= {f"{part}.mean": m.mean, f"{part}.covariance": m.covariance}
     try:
         with atomic_folder(folder) as tmp:
             save_file({k: v.contiguous() for k, v in tensors.items()}, tmp / "statistics.safetensors")
-            write_json(tmp / "statistics.json", {**key, "name": name, "num_images": found.num_images, "sha256": sha256_of(tmp / "statistics.safetensors")})
-    except (OSError, SafetensorError) as e: warnings.warn(f"the statistics of {name} cannot be kept in {folder}: {e}", stacklevel=3)
+            write_json(tmp / "statistics.json", {**key, "name": name, "num_images": found.num_images,
+                                                 "sha256": sha256_of(tmp / "statistics.safetensors")})
+    except (OSError, SafetensorError) as e:
+        warnings.warn(f"the statistics of {name} cannot be kept in {folder}: {e}", stacklevel=3)
 
+# %% ../../nbs/source/evaluation/05_statistics.ipynb #c0960f1c
 def _read_statistics(folder: Path, key: dict) -> Statistics | None:
     if not folder.is_dir(): return None
     file = folder / "statistics.safetensors"
@@ -156,7 +187,8 @@ def _read_statistics(folder: Path, key: dict) -> Statistics | None:
         if any(facts[k] != v for k, v in key.items()): raise BadInput("it is of something else")
         if sha256_of(file) != facts["sha256"]: raise BadInput(f"{file.name} does not match its checksum")
         t = load_file(file)
-        part = lambda name: Moments.of(t[f"{name}.mean"], t[f"{name}.covariance"], facts["num_images"]) if f"{name}.mean" in t else None
+        part = (lambda name: Moments.of(t[f"{name}.mean"], t[f"{name}.covariance"], facts["num_images"])
+                if f"{name}.mean" in t else None)
         return Statistics(facts["num_images"], tuple(facts["shape"]), part("moments"), part("spatial"), t["rows"])
     except (BadInput, OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as e:
         warnings.warn(f"cached statistics {short(folder)} are damaged and are computed again: {e}", stacklevel=3)

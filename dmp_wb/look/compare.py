@@ -202,7 +202,8 @@ def look_at(
         if backbone is None: continue
         if num_images:
             with compared.noting(label, "samples"):
-                out.drawn[label] = draw(r.folder, num_images, guidance_scale, sampler, num_inference_steps, seed,
+                out.drawn[label] = draw(r.folder, num_images, guidance_scale=guidance_scale, sampler=sampler,
+                                        num_inference_steps=num_inference_steps, seed=seed,
                                         backbone=backbone, quiet=True)
         if label in same_loss:
             with compared.noting(label, "loss by timestep"):

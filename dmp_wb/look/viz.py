@@ -11,7 +11,7 @@ from dmp_wb.look.canvas import (
     panel_grid, run_colours, show_image,
 )
 from dmp_wb.look.curves import (
-    CURVES, distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
+    distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
 )
 from .gates import gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, prompt_similarity, relative_gates
 from .samples import compare_samples, film_strip, sample_grid, tile_images

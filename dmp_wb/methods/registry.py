@@ -228,7 +228,7 @@ def register_mask(
 ):
     """Make a class of masks known to all routes.
     Raises `BadInput` for a name that is taken and for a class that misses a part."""
-    _register_part("mask", KINDS, name, mask, ("__call__",))
+    _register_part("mask", KINDS, name, mask, ("forward",))
 
 
 # %% ../../nbs/source/methods/01_registry.ipynb #dc9c04c0

@@ -121,8 +121,9 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)),
-                    t.sample_guidance_scale, usual_sampler(exp.objective, "ddim"), t.sample_steps, exp.schedule,
-                    seed=exp.seed, quiet=True, prediction_type=learned,
+                    t.sample_guidance_scale, sampler=usual_sampler(exp.objective, "ddim"),
+                    num_inference_steps=t.sample_steps, schedule=exp.schedule, seed=exp.seed, quiet=True,
+                    prediction_type=learned,
                     texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)
     if not write: return   # this process was needed for the forward passes
     with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
@@ -141,7 +142,8 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
 
 # %% ../../nbs/source/training/03_record.ipynb #199ff746
 def export(run: Run, backbone: nn.Module, average: dict[str, torch.Tensor]):
-    "Write the averaged weights, put into the backbone: as `model/` (diffusers) unless it is frozen, and the files of its methods."
+    """Write the averaged weights, put into the backbone:
+    as `model/` (diffusers) unless it is frozen, and the files of its methods."""
     backbone._modules.pop("multitask", None)
     with torch.no_grad():
         for name, p in trainable(backbone).items(): p.copy_(average[name])

@@ -1014,7 +1014,7 @@ def test_a_cache_is_direct_encoding(models, tmp_path):
 
 def test_digits_can_be_cached_too(tmp_path, monkeypatch):
     few = ImageData(digits().images[:5], digits().labels[:5], digits().class_names)
-    monkeypatch.setitem(sources.DATASETS, "digits", lambda: few)
+    monkeypatch.setitem(sources.DATASETS, "digits", sources.SourceEntry(lambda config: few))
     autoencoder(2, in_channels=1, out_channels=1).save_pretrained(tmp_path / "vae")
     cache = write_cache(DataConfig(vae=str(tmp_path / "vae")), tmp_path / "latents", images_per_shard=2)
     assert len(cache) == 5 and cache.num_classes == 10 and torch.equal(cache.batch(torch.arange(5))["class_labels"],

@@ -346,7 +346,8 @@ def test_sample_bakes_once_and_leaves_no_table(monkeypatch):
 ])
 def test_a_walk_is_checked_before_its_first_step(wrong, match):
     with pytest.raises(BadInput, match=match): wb.sample_trajectory(tiny_dit(), **wrong)
-    with pytest.raises(TypeError, match="batch_size"): wb.sample_trajectory(tiny_dit(), 2, batch_size=1)
+    with pytest.raises(BadInput, match="unknown setting of sampling .batch_size"):
+        wb.sample_trajectory(tiny_dit(), 2, batch_size=1)
 
 
 @pytest.mark.parametrize("wrong,match", [

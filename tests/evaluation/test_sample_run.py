@@ -20,7 +20,7 @@ from dmp_wb.diffusion import sampling as diffusion_sampling
 from dmp_wb.evaluation import sample_files
 from dmp_wb.config import to_yaml
 from dmp_wb.core.errors import BadInput, MissingFile
-from dmp_wb.core.settings import DataConfig
+from dmp_wb.core.settings import DataConfig, SamplingConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.evaluation.sample_files import sample_run, SAMPLES_FILE, SAMPLES_PLAN
 
@@ -462,7 +462,7 @@ def test_an_image_of_another_size_does_not_end_in_the_npz(run, tmp_path):
 
 
 def test_latents_that_decode_to_nothing_finite_are_no_image():
-    walk = diffusion_sampling._Walk(tiny_dit(), 2)
+    walk = diffusion_sampling._Walk(tiny_dit(), SamplingConfig(), 2)
     with pytest.raises(BadInput, match="image 1 is not finite: its latents are, and what the VAE makes of them is not"):
         sample_files._pixels(torch.zeros(2, 1, 8, 8), lambda z: torch.stack([z[0], z[1] / 0]), range(2), walk)
 

@@ -76,7 +76,8 @@ def test_what_differs():
             and tables.differences({"old": old, "b": b})["train.compile"] == {"old": False, "b": True})
     dmp = files.flat(tables.dataclasses.asdict(load_experiment("digits-dmp", ["patch.top_k=3"])))
     found = tables.differences({"a": a, "dmp": dmp})
-    assert found["patch.top_k"] == {"dmp": 3} and found["model.hidden_size"] == {"a": 64} and "patch.mode" not in found
+    assert found["methods.dmp.top_k"] == {"dmp": 3} and found["model.hidden_size"] == {"a": 64}
+    assert "methods.dmp.mode" not in found and not any(key.startswith("patch.") for key in found)
     assert tables.differences({"a": a, "yaml": {**a, "optim.betas": list(a["optim.betas"])}}) == {}
 
 
@@ -223,7 +224,7 @@ def test_the_page_from_the_command_line(made, tmp_path, runs_folder, request):
     html = (tmp_path / "page.html").read_text(encoding="utf-8").replace("<wbr/>", "<wbr>")
     assert (re.search(r"page.html: 0\.\d MB", done.stdout) and len(html) < 1_000_000
             and [p.name for p in tmp_path.iterdir() if p.suffix] == ["page.html"])
-    for text in ("difference to digits-base", "routing.<wbr>sharing_<wbr>ratio", "holds no model yet", "optim.<wbr>lr"):
+    for text in ("difference to digits-base", "pretrain + dtr", "holds no model yet", "optim.<wbr>lr"):
         assert text in html
     assert html.count("<img") == 6   # distances, samples, curve, loss by timestep, gates, masks
     assert not re.findall(r"https?://(?!www\.w3\.org)", re.sub(r'src="data:[^"]*"', "", html)) and "<script" not in html

@@ -27,7 +27,7 @@ import dmp_wb as wb
 from dmp_wb.training import batches
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
-from dmp_wb.data.sources import DATASETS, ImageData
+from dmp_wb.data.sources import DATASETS, ImageData, SourceEntry
 
 SIZE = 256
 VARIANTS = {   # name: method, cached, further settings
@@ -97,8 +97,8 @@ def loop(rounds, batch, per_round=4):
     """The loop's iterator of batches is where its steps can be timed without touching it:
     every few steps, as many bare ones are run in between."""
     g = torch.Generator().manual_seed(0)
-    DATASETS["bench"] = lambda: ImageData(torch.randn(512, 4, 32, 32, generator=g),
-                                          torch.randint(10, (512,), generator=g), list("0123456789"))
+    images, labels = torch.randn(512, 4, 32, 32, generator=g), torch.randint(10, (512,), generator=g)
+    DATASETS["bench"] = SourceEntry(lambda config: ImageData(images, labels, list("0123456789")))
     exp = wb.load_experiment(wb.Experiment(name="bench"),
                              ["data.name=bench", "model.name=DiT-S/2", "model.num_classes=10",
                               "model.learn_sigma=false", f"train.batch_size={batch}",
