@@ -61,7 +61,7 @@ def test_every_image_sees_weights_with_the_update_of_its_timestep(inputs, form):
         one = tuple(v[n:n + 1] for v in inputs)
         alone = run(plain, one)
         assert torch.allclose(together[n:n + 1], alone, atol=2e-5)
-        assert torch.allclose(run(model, one), alone, atol=2e-5)   # of a shared timestep the acting ranks alone are used
+        assert torch.allclose(run(model, one), alone, atol=2e-5)   # by the acting ranks alone
         with lora.prepared([t]): assert torch.allclose(run(model, one), alone, atol=2e-5)
 
 
