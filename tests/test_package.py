@@ -75,7 +75,7 @@ def test_sdist_and_wheel_are_complete(built):
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
                             text=True).stdout.splitlines()
     assert not [f for f in listed if f not in held and f != ".gitignore" and (ROOT / f).exists()]
-    assert {"settings.ini", "constraints.txt", "nbs/index.ipynb", "tests/test_package.py", "dmp_wb/cli.py"} <= held
+    assert {"settings.ini", "constraints.txt", "nbs/index.ipynb", "tests/test_package.py", "dmp_wb/cli/base.py"} <= held
     with zipfile.ZipFile(built[1]) as z: names = z.namelist()
     expected = [f"dmp_wb/nbs/{kind}/{file.name}" for kind in ("runs", "experiments")
                 for file in named_files(kind).values()]

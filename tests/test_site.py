@@ -102,7 +102,7 @@ def test_search_finds_names_and_words(visit):
     assert any("load_patch" in n for n in names), names
     results.nth(next(i for i, n in enumerate(names) if re.search(r"\bload_patch\b", n))).click()
     page.wait_for_load_state()
-    assert "reference/patching.html" in page.url and "load_patch" in page.url
+    assert "reference/methods.files.html" in page.url and "load_patch" in page.url
     assert page.locator("[id='dmp_wb.load_patch']").is_visible()
     page.fill("input[name=q]", "timestep embedding")
     page.press("input[name=q]", "Enter")
@@ -112,19 +112,20 @@ def test_search_finds_names_and_words(visit):
 
 
 def test_links_lead_from_prose_and_code_to_the_reference_and_back_to_the_source(visit):
-    page = visit("03_patching.html")
+    page = visit("howto/patches.html")
     page.locator("article p a.reference:has(code)", has_text="unpatch").first.click()
-    page.wait_for_url("**/reference/patching.html#dmp_wb.unpatch")
+    page.wait_for_url("**/reference/methods.patches.html#dmp_wb.unpatch")
     entry = page.locator("dl", has=page.locator("[id='dmp_wb.unpatch']"))
-    entry.locator("a", has_text="03_patching").first.click()
-    page.wait_for_url("**/03_patching.html#source-patching-unpatch")
-    assert page.locator("#source-patching-unpatch").count() == 1
-    page.locator("article pre a.sphinx-codeautolink-a[href$='reference/dit.html#dmp_wb.DiT']:visible").first.click()
-    page.wait_for_url("**/reference/dit.html#dmp_wb.DiT")
+    entry.locator("a", has_text="methods/07_patches").first.click()
+    page.wait_for_url("**/source/methods/07_patches.html#source-methods-patches-unpatch")
+    assert page.locator("#source-methods-patches-unpatch").count() == 1
+    dit = "article pre a.sphinx-codeautolink-a[href$='reference/models.dit.html#dmp_wb.DiT']:visible"
+    page.locator(dit).first.click()
+    page.wait_for_url("**/reference/models.dit.html#dmp_wb.DiT")
 
 
 def test_dark_mode_toggles_and_stays(visit, url):
-    page = visit("13_viz.html", scheme="light")
+    page = visit("source/look/02_gates.html", scheme="light")
     background = lambda: page.evaluate("getComputedStyle(document.body).backgroundColor")
     light = background()
     for _ in range(3):
@@ -133,21 +134,21 @@ def test_dark_mode_toggles_and_stays(visit, url):
     assert page.evaluate("document.body.dataset.theme") == "dark" and background() != light
     page.goto(url + "index.html")
     assert page.evaluate("document.body.dataset.theme") == "dark", "the choice is lost on another page"
-    dark = visit("13_viz.html", scheme="dark")
+    dark = visit("source/look/02_gates.html", scheme="dark")
     assert (dark.evaluate("getComputedStyle(document.querySelector('.cell_output img')).backgroundColor")
             == "rgb(255, 255, 255)"), "figures are drawn on white"
     shot(dark, "dark")
 
 
 def test_maths_is_typeset_without_a_network(visit):
-    page = visit("concepts/dmp.html" if (SITE / "concepts" / "dmp.html").exists() else "03_patching.html")
+    page = visit("concepts/dmp.html" if (SITE / "concepts" / "dmp.html").exists() else "source/methods/06_prompts.html")
     page.wait_for_selector("mjx-container svg")
     assert page.locator("mjx-container").count() == page.locator(".math").count()
     assert page.locator("mjx-merror").count() == 0
 
 
 def test_phone_has_menu_and_copy_button(visit):
-    page = visit("03_patching.html", "phone")
+    page = visit("source/methods/06_prompts.html", "phone")
     assert not page.locator(".sidebar-drawer").first.evaluate("e => e.getBoundingClientRect().left >= 0")
     page.locator("label[for='__navigation']:visible").first.click()
     page.wait_for_function("document.querySelector('.sidebar-drawer').getBoundingClientRect().left >= 0")

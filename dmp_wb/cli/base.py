@@ -32,7 +32,8 @@ def _version(value: bool):
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_version, is_eager=True, help="Print the version.")] = False,
     plugin: Annotated[list[Path] | None, typer.Option(metavar="FILE", help=(
         "A Python file of yours that registers a method, a metric or the like; may be given several times."))] = None,
 ):

@@ -30,7 +30,8 @@ def evaluate(
         metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
         num_images: Annotated[int, typer.Option(help="Of a run: images to sample.")] = 1000,
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-        guidance_scale: Annotated[float | None, typer.Option(help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
+        guidance_scale: Annotated[float | None, typer.Option(
+        help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
         sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
         num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
         bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
@@ -66,7 +67,8 @@ def evaluate(
 @app.command()
 def guidance(
     run: Annotated[str, typer.Argument(help="A finished run: its name or folder.", autocompletion=_complete_runs)],
-    scales: Annotated[list[float] | None, typer.Argument(help="Guidance scales; 1 is none. Default: 1 1.25 1.5 2 3 4.")] = None,
+    scales: Annotated[list[float] | None, typer.Argument(
+        help="Guidance scales; 1 is none. Default: 1 1.25 1.5 2 3 4.")] = None,
     reference: Annotated[str | None, typer.Option(help="Real images; what the run trained on, if not given.")] = None,
     extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
     metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,

@@ -49,11 +49,12 @@ INCEPTION_BLOCKS = {
     "Mixed_6e": (768, _middle(192)),
     "Mixed_7a": (768, [_tower(_B3, ("_1", 192, 1), ("_2", 320, 3, 2)), _tower(
         "branch7x7x3", ("_1", 192, 1), ("_2", 192, (1, 7)), ("_3", 192, (7, 1)), ("_4", 192, 3, 2)), ["halve"]]),
-    "Mixed_7b": (1280, _late("mean")), "Mixed_7c": (2048, _late("max")),   # the last one's pooling is the network's own peculiarity
+    "Mixed_7b": (1280, _late("mean")), "Mixed_7c": (2048, _late("max")),   # max in the last one: so the network has it
 }
 
 # %% ../../nbs/source/evaluation/02_inception.ipynb #e08aba43
-_POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),   # TensorFlow's mean leaves the padding out
+# as TensorFlow's mean, which leaves the padding out
+_POOLS = {"mean": functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
           "max": functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1),
           "halve": functools.partial(F.max_pool2d, kernel_size=3, stride=2)}
 

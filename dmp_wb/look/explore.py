@@ -354,9 +354,9 @@ class RunExplorer(Explorer):
         for name, m in found.items():
             state = ("files are gone" if m is None else "no such column yet" if not m
                      else f"step {m['step'][-1]}, {self.column.value} {m[self.column.value][-1]:.4g}")
-            rows.append(
-                f"<tr><td style='padding-right:12px'>{html.escape(name)}</td><td "
-                f"style='padding-right:12px'>{html.escape(state)}</td><td>{html.escape(self._measured(name)) if m is not None else ''}</td></tr>")
+            measured = html.escape(self._measured(name)) if m is not None else ""
+            rows.append(f"<tr><td style='padding-right:12px'>{html.escape(name)}</td>"
+                        f"<td style='padding-right:12px'>{html.escape(state)}</td><td>{measured}</td></tr>")
         self.table.value = f"<table style='font-size:12px; line-height:18px'>{''.join(rows)}</table>"
         buffer = io.BytesIO()
         if drawn: viz.training_curves(drawn, self.column.value).savefig(buffer, format="png", dpi=110)

@@ -174,8 +174,10 @@ CARD = """---
 
 # {{ title }}
 
-A patch for a frozen diffusion model, made with dmp_wb: {{ method }} ([Diffusion Model Patching](https://arxiv.org/abs/2405.17825)).
-It fits a **{{ base.class }}**{{ " (`" + base.id + "`)" if base.id else "" }} with {{ base.num_blocks }} blocks and adds {{ parameters }} parameters to it.
+A patch for a frozen diffusion model, made with dmp_wb: {{ method }}
+([Diffusion Model Patching](https://arxiv.org/abs/2405.17825)).
+It fits a **{{ base.class }}**{{ " (`" + base.id + "`)" if base.id else "" }}
+with {{ base.num_blocks }} blocks and adds {{ parameters }} parameters to it.
 
 ```python
 import dmp_wb as wb

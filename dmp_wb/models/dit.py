@@ -217,7 +217,8 @@ def _checked_labels(class_labels, batch_size: int, device: torch.device) -> torc
 
 def _warn_of_pipeline(num_classes: int):
     warnings.warn(f"this DiT has {num_classes} classes: diffusers' DiTPipeline takes class {PIPELINE_NULL_CLASS} for "
-                  f"the null class, which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows", stacklevel=4)
+                  f"the null class, which is {num_classes}, so its guidance is wrong; dmp_wb.sample knows",
+                  stacklevel=4)
 
 # %% ../../nbs/source/models/01_dit.ipynb #713a58d6
 class DiT(ModelMixin, ConfigMixin):

@@ -239,8 +239,8 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
         wait_for_writer(run, GRACE)
         if asked.interrupted and not run.finished:
             step = newest_checkpoint(run.folder)
-            print(f"interrupted; "
-                  f"{f'the newest checkpoint is {step.name}: launch again to go on' if step else 'there is no checkpoint yet'}")
+            newest = f"the newest checkpoint is {step.name}: launch again to go on" if step else "there is none yet"
+            print(f"interrupted; {newest}")
             raise KeyboardInterrupt
         if failed: raise launch_error(tmp, log, start, child.returncode)
     return run
