@@ -58,8 +58,11 @@ def test_every_image_sees_weights_with_the_update_of_its_timestep(inputs, form):
                     rows = slice(block * S, (block + 1) * S)
                     gate = (lora.gate.weight[rows] @ e + lora.gate.bias[rows]).softmax(0)
                 layer.weight += naive_delta(lora, i, t, gate)
-        alone = run(plain, tuple(v[n:n + 1] for v in inputs))
+        one = tuple(v[n:n + 1] for v in inputs)
+        alone = run(plain, one)
         assert torch.allclose(together[n:n + 1], alone, atol=2e-5)
+        assert torch.allclose(run(model, one), alone, atol=2e-5)   # by the acting ranks alone
+        with lora.prepared([t]): assert torch.allclose(run(model, one), alone, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
