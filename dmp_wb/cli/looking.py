@@ -32,8 +32,10 @@ class _Run(typer.core.TyperCommand):
             else: joined.append(a); open_ = False
         return super().parse_args(ctx, joined)
 
+# %% ../../nbs/source/cli/03_looking.ipynb #80094b6e
 _SEPARATOR = "\x1f"
 
+# %% ../../nbs/source/cli/03_looking.ipynb #c15aef95
 @app.command(cls=_Run)
 def run(
         notebook: Annotated[str | None, typer.Argument(help="A notebook file, or the bare name of one in nbs/runs/.",

@@ -114,6 +114,7 @@ def latents(
               + (f"; {skipped} images could not be read and were left out" if skipped else "")
               + f". Train on it with data.name={printable(folder)}")
 
+# %% ../../nbs/source/cli/01_making.ipynb #46349d2d
 @app.command()
 def sample(
         run: Annotated[str, typer.Argument(help="A run folder, or its name.", autocompletion=_complete_runs)],
@@ -165,11 +166,13 @@ def sample(
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
 
+# %% ../../nbs/source/cli/01_making.ipynb #227badd3
 def _share(num_processes: int) -> tuple[int, int]:
     "This process's number and how many there are, as a launcher or `_in_parallel` says."
     if num_processes < 1: raise BadInput(f"--num-processes is {num_processes}: expected at least 1")
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
+# %% ../../nbs/source/cli/01_making.ipynb #21d9ee4e
 def _in_parallel(processes: int):
     """Run this very command line in several processes, each with its number;
     exit with the first status that is not zero. They end when this process does, however that happens (Linux)."""

@@ -48,6 +48,17 @@ class Statistics:
     logits: torch.Tensor | None = None   # [N, K]
 
 # %% ../../nbs/source/evaluation/05_statistics.ipynb #18585d31
+def _features(extractor: Extractor, batch: torch.Tensor, name: str) -> dict[str, torch.Tensor]:
+    "What the extractor gives for a batch, checked."
+    found = extractor(batch)
+    for kind, value in found.items():
+        if value.ndim != 2 or len(value) != len(batch):
+            raise BadInput(f"extractor {extractor.name} gave {kind} of shape {list(value.shape)} for "
+                           f"{len(batch)} images: expected [{len(batch)}, width]")
+        if not value.isfinite().all():
+            raise BadInput(f"extractor {extractor.name} gave NaN or infinite {kind} for {name}")
+    return found
+
 @torch.no_grad()
 def collect(
     images: Images,
@@ -76,13 +87,7 @@ def collect(
             if seen + len(batch) > n:
                 raise BadInput(f"{images.name} are more than {n}: expected as many as were announced")
             lowest = min(lowest, float(batch.min()))
-            found = extractor(batch.to(device))
-            for kind, value in found.items():
-                if value.ndim != 2 or len(value) != len(batch):
-                    raise BadInput(f"extractor {extractor.name} gave {kind} of shape {list(value.shape)} for "
-                                   f"{len(batch)} images: expected [{len(batch)}, width]")
-                if not value.isfinite().all():
-                    raise BadInput(f"extractor {extractor.name} gave NaN or infinite {kind} for {images.name}")
+            found = _features(extractor, batch.to(device), images.name)
             if out.moments is not None: out.moments.update(found["features"])
             if out.spatial is not None: out.spatial.update(found["spatial"])
             if out.score is not None: out.score.update(found["logits"])
