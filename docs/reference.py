@@ -318,7 +318,9 @@ def module_page(module_name: str, module) -> str:
     names = names_of(module)
     entries = [n for n in names if is_entry(getattr(module, n), module)]
     values = [n for n in names if n not in entries]
-    out = [f"# {module_name}", "", f"> {prose(doc)}", "", f"Source notebook: [{title_of(page)}](../{page}.ipynb)", "",
+    # not in the side bar of every page, which a hundred modules would fill: the table of the Python page leads here
+    out = ["---", "orphan: true", "---", "", f"# {module_name}", "", f"> {prose(doc)}", "",
+           f"Source notebook: [{title_of(page)}](../{page}.ipynb)", "",
            f"```{{py:module}} dmp_wb.{module_name}", "```", "", "```{py:currentmodule} None", "```", ""]
     if entries:
         out += [":::{div} names", "", "| name | |", "|---|---|"]
@@ -354,7 +356,7 @@ def reference_index() -> str:
     out += ["", ":::", "", "## Modules", "", ":::{div} names", "", "| module | | source notebook |", "|---|---|---|"]
     out += [f"| [{n}]({n}.md) | {in_cell(prose((m.__doc__ or '').strip()))} | "
             f"[{title_of(source_notebooks()[n])}](../{source_notebooks()[n]}.ipynb) |" for n, m in modules().items()]
-    out += ["", ":::", "", "```{py:module} dmp_wb", "```", "", "```{toctree}", ":hidden:", "", *modules(), "```", ""]
+    out += ["", ":::", "", "```{py:module} dmp_wb", "```", ""]
     return "\n".join(out)
 
 
