@@ -175,13 +175,13 @@ def test_every_public_name_has_an_anchor_and_stands_in_our_inventory():
 
 
 def test_reference_tells_parameters_defaults_errors_and_links_types():
-    page = (SITE / "reference" / "patching.html").read_text(encoding="utf-8")
-    entry = page[page.index('id="dmp_wb.patch"'):page.index('id="dmp_wb.patching.patches_of"')]
+    page = (SITE / "reference" / "methods.dmp.html").read_text(encoding="utf-8")
+    entry = page[page.index('id="dmp_wb.patch"'):page.index('id="dmp_wb.load_patch"')]
     text = re.sub(r"<[^>]+>", "", entry)
     assert ("a supported backbone" in text and "the paper’s settings if None" in text
             and "Raises BadInput if there is a patch of that name already" in text and "Returns PromptPatch" in text)
     assert ("docs.pytorch.org/docs/stable/generated/torch.nn.Module.html" in entry
-            and 'href="settings.html#dmp_wb.DMPConfig"' in entry)
+            and 'href="methods.settings.html#dmp_wb.DMPConfig"' in entry)
 
 
 def test_inventories_are_what_their_list_says():
