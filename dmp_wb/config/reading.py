@@ -143,7 +143,7 @@ def load_experiment(
     kinds = {**leaves(), **{f"methods.{name}": dict for name in methods}}
     values = _referred({k: v for k, v in given.items() if k in kinds and _is_used(k, methods)}, final, kinds)
     exp = _build(Experiment, {**values, "methods": {}})
-    exp.format = CONFIG_FORMAT
+    if exp.format == 1: exp.format = CONFIG_FORMAT
     for name, entry in methods.items():
         settings = {k: values[f"methods.{name}.{k}"] for k in entry.types() if f"methods.{name}.{k}" in values}
         if "num_train_timesteps" in entry.types(): settings["num_train_timesteps"] = exp.schedule.num_train_timesteps

@@ -428,7 +428,7 @@ def test_hub_files_and_card(inputs, tmp_path):
     assert {f.name for f in (tmp_path / "p").iterdir()} == {"README.md", "adapter_config.json",
                                                             "adapter_model.safetensors"}
     card = (tmp_path / "p" / "README.md").read_text()
-    assert (card.startswith("---\n") and "library_name: dmp_wb" in card and "**DiT** with 3 blocks" in card
+    assert (card.startswith("---\n") and "library_name: dmp_wb" in card and "**DiT**\nwith 3 blocks" in card
             and "| `top_k` | `3` |" in card and "gate on the condition" in card)
     wb.unpatch(model)
     assert wb.PromptPatch.from_pretrained(tmp_path / "p", model=model).config == wb.DMPConfig(top_k=3,

@@ -353,7 +353,7 @@ def test_schedule_free_exports_its_own_average_and_resumes(tmp_path, monkeypatch
     (["optim.name=adam"], "unknown optim.name 'adam': did you mean 'adamw'"),
     (["train.log_with=tensorboard,wandb"], "wandb is not installed: pip install wandb"),
     (["train.log_with=tensorbord"], "unknown train.log_with 'tensorbord': did you mean 'tensorboard'"),
-    (["format=2"], "format is 2: expected 1"), (["data.size=16"], "data.size is 16: expected null or 8"),
+    (["format=3"], "format is 3: expected 2"), (["data.size=16"], "data.size is 16: expected null or 8"),
     (["data.name=./nowhere"], "there is no such folder"),
 ])
 def test_mistakes_write_nothing(settings, match, tmp_path, monkeypatch):
@@ -364,8 +364,8 @@ def test_mistakes_write_nothing(settings, match, tmp_path, monkeypatch):
 
 
 def test_a_config_of_another_format_is_named_before_its_keys(tmp_path):
-    (tmp_path / "new.yaml").write_text("format: 2\nsomething: new\n")
-    with pytest.raises(BadInput, match="new.yaml is of config format 2: expected 1"):
+    (tmp_path / "new.yaml").write_text("format: 3\nsomething: new\n")
+    with pytest.raises(BadInput, match="new.yaml is of config format 3: expected 2 or 1"):
         wb.load_experiment(tmp_path / "new.yaml")
 
 
