@@ -36,8 +36,8 @@ SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_head
 # what is done to its job meanwhile does not depend on the machine
 NOTEBOOK = '''
 import time
-import dmp_wb as wb, dmp_wb.training as training
-from dmp_wb.runs import here, listed
+import dmp_wb as wb, dmp_wb.training.loop as training
+from dmp_wb.batch.notebook import here, listed
 exp = wb.load_experiment(experiment, listed(overrides))
 folder = here("", "run")
 append = training.append_row
