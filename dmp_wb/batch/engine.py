@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUN_VARIABLE', 'PROGRESS_FILE', 'LOG_FILE', 'bar_in', 'TerminalBars', 'ProgressFile', 'death', 'note_death',
-           'Stopped', 'LiveRun', 'RunNotebooks']
+           'Stopped', 'LiveRun', 'environment', 'RunNotebooks']
 
 # %% ../../nbs/source/batch/03_engine.ipynb #44cf2eee
 import functools
@@ -153,8 +153,8 @@ def _signals(client: LiveRun, interrupts: bool):
         for number, handler in before.items(): signal.signal(number, handler)
 
 @contextmanager
-def _environment(**variables: str):
-    "Environment variables for the kernel that is started inside the block."
+def environment(**variables: str):
+    "Inside, these environment variables are set, for a process that is started there; afterwards as before."
     before = {k: os.environ.get(k) for k in variables}
     os.environ.update(variables)
     try: yield
@@ -172,7 +172,7 @@ def _execute(client: LiveRun, notebook, interrupts: bool):
     output = notebook.metadata.papermill.get("output_path")
     try:
         with (_signals(client, interrupts),
-              _environment(**passive_waiting(),
+              environment(**passive_waiting(),
                            **({RUN_VARIABLE: str(Path(output).resolve().parent)} if output else {}))):
             try: client.execute()
             except DeadKernelError:   # raised for a question at the end; the cell has the error already

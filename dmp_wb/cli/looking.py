@@ -138,18 +138,13 @@ def _absolute(given: str) -> str:
 @contextlib.contextmanager
 def _same_places():
     "Inside, a kernel with another working folder finds the runs, the weights and the packages that this process finds."
+    from dmp_wb.batch.engine import environment
     from dmp_wb.core.paths import assets_folder, foreign, project_root, runs_root
     paths = [str(Path(p).resolve()) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     if assets_folder().parent.parent == Path.cwd(): paths.append(str(Path.cwd()))
     given = {"DMP_WB_RUNS": str(runs_root().resolve()), **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {}),
              **({} if foreign(project_root()) else {"DMP_WB_PROJECT": str(project_root())})}
-    before = {k: os.environ.get(k) for k in given}
-    os.environ.update(given)
-    try: yield
-    finally:
-        for k, v in before.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
+    with environment(**given): yield
 
 @app.command()
 def compare(

@@ -103,6 +103,12 @@ class PromptTuningConfig(DMPConfig):
 # of masks; `register_mask` adds more
 KINDS: dict[str, Any] = {"dtr": "dmp_wb.methods.masks:SlidingMask", "random": "dmp_wb.methods.masks:RandomMask"}
 
+def _share_of(channels: int, sharing_ratio: float) -> int:
+    "The whole channels of a share; raises `BadInput` if that leaves none."
+    kept = int(channels * sharing_ratio)
+    if kept < 1: raise BadInput(f"sharing_ratio is {sharing_ratio}: expected one that leaves a channel of {channels}")
+    return kept
+
 @dataclass
 class DTRConfig:
     "Hyper-parameters of a route (2310.07138, section 4)."
@@ -135,10 +141,7 @@ class DTRConfig:
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."
-        kept = int(channels * self.sharing_ratio)
-        if kept < 1:
-            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
-        return kept
+        return _share_of(channels, self.sharing_ratio)
 
 # %% ../../nbs/source/methods/00_settings.ipynb #0d177f02
 def _number(config, key: str, low: float, high: float = math.inf, above: bool = False):
@@ -184,10 +187,7 @@ class LearnedMaskConfig:
 
     def kept_channels(self, channels: int) -> int:
         "C_β = ⌊βC⌋; raises `BadInput` if that leaves none."
-        kept = int(channels * self.sharing_ratio)
-        if kept < 1:
-            raise BadInput(f"sharing_ratio is {self.sharing_ratio}: expected one that leaves a channel of {channels}")
-        return kept
+        return _share_of(channels, self.sharing_ratio)
 
 # %% ../../nbs/source/methods/00_settings.ipynb #98fc4467
 @dataclass

@@ -97,8 +97,8 @@ def put_methods(model: nn.Module, exp: Experiment):
     for name in methods_of(model):
         there = method_entry(name.split(" ")[0])
         if there.name in exp.methods or there.freezes and any(method_entry(other).freezes for other in exp.methods):
-            wanted = there.name if there.name in exp.methods else next(n
-                                                                       for n in exp.methods if method_entry(n).freezes)
+            freezing = [other for other in exp.methods if method_entry(other).freezes]
+            wanted = there.name if there.name in exp.methods else freezing[0]
             raise BadInput(f"base {exp.base} has the method {there.name} already, which stays on it: expected a base "
                            f"without it, or an experiment without {wanted}")
     before = list(methods_of(model))
