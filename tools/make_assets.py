@@ -17,7 +17,8 @@ from dmp_wb.core.paths import assets_folder
 from dmp_wb.evaluation.features import train_digit_classifier, train_fashion_classifier
 
 
-CLASSIFIERS = {"digits-classifier": (train_digit_classifier, 360), "fashion-classifier": (train_fashion_classifier, 10_000)}
+CLASSIFIERS = {"digits-classifier": (train_digit_classifier, 360),
+               "fashion-classifier": (train_fashion_classifier, 10_000)}
 
 
 def classifier(name: str):

@@ -13,8 +13,8 @@ import dmp_wb as wb
 from dmp_wb.core.paths import project_root
 from dmp_wb.look import viz
 
-SETTINGS = dict(class_labels=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], guidance_scale=1.5, sampler="dpmsolver++", num_inference_steps=25,
-                seed=0, quiet=True)
+SETTINGS = dict(class_labels=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], guidance_scale=1.5, sampler="dpmsolver++",
+                num_inference_steps=25, seed=0, quiet=True)
 base, patched = wb.load_model("digits-base"), wb.load_model("digits-slanted")
 rows = {"base": wb.sample(base, **SETTINGS), "with patch": wb.sample(patched, **SETTINGS)}
 t = torch.arange(0, 1000, 5)

@@ -78,7 +78,7 @@ def dinov2(model: str | None) -> VisionFeatures: return VisionFeatures("dinov2",
 def clip(model: str | None) -> VisionFeatures: return VisionFeatures("clip", model)
 
 def load_extractor(
-        # digits, fashion, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or a network of your own
+        # digits, fashion, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or your own network
         extractor: str | nn.Module = "digits",
         device: str | torch.device = "auto",   # "auto": the GPU if there is one
 ) -> Extractor:

@@ -3,8 +3,6 @@ digits with and without the patch, paired by seed, with 95 % intervals over the 
 
     python tools/fashion/measure_slanted.py    # writes nbs/experiments/digits-slanted.json
 """
-import torch
-
 import dmp_wb as wb
 from dmp_wb.core.files import write_json
 from dmp_wb.core.paths import project_root
@@ -28,5 +26,5 @@ for scale in (1.0, 1.5):
         rows.append({"model": name, "guidance_scale": scale, "read_as_asked": classifier_accuracy(images, labels)})
 upright = frechet_bootstrap({"upright digits": real["upright"]}, real["slanted"], rounds=200)["upright digits"]
 write_json(project_root() / "nbs" / "experiments" / "digits-slanted.json",
-           {"samples": N, "sampler": "dpmsolver++", "num_inference_steps": 25, "sampling_seed": SEED, "training_seeds": 1,
-            "upright_digits_to_slanted": upright, "rows": rows})
+           {"samples": N, "sampler": "dpmsolver++", "num_inference_steps": 25, "sampling_seed": SEED,
+            "training_seeds": 1, "upright_digits_to_slanted": upright, "rows": rows})
