@@ -63,10 +63,12 @@ def start_cpu_processes(argv: list[str]):
     place, machines = [os.environ.pop(name) for name in ("MASTER_ADDR", "MASTER_PORT")], int(given("num_machines") or 1)
     if machines > 1:
         if int(n) % machines:
-            raise BadInput(f"num_processes is {n}: expected a multiple of num_machines {machines}, it counts those of all")
+            raise BadInput(
+                f"num_processes is {n}: expected a multiple of num_machines {machines}, it counts those of all")
         conf = given("rdzv_conf")
         os.execv(sys.executable, [
-            *torchrun, "--nnodes", str(machines), "--node_rank", given("machine_rank") or "0", "--master_addr", place[0],
+            *torchrun, "--nnodes", str(machines), "--node_rank", given("machine_rank") or "0", "--master_addr",
+            place[0],
             "--master_port", place[1], *(["--rdzv_conf", conf] if conf else []),
             "--nproc_per_node", str(int(n) // machines), "-m", "dmp_wb.training", *argv])
     if "PET_RDZV_ENDPOINT" not in os.environ:   # `launch` sets it to a file that it removes

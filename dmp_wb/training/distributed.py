@@ -251,7 +251,8 @@ def lost_processes():
         lost = isinstance(e, torch.distributed.DistError) or _GONE.search(str(e))
         if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not lost: raise
         said = " ".join(str(e).split())[:160]
-        raise LostProcess(f"another process of the training is gone or does not answer ({said}): expected all; start them "
+        raise LostProcess(f"another process of the training is gone or does not answer ({said}): expected all; start "
+                          "them "
                           "again to go on from the newest checkpoint") from e
 
 # %% ../../nbs/source/training/00_distributed.ipynb #cfaebd27

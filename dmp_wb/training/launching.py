@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['OTHER_LAUNCHERS', 'accelerate_config', 'usable_gpus', 'launch_processes', 'launch_command', 'launch_error',
-           'kill_all', 'wait_for_writer', 'first_cause', 'launch']
+           'kill_all', 'wait_for_writer', 'first_cause', 'call_others', 'follow', 'launch']
 
 # %% ../../nbs/source/training/09_launching.ipynb #60db591d
 import contextlib
 import dataclasses
 import os
 import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,9 @@ from ..store.run import Run
 from dmp_wb.training.distributed import (
     file_rendezvous, GRACE, LAUNCH_VARIABLE, LAUNCHER_FILE, LostProcess, PROCESSES_VARIABLE,
 )
-from .machines import here, Link, MACHINE_TIMEOUT, Machines, machines_of, meet
+from dmp_wb.training.machines import (
+    FOLLOW_VARIABLE, here, Link, MACHINE_TIMEOUT, Machines, machines_of, meet,
+)
 from .safety import asked_to_stop
 from dmp_wb.training.setup import (
     absolute_paths, check_folder, new_run, nothing_to_do, room_for, share_of_batch,
@@ -92,8 +95,9 @@ def launch_processes(
     ids = str(getattr(config, "gpu_ids", None) or "all").replace(" ", "") if gpus else "all"
     if ids != "all":
         if n > len(set(ids.split(","))) * machines:
-            raise BadInput(f"num_processes is {n}: expected at most {len(set(ids.split(',')))}{each}, the gpu_ids {ids} of "
-                           f"{name}")
+            raise BadInput(
+                f"num_processes is {n}: expected at most {len(set(ids.split(',')))}{each}, the gpu_ids {ids} of "
+                f"{name}")
         missing = [i for i in ids.split(",") if i.isdecimal() and int(i) >= gpus]
         if missing and not os.environ.get("CUDA_VISIBLE_DEVICES"):
             raise BadInput(f"gpu_ids is {ids} in {name}: expected numbers below {gpus}, the GPUs of this machine")
@@ -112,7 +116,8 @@ def launch_command(
     A config file that speaks of one process must not make one of several."""
     several = ["--multi_gpu"] if n > 1 and gpus and _kind(config) == "NO" else []
     # torchrun then listens nowhere
-    meeting = ["--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file", "--num_machines", "1", "--main_process_port", "0"]
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_conf", "store_type=file", "--num_machines", "1", "--main_process_port",
+               "0"]
     if machines is not None:
         meeting = ["--rdzv_backend", "static", "--rdzv_conf", f"timeout={max(1, round(machines.timeout))}",
                    "--num_machines", str(machines.count), "--machine_rank", str(machines.rank),
@@ -177,6 +182,15 @@ def _meet(machines: Machines, exp: Experiment, n: int) -> Link:
           f"machine {machines.rank} of {machines.count}: {link.peers[0].name} writes the run", flush=True)
     return link
 
+def _see_folder(link: Link, run: Run, seconds: float = 10.0):
+    end = time.monotonic() + seconds   # machine 0 has made it; a network disk may be slow to show it
+    while not run.folder.is_dir():
+        if time.monotonic() > end:
+            raise BadInput(
+                f"{here()} does not see the run folder {run.folder} of {link.peers[0].name}: expected a folder "
+                "that all machines share")
+        time.sleep(0.2)
+
 def first_cause(
     link: Link,
     error: Exception | None,   # how the launch ended on this machine
@@ -198,22 +212,47 @@ def first_cause(
     else: link.end(str(error), "BadInput" if isinstance(error, BadInput) else type(error).__name__)
     return error
 
+# %% ../../nbs/source/training/09_launching.ipynb #c0a90006
+def call_others(
+    file: str | Path,
+    exp: Experiment,
+    machines: Machines,
+    num_processes: int,
+    folder: Path,
+    config_file: str | Path | None,
+):
+    "Write down a call of `launch`, for `follow` on the other machines."
+    write_json(file, {"id": secrets.token_hex(8), "experiment": to_yaml(exp), "num_processes": num_processes,
+                      "folder": str(folder), "config_file": None if config_file is None else str(config_file),
+                      "num_machines": machines.count, "main_process_ip": machines.address,
+                      "main_process_port": machines.port, "machine_timeout": machines.timeout})
+
+def follow(
+    file: str | Path,   # as `call_others` wrote it
+    rank: int,          # of this machine
+) -> Run:
+    "Launch on this machine what another one, machine 0, launches."
+    call = {k: v for k, v in read_json(file).items() if k != "id"}
+    with tempfile.TemporaryDirectory(prefix="dmp-wb-follow-") as tmp:
+        exp = load_experiment(write_atomic(Path(tmp) / "experiment.yaml", call.pop("experiment")))
+    return launch(exp, machine_rank=rank, **call)
+
 # %% ../../nbs/source/training/09_launching.ipynb #6c98c3dd
 # variables with these beginnings are of what started the notebook, srun or mpirun
 OTHER_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
                    "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "MV2_")
 
 def launch(
-    experiment: str | Path | Experiment,          # a YAML file, the bare name of one, or an `Experiment`
-    overrides: list[str] | tuple[str, ...] = (),  # "optim.lr=2e-4", …
-    num_processes: int | None = None,             # as `config_file` says, else one for each GPU, else 1
-    folder: str | Path | None = None,             # the run folder; `runs/<name>` if None
-    config_file: str | Path | None = None,        # of accelerate: FSDP2, DeepSpeed, some of the GPUs
-    num_machines: int | None = None,              # each with a launch of its own; as Slurm or `config_file` says, else 1
-    machine_rank: int | None = None,              # of this machine; 0 writes the run's files
-    main_process_ip: str | None = None,           # of machine 0, as the others reach it
-    main_process_port: int | None = None,         # on it; 29500
-    machine_timeout: float = MACHINE_TIMEOUT,     # seconds in which a machine has to come, or to be heard of
+        experiment: str | Path | Experiment,   # a YAML file, the bare name of one, or an `Experiment`
+        overrides: list[str] | tuple[str, ...] = (),   # "optim.lr=2e-4", …
+        num_processes: int | None = None,   # as `config_file` says, else one for each GPU, else 1
+        folder: str | Path | None = None,   # the run folder; `runs/<name>` if None
+        config_file: str | Path | None = None,   # of accelerate: FSDP2, DeepSpeed, some of the GPUs
+        num_machines: int | None = None,   # each with a launch of its own; as Slurm or `config_file` says, else 1
+        machine_rank: int | None = None,   # of this machine; 0 writes the run's files
+        main_process_ip: str | None = None,   # of machine 0, as the others reach it
+        main_process_port: int | None = None,   # on it; 29500
+        machine_timeout: float = MACHINE_TIMEOUT,   # seconds in which a machine has to come, or to be heard of
 ) -> Run:
     """Train in processes that `accelerate launch` starts on this
     machine, and return the run, as `train` does in this process.
@@ -237,9 +276,16 @@ def launch(
         return run
     if machines is None or machines.rank == 0:
         with run_lock(run.folder): pass   # whoever else writes it is told now
+    if machines and machines.rank == 0 and (file := os.environ.get(FOLLOW_VARIABLE)):
+        call_others(file, exp, machines, n, run.folder, config_file)
     link = None if machines is None else _meet(machines, exp, n)
     with room_for(run), tempfile.TemporaryDirectory(prefix="dmp-wb-launch-") as tmp:
-        return _launch(exp, run, n, config_file, Path(tmp), link)
+        try:
+            if link: _see_folder(link, run)
+            return _launch(exp, run, n, config_file, Path(tmp), link)
+        except BaseException as e:
+            if link: link.end(str(e) or type(e).__name__, "BadInput" if isinstance(e, BadInput) else type(e).__name__)
+            raise
 
 # %% ../../nbs/source/training/09_launching.ipynb #c0a90001
 def _command_and_environment(exp: Experiment, run: Run, n: int, config_file: str | Path | None, tmp: Path,
@@ -252,7 +298,9 @@ def _command_and_environment(exp: Experiment, run: Run, n: int, config_file: str
            | {LAUNCH_VARIABLE: str(tmp), PROCESSES_VARIABLE: str(n), PROGRESS_VARIABLE: str(tmp / "progress.json"),
               "PYTHONUNBUFFERED": "1"})
     if link is None: env |= file_rendezvous(tmp / "rendezvous")
-    elif interface := link.interface: env.setdefault("GLOO_SOCKET_IFNAME", interface)   # a host's own name may be loopback
+    elif interface := link.interface:
+        # a host's own name may be loopback
+        env.setdefault("GLOO_SOCKET_IFNAME", interface)
     if not gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""
         share = n // (machines.count if machines else 1)
