@@ -345,7 +345,8 @@ def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
             yield folder, names
             continue
         files, folders = _listed(os.path.join(root, folder))
-        begin, found = 0, []
+        begin = 0
+        found: list[tuple[str, list[str] | None, str, frozenset]] = []
         for name, link in folders:
             inner = f"{folder}/{name}" if folder else name
             place = os.path.realpath(os.path.join(root, inner)) if link else os.path.join(real, name)
