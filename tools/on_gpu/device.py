@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
 
 # operations a second in bfloat16 without sparsity, by a piece of the device's name; the first that fits
 PEAKS = {"H200 NVL": 835e12, "H200": 989e12, "GH200": 989e12, "H100 NVL": 835e12, "H100 PCIE": 756e12, "H100": 989e12,
@@ -30,6 +31,8 @@ class Device:
             sys.path.insert(0, str(SECOND_DEVICE))
             import second_device
             self.second = second_device
+            # accelerate looks for the kinds of devices that it knows, and takes the CPU otherwise
+            PartialState.default_device = property(lambda state: torch.device("emu:0"))
         self.device = torch.device(kind if kind == "cpu" else f"{kind}:0")
         self.name = torch.cuda.get_device_name() if kind == "cuda" else {"cpu": "CPU", "emu": "second device"}[kind]
         self.peak = peak_of(self.name) if kind == "cuda" else None
@@ -45,6 +48,13 @@ class Device:
                       "compute_capability": f"{p.major}.{p.minor}", "cuda": torch.version.cuda,
                       "cudnn": torch.backends.cudnn.version()}
         return found
+
+    def forget_accelerator(self, expected: str | None = None):
+        "accelerate remembers the device of the training before; an error if that was not on the expected kind."
+        where = PartialState._shared_state.get("device")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        if expected is not None and where is not None and where.type != expected:
+            raise AssertionError(f"the training ran on {where.type}: expected {expected}")
 
     def synchronize(self):
         if self.cuda: torch.cuda.synchronize()

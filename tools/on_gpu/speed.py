@@ -60,7 +60,10 @@ class Bench:
             batch, f"train.mixed_precision={self.precision}", f"train.compile={str(compile).lower()}",
             f"train.cpu={str(self.here.kind == 'cpu').lower()}", *([] if kind == "dmp" else sizes)))
         window = self.window()
-        try: stepping.take_steps(exp, self.images, self.labels, self.classes, window)
+        self.here.forget_accelerator()
+        try:
+            stepping.take_steps(exp, self.images, self.labels, self.classes, window)
+            self.here.forget_accelerator(self.here.kind)
         finally: window.close()
         return window
 
