@@ -327,6 +327,7 @@ def test_the_script_of_the_page_over_two_nodes(slurm, log, runs_folder, tmp_path
         at = int(newest_checkpoint(folder).name.removeprefix("step-"))
         assert at == steps(folder)[-1] and "stopped by a signal" in said.read_text()
         steps_file.write_text(str(at + 5))
+        time.sleep(3)   # nodes refuse a job that is started again in the second in which it has ended
         back_in_the_queue(job)
         until(lambda: Run(folder).finished and job_states([job])[job] in OVER)
     finally: log(said.read_text() if said.exists() else "no output")
