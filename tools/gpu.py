@@ -13,7 +13,6 @@ All parts run in one process, which this one watches: where a part takes the pro
 on with the next part.
 """
 import argparse
-import contextlib
 import json
 import os
 import subprocess
@@ -25,6 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT)]
+
+from dmp_wb.core.processes import kill_all  # noqa: E402
+
 STUCK = 150   # seconds after which a check is taken for stuck
 
 
@@ -57,7 +59,6 @@ def failure(e: BaseException) -> dict:
 
 def work(args):
     "The process that does the parts, beginning with number `args.first`."
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
     folder = Path(args.worker)
     here = Here(None, folder, args)
@@ -152,7 +153,7 @@ class Watch:
             child = self.start()
             began_at = self.next
             try: self.follow(child)
-            finally: end_family(child)
+            finally: kill_all(child)
             self.take()
             if self.ended or self.none: return
             if time.time() >= self.args.deadline: return self.out_of_time()
@@ -165,7 +166,7 @@ class Watch:
             time.sleep(0.1)
             self.take()
             if self.running and self.running["kind"] == "check" and time.time() - self.running["begun"] > STUCK:
-                end_family(child)
+                kill_all(child)
                 self.take()
                 return self.lost(f"it was stuck for {STUCK} s")
 
@@ -175,16 +176,6 @@ class Watch:
         if running and running["kind"] == "check": self.found["check"][-1]["status"] = "skipped"
         for number, kind, name in self.names[self.next:]:
             self.outcome(kind, {"number": number, "name": name, "status": "skipped", "why": "the budget is spent"})
-
-
-def end_family(child: subprocess.Popen):
-    "SIGKILL to a process of ours and all that it started."
-    import psutil
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in [*psutil.Process(child.pid).children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess): process.kill()
-    child.kill()
-    child.wait()
 
 
 def report_of(watch: Watch, args, begun: float) -> dict:

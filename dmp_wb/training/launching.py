@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OTHER_LAUNCHERS', 'accelerate_config', 'usable_gpus', 'launch_processes', 'launch_command', 'launch_error',
-           'kill_all', 'wait_for_processes', 'wait_for_writer', 'first_cause', 'call_others', 'follow', 'launch']
+           'wait_for_processes', 'wait_for_writer', 'first_cause', 'call_others', 'follow', 'launch']
 
 # %% ../../nbs/source/training/09_launching.ipynb #60db591d
 import contextlib
@@ -20,7 +20,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 
@@ -28,7 +27,7 @@ from ..config import Experiment, load_experiment, to_yaml
 from ..core.errors import BadInput, MissingFile
 from ..core.files import flat, open_to_append, read_json, write_atomic, write_json
 from ..core.paths import expanded, safe_path, short
-from ..core.processes import process_alive, process_identity
+from ..core.processes import kill_all, process_alive, process_identity
 from ..core.bars import mirror, PROGRESS_VARIABLE, read_progress
 from ..store.checkpoints import newest_checkpoint, run_lock
 from ..store.run import Run
@@ -155,15 +154,6 @@ def launch_error(
     return RuntimeError(f"accelerate launch ended with status {status}: {last[:300]} (log: {short(log)})")
 
 # %% ../../nbs/source/training/09_launching.ipynb #acd80766
-def kill_all(child: subprocess.Popen):
-    "SIGKILL to a process and all that it started."
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(child.pid).children(recursive=True)
-        child.kill()
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess): process.kill()
-    child.wait()
-
 def wait_for_processes(
     folder: Path,     # of the launch, where each process that it started has written down which it is
     seconds: float,
