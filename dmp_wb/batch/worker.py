@@ -28,7 +28,7 @@ from .slurm import queue_again
 from .state import FAILED, read_state, RUNNING, RunState, STOPPED, WAITING, write_state
 from ..core.errors import BadInput, printable
 from ..core.files import open_to_append, read_json, write_json
-from ..core.paths import passive_waiting, safe_path
+from ..core.paths import safe_path
 from ..core.processes import locked, process_alive
 from ..training.machines import FOLLOW_VARIABLE
 
@@ -42,7 +42,6 @@ def job_id() -> str:
 def warm(notebook: Path):
     """Import what a notebook uses of this package, torch and diffusers
     with it, so that every kernel forked from now on has it."""
-    os.environ.update(passive_waiting())   # torch is imported here, for all kernels
     # asking whether there is a GPU must not start CUDA before the fork
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # as ipykernel does, but before matplotlib is imported

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import BadInput, one_line_errors, printable
-from ..core.paths import expanded, passive_waiting
+from ..core.paths import expanded
 from .base import _at_least, _begin, _check_measure, _check_runs, _complete_named, _complete_runs, app
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
@@ -207,6 +207,5 @@ def compare(
 # %% ../../nbs/source/cli/03_looking.ipynb #d48bf820
 def main():
     "The command line; `BadInput` becomes one line."
-    os.environ.update(passive_waiting())
     os.environ["DMP_WB_COMMAND"] = shlex.join(["dmp-wb", *sys.argv[1:]])   # for the page of a run that fails
     with one_line_errors(): app()

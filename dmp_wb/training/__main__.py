@@ -16,7 +16,6 @@ import psutil
 
 from ..config import load_experiment
 from ..core.errors import BadInput, one_line_errors
-from ..core.paths import passive_waiting
 
 # %% ../../nbs/source/training/07_command.ipynb #c0aa0001
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -83,7 +82,6 @@ def start_cpu_processes(argv: list[str]):
 def main(argv: list[str] | None = None):
     "`python -m dmp_wb.training EXPERIMENT.yaml [key=value …]`"
     args = arguments(argv)
-    os.environ.update(passive_waiting())
     import torch
 
     from dmp_wb.training.distributed import launched, lost_processes
