@@ -124,10 +124,11 @@ class ExtractorEntry:
     name: str
     make: Any                  # (what is after the colon, or None) → a network
     takes: str | None = None   # what is after the colon, in words; None: nothing is
+    ships: bool = False        # whether its weights come with the package
 
 EXTRACTORS: dict[str, ExtractorEntry] = {e.name: e for e in (
-    ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures"),
-    ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures"),
+    ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures", ships=True),
+    ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures", ships=True),
     ExtractorEntry("inception", "dmp_wb.evaluation.inception:InceptionFeatures", "file"),
     ExtractorEntry("dinov2", "dmp_wb.evaluation.extractors:dinov2", "folder or hub id"),
     ExtractorEntry("clip", "dmp_wb.evaluation.extractors:clip", "folder or hub id"))}

@@ -18,7 +18,7 @@ from ..core.errors import BadInput, unknown, whole_number
 from ..core.registries import EXTRACTORS, loaded
 from ..data.sources import digits
 from .distances import frechet_distance
-from .features import digit_classifier, Extractor, ModuleFeatures
+from .features import accuracy_of, digit_classifier, Extractor, ModuleFeatures
 from ..methods.registry import load_plugins
 from ..methods.weights import fingerprint
 from ..store.run import usual_device
@@ -94,8 +94,7 @@ def load_extractor(
         entry = EXTRACTORS[name]
         if weights and entry.takes is None:
             raise BadInput(f"extractor is {extractor!r}: expected {name}, "
-                           + ("whose weights ship with the package" if name in ("digits", "fashion")
-                              else "with nothing after it"))
+                           + ("whose weights ship with the package" if entry.ships else "with nothing after it"))
         make = loaded(entry.make)
         extractor = make() if entry.takes is None else make(weights or None)
     return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(place)
@@ -124,9 +123,7 @@ def classifier_accuracy(
 ) -> float: # 0…1
     "Share of samples that the shipped classifier reads as the class they were asked to show."
     if len(images) != len(labels): raise BadInput(f"{len(images)} images and {len(labels)} labels: expected as many")
-    model, labels = digit_classifier().to(images.device), torch.as_tensor(labels)
-    return float(
-        (torch.cat([model(part).argmax(1) for part in images.split(512)]) == labels.to(images.device)).float().mean())
+    return accuracy_of(digit_classifier().to(images.device), images, torch.as_tensor(labels).to(images.device))
 
 # %% ../../nbs/source/evaluation/03_extractors.ipynb #0a0b7c7e
 def evaluate_digits(

@@ -102,11 +102,14 @@ def train_digit_classifier(
     fit_classifier(model, data.images[fit], data.labels[fit], g, epochs, batch_size=64, noise=0.1)
     return model, accuracy_of(model, data.images[held_out], data.labels[held_out])
 
-def digit_classifier() -> DigitClassifier:
-    "The classifier that ships with the package, in eval mode."
-    model = DigitClassifier()
-    model.load_state_dict(load_file(assets_folder() / "digits-classifier" / "model.safetensors"))
+def _shipped(model: nn.Module, name: str) -> Any:
+    "A classifier with the weights that ship, in eval mode."
+    model.load_state_dict(load_file(assets_folder() / name / "model.safetensors"))
     return model.eval().requires_grad_(False)
+
+def digit_classifier() -> DigitClassifier:
+    "The classifier of digits that ships with the package, in eval mode."
+    return _shipped(DigitClassifier(), "digits-classifier")
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #6b188aa3
 class FashionClassifier(nn.Module):
@@ -141,9 +144,7 @@ def train_fashion_classifier(
 
 def fashion_classifier() -> FashionClassifier:
     "The classifier of clothes that ships with the package, in eval mode."
-    model = FashionClassifier()
-    model.load_state_dict(load_file(assets_folder() / "fashion-classifier" / "model.safetensors"))
-    return model.eval().requires_grad_(False)
+    return _shipped(FashionClassifier(), "fashion-classifier")
 
 # %% ../../nbs/source/evaluation/01_features.ipynb #03ed6a78
 class Extractor(nn.Module):
