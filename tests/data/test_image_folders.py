@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from benchmarks.data import plain_crop
 from test_data import encoded, equal, folder_config, models, no_hub, noise_image, on_its_side, photos, saved  # noqa: F401
 
 from dmp_wb.data import images as data_images
@@ -19,15 +20,6 @@ from dmp_wb.data.sources import digits, ImageData
 
 
 # --- pixels
-
-def plainly_cropped(image, size):
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
 
 def mosaic(rng, width, height, mode, hard):
     pixels = rng.integers(0, 256, (height, width, len(mode)), dtype=np.uint8)
@@ -42,7 +34,7 @@ def test_a_crop_has_the_pixels_of_resizing_everything(mode):
     shapes += [(w, int(w * f) + 1) for w in range(20, 140, 7) for f in (1, 1.2, 1.4, 1.5, 1.6)]
     for n, (width, height) in enumerate(shapes):
         image, size = mosaic(rng, width, height, mode, n % 3 == 0), int(rng.integers(1, 90))
-        assert centre_crop(image, size) == plainly_cropped(image, size), (image.size, size)
+        assert centre_crop(image, size) == plain_crop(image, size), (image.size, size)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
