@@ -127,6 +127,11 @@ def launch_command(
             *(["--config_file", str(config_file)] if config_file else [])]
 
 # %% ../../nbs/source/training/09_launching.ipynb #5ac6a808
+# errors of other processes and machines that are raised here as what they were; all others are a RuntimeError
+_TOLD = {"BadInput": BadInput, "FloatingPointError": FloatingPointError}
+
+def _kind_of(error: BaseException) -> str: return "BadInput" if isinstance(error, BadInput) else type(error).__name__
+
 def launch_error(
     folder: Path,  # of the launch
     log: Path,
@@ -138,7 +143,7 @@ def launch_error(
     lost = [e for e in found if e["type"] == LostProcess.__name__]   # what follows when another process ends
     if errors := [e for e in found if e not in lost]:
         first = errors[0]
-        kind = {"BadInput": BadInput, "FloatingPointError": FloatingPointError}.get(first["type"])
+        kind = _TOLD.get(first["type"])
         return kind(f"{first['message']} (log: {short(log)})") if kind else RuntimeError(
             f"process {first['rank']} failed: {first['type']}: {first['message']} (log: {short(log)})")
     text = log.read_bytes()[start:].decode(errors="replace")
@@ -207,11 +212,10 @@ def first_cause(
         step = newest_checkpoint(run.folder)
         more = "" if run.finished else ("; launch again on every machine to go on from "
                                         + (step.name if step else "the beginning, there is no checkpoint yet"))
-        error = {"BadInput": BadInput, "FloatingPointError": FloatingPointError}.get(link.kind, RuntimeError)(
-            f"{link.trouble}{more}")
+        error = _TOLD.get(link.kind, RuntimeError)(f"{link.trouble}{more}")
         link.end()
     elif error is None: link.end()
-    else: link.end(str(error), "BadInput" if isinstance(error, BadInput) else type(error).__name__)
+    else: link.end(str(error), _kind_of(error))
     return error
 
 # %% ../../nbs/source/training/09_launching.ipynb #c0a90006
@@ -286,7 +290,7 @@ def launch(
             if link: _see_folder(link, run)
             return _launch(exp, run, n, config_file, Path(tmp), link)
         except BaseException as e:
-            if link: link.end(str(e) or type(e).__name__, "BadInput" if isinstance(e, BadInput) else type(e).__name__)
+            if link: link.end(str(e) or type(e).__name__, _kind_of(e))
             raise
 
 # %% ../../nbs/source/training/09_launching.ipynb #c0a90001
