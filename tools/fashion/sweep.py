@@ -1,9 +1,9 @@
 """The comparisons of issue 16, one job after the other;
 what has its file in results/ is not done again, so it may be killed and started at any time.
 
-    python long/sweep.py            # all jobs whose needs are met, then waits for the base;
+    python tools/fashion/sweep.py            # all jobs whose needs are met, then waits for the base;
     several processes may run beside each other
-    python long/sweep.py --list     # the jobs, in order, and how they stand
+    python tools/fashion/sweep.py --list     # the jobs, in order, and how they stand
 """
 import fcntl
 import sys
@@ -12,16 +12,17 @@ import traceback
 from pathlib import Path
 
 import torch
-from classifier import fashion
 from lora import lora_at, train_lora
-from tools import at_step, by_timestep, features, figures, frechet_distance, known, note, real, sampled, test_loss
+from tools import (
+    at_step, by_timestep, fashion, features, figures, frechet_distance, known, note, real, sampled, test_loss,
+)
 
 import dmp_wb as wb
 from dmp_wb.checkpoints import Run, load_model
 from dmp_wb.config import load_experiment
 from dmp_wb.core import seed_of
 
-BASE, HERE = Path("runs/fashion-base"), Path("long/experiments")
+BASE, HERE = Path("runs/fashion-base"), Path(__file__).parent / "experiments"
 SEARCH_SEED, SEEDS = 101, (1, 2, 3)
 TUNE_STEPS, TUNE_KEEP = 1000, (250, 500, 1000)   # 64,000 images, one epoch, for every method
 SCRATCH_STEPS, SCRATCH_KEEP = 3000, (1000, 2000, 3000)

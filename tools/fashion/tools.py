@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import torch
-from classifier import FashionFeatures, fashion
 from safetensors.torch import load_file, save_file
 
 import dmp_wb as wb
 from dmp_wb.checkpoints import Run, join_tensors, load_model
 from dmp_wb.core import seed_of, write_json
-from dmp_wb.data import load_data
+from dmp_wb.data import DataConfig, load_data, load_images
+from dmp_wb.evaluation.features import FashionFeatures
 from dmp_wb.metrics import frechet_bootstrap, frechet_distance, kernel_distance, precision_recall
 from dmp_wb.objectives import diffusion_losses, make_tables
 from dmp_wb.sampling import balanced_labels
@@ -19,6 +19,17 @@ from dmp_wb.training import make_model, trainable
 
 # of DPM-Solver++; the same noise for all models; bins of the loss by timestep
 STEPS, SAMPLING_SEED, BINS = 20, 1000, 10
+
+
+def fashion(split: str) -> tuple[torch.Tensor, torch.Tensor]: # images [N, 1, 28, 28] in [−1, 1], labels [N]
+    "A split, whole; kept as one file of tensors beside the pictures, which are read once."
+    kept = Path(f"data/fashion-{split}.safetensors")
+    if not kept.is_file():
+        data = load_images(DataConfig(name="data/fashion", split=split, size=28, channels=1))
+        images = torch.cat([data.batch(rows)["images"] for rows in torch.arange(len(data)).split(1000)])
+        save_file({"images": ((images + 1) * 127.5).round().byte(), "labels": data.labels}, kept)
+    found = load_file(kept)
+    return found["images"].float() / 127.5 - 1, found["labels"]
 
 
 def at_step(folder: Path, step: int | None = None):
