@@ -38,4 +38,4 @@ def pixels(figure: plt.Figure) -> Image.Image:
 parts = [pixels(samples), pixels(gates)]
 picture = Image.new("RGB", (max(p.width for p in parts), sum(p.height for p in parts)), "white")
 for i, part in enumerate(parts): picture.paste(part, (0, sum(p.height for p in parts[:i])))
-picture.quantize(128).save(project_root() / "nbs" / "images" / "slanted-digits.png", optimize=True)
+picture.save(project_root() / "nbs" / "images" / "slanted-digits.png", optimize=True)

@@ -1,7 +1,7 @@
 """Writes Fashion-MNIST as class folders of PNG files, from
 the IDX files of Debian's dataset-fashion-mnist (MIT licence).
 
-    python tools/fashion/images.py TARGET [IDX_FOLDER]     # TARGET/train/<class>/NNNNN.png, TARGET/test/<class>/NNNNN.png
+    python tools/fashion/images.py TARGET [IDX_FOLDER]     # writes TARGET/train|test/<class>/NNNNN.png
 """
 import gzip
 import sys
