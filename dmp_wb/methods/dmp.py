@@ -41,13 +41,12 @@ class Late:
 
     def __call__(self, numbers: torch.Tensor) -> tuple[int, ...] | None: # [n]
         "Send for numbers, and give those of an earlier call that have arrived, or None."
-        coming, arrived = self.coming, None
-        if coming is not None and coming[1].query(): coming, arrived = None, tuple(coming[0].tolist())
-        if coming is None:
-            coming = numbers.to("cpu", non_blocking=True), torch.Event(device=numbers.device)
-            coming[1].record()
-        self.coming = coming
-        return arrived
+        before = self.coming
+        if before is not None and not before[1].query(): return None
+        copy, event = numbers.to("cpu", non_blocking=True), torch.Event(device=numbers.device)
+        event.record()
+        self.coming = copy, event
+        return None if before is None else tuple(before[0].tolist())
 
     def __reduce__(self): return Late, ()   # a copy has sent for nothing
 
