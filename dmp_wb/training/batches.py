@@ -43,7 +43,8 @@ def place_noise(
         philox = np.random.Philox(key=key, counter=int(places[first]) * half // 4)
         for start in range(first, end, at_once): _normal(philox, noise[start:min(start + at_once, end)])
         first = end
-    return torch.from_numpy(noise.reshape(len(places), -1)[:, :numbers]).reshape(len(places), *shape)
+    whole = np.ascontiguousarray(noise.reshape(len(places), -1)[:, :numbers])   # without what fills up vectors
+    return torch.from_numpy(whole).view(len(places), *shape)
 
 def _normal(philox: np.random.Philox, out: np.ndarray):
     "Fill `out` [P, 2, half]: the first half of a place's bits become radii, the second half angles."
