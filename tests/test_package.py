@@ -140,7 +140,7 @@ def test_completion(shell, sh):
     if sh != "bash": return
     assert offered("dmp-wb train digits-p").split() == ["digits-pretrain", "digits-prompt-tuning"]
     assert offered("dmp-wb run pa").split() == ["patch"]
-    assert offered("dmp-wb sample digits-").split() == ["digits-base", "digits-dmp"]
+    assert offered("dmp-wb sample digits-").split() == ["digits-base", "digits-dmp", "digits-slanted"]
 
 
 def test_completion_and_help_import_no_torch():
