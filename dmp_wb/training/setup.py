@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'put_methods', 'check_text_inputs', 'trainable', 'param_groups',
-           'make_optimizer', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths', 'new_run',
-           'settle_noise', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer', 'room_for',
-           'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
+           'make_optimizer', 'check_device', 'kept_precision', 'make_accelerator', 'start_trackers', 'share_of_batch',
+           'absolute_paths', 'new_run', 'settle_noise', 'check_folder', 'nothing_to_do', 'versions', 'write_config',
+           'say_longer', 'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
 import contextlib
@@ -14,6 +14,7 @@ import dataclasses
 import errno
 import hashlib
 import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -147,6 +148,37 @@ def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
     return module.optim.AdamW8bit(groups, **settings) if o.name == "adamw-8bit" else module.AdamWScheduleFree(
         groups, **settings, warmup_steps=o.lr_warmup_steps)
 
+# %% ../../nbs/source/training/02_setup.ipynb #d1c70002
+def check_device(
+    t: TrainConfig,
+    device: str,     # "cpu", "cuda", …
+):
+    "Raise `BadInput` for a dtype that the device lacks, and for `train.compile` where nothing can compile."
+    if device == "cpu" and t.mixed_precision == "fp16":
+        raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
+    if device == "cuda" and t.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise BadInput(f"train.mixed_precision is 'bf16', which a {torch.cuda.get_device_name()} does not compute in: "
+                       "expected 'fp16' or 'no'")
+    if t.compile and (missing := _missing_compiler(device)):
+        raise BadInput(f"train.compile is true, but there is no {missing}: expected one, or train.compile=false")
+
+def _missing_compiler(device: str) -> str | None:
+    "What torch.compile lacks on this machine, as far as is known of such a device."
+    if device not in ("cpu", "cuda"): return None
+    if device == "cuda" and importlib.util.find_spec("triton") is None: return "package triton, which writes for GPUs"
+    names = [os.environ.get("CXX"), "g++", "clang++"] if device == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
+    if any(name and shutil.which(name) for name in names): return None
+    return "C++ compiler (g++, clang++ or $CXX)" if device == "cpu" else "C compiler (gcc, clang or $CC), for triton"
+
+@contextlib.contextmanager
+def kept_precision():
+    "After this context torch multiplies float32 matrices as before, whatever `train.tf32` was inside."
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try: yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
 # %% ../../nbs/source/training/02_setup.ipynb #7a40c3b3
 def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     """accelerate's `Accelerator` for an experiment;
@@ -161,8 +193,7 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
                            f"{name.replace('_', '-')}, or choose among {', '.join(installed) or 'null'}")
     cpu = t.cpu or not torch.accelerator.is_available()
     check_launch(cpu)
-    if cpu and t.mixed_precision == "fp16":
-        raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
+    check_device(t, "cpu" if cpu else torch.accelerator.current_accelerator().type)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", t.mixed_precision):
         raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is "
@@ -172,13 +203,14 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
         AcceleratorState._reset_state()
     if not cpu:
         torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = t.tf32
+        torch.backends.cudnn.allow_tf32 = t.tf32   # `kept_precision` puts both back
     # every process makes the same buffers
     accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu,
                               gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
                               project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)),
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
-                                               *rendezvous_kwargs()])
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False,
+                                                                             gradient_as_bucket_view=True),
+                                               *rendezvous_kwargs(t.timeout_minutes)])
     check_processes(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = t.gradient_accumulation_steps   # over what a launcher's environment says
     # an interrupted run in this process may have left it off
@@ -237,7 +269,7 @@ def settle_noise(exp: Experiment, run: Run):
 MAY_CHANGE = frozenset(("data.num_workers", "data.max_bad_images", *(f"train.{key}" for key in (
     "steps", "cpu", "log_with", "log_every", "checkpoint_every", "keep_last", "keep_every", "keep_best", "on_nonfinite",
     "nonfinite_limit",
-    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale"))))
+    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale", "cast_frozen", "timeout_minutes"))))
 
 def check_folder(
     run: Run,
