@@ -185,14 +185,14 @@ def _draw(folder: Path, walk: _Walk, decode: Callable | None, batch_size: int, s
                for start in range(0, walk.num_images, batch_size)][rank::world]
     todo = [batch for batch in batches if not done.issuperset(batch)]
     count = lambda batches: sum(map(len, batches))
+    tick = lambda: bar.update(len(batch) / len(walk))
     bar = progress(total=count(batches), initial=count(batches) - count(todo), desc="samples", unit="img",
                    disable=quiet or rank != 0)
     with bar, walk.ready(), ThreadPoolExecutor(4) as pool:
         writing, finished = [], bar.n
         for batch in todo:
-            for step in walk.steps(batch):
-                if step.step < len(walk): bar.update(len(batch) / len(walk))
-            pixels = _pixels(step.x_t, decode, batch, walk)
+            x = walk.finish(batch, tick=tick)
+            pixels = _pixels(x, decode, batch, walk)
             for job in writing: job.result()   # of the batch before, written while this one was drawn
             writing = [pool.submit(_write_png, folder, i, array) for i, array in zip(batch, pixels) if i not in done]
             finished += len(batch)
