@@ -26,7 +26,7 @@ from .schedules import betas, sampler as make_sampler
 from ..methods.base import methods_of
 from ..models.anatomy import input_size, learned_variance, unwrap_model
 from ..models.backbones import anatomy_of
-from ..models.computing import check_compiler, check_dtype, compiled, computing
+from ..models.computing import check_compiler, check_dtype, compiled, computing, multiplies_in_tf32
 
 # %% ../../nbs/source/diffusion/02_walk.ipynb #5714410e
 def guided(
@@ -210,6 +210,11 @@ class _Checked:
         check_dtype("dtype", c.dtype, device)
         if c.compile: check_compiler("compile", device)
         self.call = compiled(self.model) if c.compile else self.model
+
+    def numbers(self) -> dict[str, Any]:
+        "What images are computed in, as files say it."
+        tf32 = self.param.device.type == "cuda" and (self.config.tf32 or multiplies_in_tf32(self.param.device))
+        return {"dtype": self.config.dtype, "tf32": tf32, "compile": self.config.compile}
 
     def _condition(self, conditions, nulls):
         scale = 1.0 if self.texts is not None else self.config.guidance_scale
