@@ -7,9 +7,10 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3.10 python3 python; do \
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO ?= runs/demo
+BUDGET ?= 480
 export PYTHONUNBUFFERED = 1
 .DEFAULT_GOAL := help
-.PHONY: help setup demo quick test test-notebooks test-python check docs serve-docs lab notebooks readme clean
+.PHONY: help setup demo quick test test-notebooks test-python gpu check docs serve-docs lab notebooks readme clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/\1\t/' | expand -t 18
@@ -56,6 +57,9 @@ test-notebooks: $(READY)  ## run every notebook as a test
 test-python: $(READY)  ## pytest
 	@echo "== pytest"
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE DMP_WB_RUNS=$$d MPLBACKEND=agg $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=8
+
+gpu: $(READY)  ## on a machine with a CUDA device: is all correct there, and how fast; at most eight minutes, no download
+	@$(BIN)/python tools/gpu.py --budget $(BUDGET)
 
 check: $(READY)  ## notebooks and modules agree, notebooks are clean, README is current, ruff and mypy are content
 	@$(BIN)/python tools/check_sources.py

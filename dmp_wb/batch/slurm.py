@@ -76,15 +76,17 @@ def slurm_executor(
         if key in options and (not isinstance(options[key], int)
                                or options[key] < (0 if key in ("gpus_per_node", "max_num_timeout") else 1)):
             raise BadInput(f"{key} is {options[key]!r}: expected a whole number")
-    if options.get("nodes", 1) > 1 or options.get("ntasks_per_node", 1) > 1:
+    if options.get("ntasks_per_node", 1) > 1:
         raise BadInput(
-            "a run is one task on one node: expected neither nodes nor ntasks_per_node above 1; for several processes "
-            "give gpus_per_node and cpus_per_task, and let the notebook launch them (num_processes)")
+            f"ntasks_per_node is {options['ntasks_per_node']}: expected 1, a run is one task on each of its nodes; for "
+            "several processes give gpus_per_node and cpus_per_task, and let the notebook launch them (num_processes)")
     for key in ("setup", "teardown", "srun_args"):
         if isinstance(options.get(key), str): options[key] = [options[key]]
     # since Slurm 22.05 srun does not take it over from sbatch
     if "cpus_per_task" in options:
         options["srun_args"] = [*options.get("srun_args", []), f"--cpus-per-task={options['cpus_per_task']}"]
+    if options.get("nodes", 1) > 1:   # where one task dies the others would wait for it
+        options |= {"ntasks_per_node": 1, "srun_args": [*options.get("srun_args", []), "--kill-on-bad-exit=1"]}
     options["setup"] = ["export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
                         *options.get("setup", [])]
     executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=options.pop("max_num_timeout", 100))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES', 'split_kind', 'folder_splits', 'pick_split', 'data_path', 'ImageFiles',
-           'SkippedImages', 'image_folder', 'image_files']
+           'SkippedImages', 'image_folder', 'image_files', 'FileNames']
 
 # %% ../../nbs/source/data/02_folders.ipynb #11d0412e
+import bisect
 import functools
 import os
 import re
@@ -15,13 +16,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..core.errors import BadInput, unknown
 from ..core.settings import DataConfig
-from .images import BadImage, centre_crop, _formats, IMAGE_SUFFIXES, read_image, to_tensor
-from .sources import _flipped, Source
+from .images import BadImage, centre_crop, _formats, IMAGE_SUFFIXES, put_pixels, read_image, to_tensor
+from .sources import Source
 
 # %% ../../nbs/source/data/02_folders.ipynb #5d1a7c02
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
@@ -115,18 +117,23 @@ class ImageFiles(Source):
 
     def __len__(self) -> int: return self.num_images
 
+    def cropped(self, index: int) -> Image.Image:
+        "Image `index`, cropped; raises `BadImage`."
+        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1])
+
     def image(self, index: int) -> torch.Tensor: # [C, H, W]
         "Image `index`, cropped; raises `BadImage`."
-        return to_tensor(centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1]))
+        return to_tensor(self.cropped(index))
 
     def batch(self, indices, flip=None, noise=None, drop=None) -> dict:
         """A batch; an image that cannot be read is replaced by the next in the list that can. With `captions`
         (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."""
-        images, taken, met = [], [], {}
-        for index in indices.tolist():
+        images, taken, met = torch.empty(len(indices), *self.shape, dtype=torch.float32), [], {}
+        mirrored = [False] * len(indices) if flip is None else flip.tolist()
+        for index, place, mirror in zip(indices.tolist(), images.numpy(), mirrored):
             for i in (n % self.num_images for n in range(index, index + self.num_images)):
                 if i in self.bad: continue
-                try: images.append(self.image(i))
+                try: image = self.cropped(i)
                 except BadImage as e:
                     self.bad[i] = met[self.names(i)] = str(e)
                     continue
@@ -135,7 +142,8 @@ class ImageFiles(Source):
             else:
                 raise BadInput(
                     f"none of the {self.num_images} images can be read; the first, {self.names(0)}, {self.bad[0]}")
-        batch = {"images": _flipped(torch.stack(images), flip)}
+            put_pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image, place)
+        batch: dict = {"images": images}
         if self.labels is not None: batch["class_labels"] = self.labels[taken]
         if self.captions is not None:
             batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
@@ -170,8 +178,10 @@ def image_folder(config: DataConfig) -> ImageFiles:
     """
     root, side = data_path(config.name), _side(config)
     files, split, class_of, train_classes = _split_files(root, config)
-    classes = sorted({c for f in files if (c := class_of(f)) is not None}) if config.conditional else []
-    if classes and (loose := next((f for f in files if class_of(f) is None), None)):
+    of_run = [class_of(folder) for folder in files.folders]
+    classes = sorted({c for c in of_run if c is not None}) if config.conditional else []
+    if classes and None in of_run:
+        loose = files[int(files.starts[of_run.index(None)])]
         raise BadInput(f"folder {root} holds images beside its class folders, first {loose} beside {classes[0]}/: "
                        "expected every image in a class folder, or data.conditional=false")
     if classes and train_classes and split != EVERY_SPLIT:   # so that a class has one number in all splits
@@ -180,74 +190,170 @@ def image_folder(config: DataConfig) -> ImageFiles:
                            "expected the classes of train, or data.conditional=false")
         classes = train_classes
     number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
-    labels = torch.tensor([number[class_of(f)] for f in files]) if classes else None
+    labels = None
+    if classes: labels = torch.from_numpy(np.repeat([number[c] for c in of_run], np.diff(files.starts)))
     return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side,
                       config.channels, labels, classes, source=None if split is None else {"split": split})
 
 # %% ../../nbs/source/data/02_folders.ipynb #43db9189
-def _split_files(root: Path, config: DataConfig) -> tuple[list[str], str | None, Callable[[str], str | None],
+def _split_files(root: Path, config: DataConfig) -> tuple["FileNames", str | None, Callable[[str], str | None],
                                                           list[str]]:
-    """The images of the split that is asked for, in order; its name, if there are splits; the class of a file;
+    """The images of the split that is asked for, in order; its name, if there are splits; the class of a folder;
     the classes of train."""
-    found, others = [], []
-    for file in _all_files(root): (found if file.name.lower().endswith(IMAGE_SUFFIXES) else others).append(file)
-    files = sorted(p.relative_to(root).as_posix() for p in found)
-    _tell_others(root, files, others)
-    folder_of = lambda file: file.rpartition("/")[0] or "."
-    splits = folder_splits(root, {folder_of(f) for f in files}, config.split)
+    files, suffixes, others = _sorted_out(root)
+    _tell_others(root, files, suffixes, others)
+    splits = folder_splits(root, {folder or "." for folder in files.folders}, config.split)
     if not splits:
         if config.split != EVERY_SPLIT: pick_split(f"folder {root}", config.split, ["train"])
-        return files, None, lambda file: file.split("/")[0] if "/" in file else None, []
+        return files, None, lambda folder: folder.split("/")[0] or None, []
     names = sorted({s for s, _ in splits.values()})
     split = EVERY_SPLIT if config.split == EVERY_SPLIT else pick_split(f"folder {root}", config.split, names)
     train = sorted({c for s, c in splits.values() if split_kind(s) == "train" and c is not None})
-    return ([f for f in files if split in (EVERY_SPLIT, splits[folder_of(f)][0])], split,
-            lambda file: splits[folder_of(file)][1], train)
+    if split != EVERY_SPLIT: files = files.only(lambda folder: splits[folder or "."][0] == split)
+    return files, split, lambda folder: splits[folder or "."][1], train
+
+def _sorted_out(root: Path) -> tuple["FileNames", set[str], dict[str, tuple[int, Path]]]:
+    """The images of a folder; their suffixes; of the files that are none, by suffix, how many there are and the
+    first."""
+    suffixes: set[str] = set()
+    others: dict[str, tuple[int, Path]] = {}
+    def images():
+        for folder, names in _runs(root):
+            of_name = [_suffix(name) for name in names]
+            here = set(of_name)
+            suffixes.update(here & _IMAGES)
+            for suffix in sorted(here - _IMAGES - _SIDE):
+                first, (n, known) = root / folder / names[of_name.index(suffix)], others.get(suffix, (0, None))
+                others[suffix] = n + of_name.count(suffix), first if known is None else min(known, first)
+            if here <= _IMAGES: yield folder, names
+            elif here & _IMAGES: yield folder, [name for name, suffix in zip(names, of_name) if suffix in _IMAGES]
+    return FileNames.of(images()), suffixes, others
 
 # %% ../../nbs/source/data/02_folders.ipynb #d7f0c410
-def _tell_others(root: Path, files: list[str], others: list[Path]):
+def _tell_others(root: Path, files: "FileNames", suffixes: set[str], others: dict[str, tuple[int, Path]]):
     "Name what is passed over, and raise `BadInput` where nothing is left."
-    others = [p for p in others if p.suffix.lower() not in SIDE_SUFFIXES]
-    counts = Counter(p.suffix.lower() or "no suffix" for p in others)
+    counts = Counter({suffix or "no suffix": n for suffix, (n, _) in others.items()})
     told = ", ".join(f"{n} × {suffix}" for suffix, n in counts.most_common(8))
     ending = f"expected files ending in {', '.join(IMAGE_SUFFIXES[:10])}, …"
     if not files: raise BadInput(f"folder {root} holds no images: {ending}" + (f"; it holds {told}" if told else ""))
     if told:
-        warnings.warn(f"folder {root} holds {len(others)} files that are left out, since their suffixes are of no "
-                      "image that is read: "
-                      f"{told}; the first, {_printable(sorted(others)[0].relative_to(root).as_posix())}", stacklevel=4)
+        first = min(first for _, first in others.values()).relative_to(root).as_posix()
+        warnings.warn(f"folder {root} holds {sum(counts.values())} files that are left out, since their suffixes are "
+                      f"of no image that is read: {told}; the first, {_printable(first)}", stacklevel=4)
     _formats()
-    hopeless = [f for f in files if Path(f).suffix.lower() not in Image.registered_extensions()]
-    if len(hopeless) < len(files): return
+    if suffixes & Image.registered_extensions().keys(): return
     for f in files:   # the suffix may be wrong
         try: return read_image(root / f)
         except BadImage as e: reason = str(e)
     raise BadInput(f"folder {root} holds no image that can be read: none of {len(files)}; the last, "
                    f"{_printable(files[-1])}, {reason}")
 
-def _file(root: Path, files: list[str], i: int) -> Path: return root / files[i]
-def _printed(files: list[str], i: int) -> str: return _printable(files[i])
+def _file(root: Path, files: Sequence[str], i: int) -> Path: return root / files[i]
+def _printed(files: Sequence[str], i: int) -> str: return _printable(files[i])
 def _printable(name: str) -> str: return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 SIDE_SUFFIXES = ("", ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
                  ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")   # often beside images, and none
+_IMAGES, _SIDE = frozenset(IMAGE_SUFFIXES), frozenset(SIDE_SUFFIXES)
+
+def _suffix(name: str) -> str: # in small letters; empty: there is none
+    _, dot, end = name.rpartition(".")
+    return dot + end.lower() if dot and end else ""
 
 # %% ../../nbs/source/data/02_folders.ipynb #d4fc291a
 def image_files(
     root: Path,  # links to folders are followed, not in circles; names that begin with a dot are left out
 ) -> Iterator[Path]:
-    "The images of a folder and those below it, by their suffixes, in no order."
-    return (file for file in _all_files(root) if file.name.lower().endswith(IMAGE_SUFFIXES))
+    "The images of a folder and those below it, by their suffixes, in the order of their whole names."
+    return (root / folder / name for folder, names in _runs(root) for name in names if _suffix(name) in _IMAGES)
 
 def _all_files(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root, followlinks=True):
-        above = {os.path.realpath(p) for p in (Path(folder), *Path(folder).parents)}
-        folders[:] = [f for f in folders
-                      if not f.startswith(".") and os.path.realpath(os.path.join(folder, f)) not in above]
-        yield from (Path(folder) / f for f in files if not f.startswith("."))
+    return (root / folder / name for folder, names in _runs(root) for name in names)
 
 def _side(config: DataConfig) -> int:
     if config.size is None:
         raise BadInput(
             f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")
     return config.size
+
+# %% ../../nbs/source/data/02_folders.ipynb #f11e0a02
+class FileNames(Sequence):
+    "Names of files, relative to a folder: those that follow one another in one folder are a run."
+    def __init__(
+        self,
+        folders: Sequence[str],   # of each run, as "train/daisy"; empty: the folder itself
+        blobs: Sequence[bytes],   # the names of each run, a zero byte behind each
+    ):
+        self.folders, self.buffer = list(folders), b"".join(blobs)
+        self.ends = np.flatnonzero(np.frombuffer(self.buffer, np.uint8) == 0)          # of each name, in the buffer
+        self.starts = np.cumsum([0, *(blob.count(b"\0") for blob in blobs)])           # of each run, among the names
+
+    @classmethod
+    def of(cls, runs: Iterable[tuple[str, Sequence[str]]]) -> "FileNames":
+        "Of folders and the names in them."
+        blobs = [(folder, os.fsencode("\0".join((*names, "")))) for folder, names in runs]
+        return cls([folder for folder, _ in blobs], [blob for _, blob in blobs])
+
+    def only(self, kept: Callable[[str], bool]) -> "FileNames":
+        "Those in folders for which `kept` holds."
+        runs = [n for n, folder in enumerate(self.folders) if kept(folder)]
+        return FileNames([self.folders[n] for n in runs], [self._blob(n) for n in runs])
+
+    def _blob(self, run: int) -> bytes:
+        first, last = self.starts[run:run + 2]
+        return self.buffer[self._start(first):self.ends[last - 1] + 1] if last > first else b""
+
+    def _start(self, name: int) -> int: return self.ends[name - 1] + 1 if name else 0
+
+    def __len__(self) -> int: return len(self.ends)
+
+    def __getitem__(self, index) -> str:
+        i = range(len(self.ends))[index]
+        folder = self.folders[int(np.searchsorted(self.starts, i, "right")) - 1]
+        name = os.fsdecode(self.buffer[self._start(i):self.ends[i]])
+        return f"{folder}/{name}" if folder else name
+
+    def __iter__(self) -> Iterator[str]:
+        for n, folder in enumerate(self.folders):
+            for name in os.fsdecode(self._blob(n)).split("\0")[:-1]: yield f"{folder}/{name}" if folder else name
+
+# %% ../../nbs/source/data/02_folders.ipynb #f11e0a03
+def _listed(folder: str) -> tuple[list[str], list[tuple[str, bool]]]: # in order; none of a folder that is closed to us
+    "Files, and folders with whether each is a link; what begins with a dot is left out."
+    files: list[str] = []
+    folders: list[tuple[str, bool]] = []
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                name = entry.name
+                if name[0] == ".": continue
+                try: inner = entry.is_dir()
+                except OSError: inner = False
+                if inner: folders.append((name, entry.is_symlink()))
+                else: files.append(name)
+    except OSError: return [], []
+    return sorted(files), sorted(folders, key=lambda f: f[0] + "/")
+
+def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """The files of a folder and those below it, in the order of their whole names: a folder, relative to the root, and
+    names that follow one another there. Links to folders are followed, not to one that we are in."""
+    above = frozenset(os.path.realpath(p) for p in (root, *root.parents))
+    waiting: list[tuple[str, list[str] | None, str, frozenset]] = [("", None, os.path.realpath(root), above)]
+    while waiting:
+        folder, names, real, above = waiting.pop()
+        if names is not None:
+            yield folder, names
+            continue
+        files, folders = _listed(os.path.join(root, folder))
+        begin = 0
+        found: list[tuple[str, list[str] | None, str, frozenset]] = []
+        for name, link in folders:
+            inner = f"{folder}/{name}" if folder else name
+            place = os.path.realpath(os.path.join(root, inner)) if link else os.path.join(real, name)
+            if place in above: continue
+            end = bisect.bisect(files, name + "/")
+            if end > begin: found.append((folder, files[begin:end], "", above))
+            found.append((inner, None, place, above | {place}))
+            begin = end
+        if begin < len(files): found.append((folder, files[begin:], "", above))
+        waiting += reversed(found)

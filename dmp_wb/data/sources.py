@@ -82,11 +82,13 @@ class ImageData(Source):
     def __post_init__(self): self.shape = tuple(self.images.shape[1:])
 
     def batch(self, indices, flip=None, noise=None, drop=None):
-        return {"images": _flipped(self.images[indices], flip),
+        return {"images": _flip(self.images.index_select(0, indices), flip),
                 **({} if self.labels is None else {"class_labels": self.labels[indices]})}
 
-def _flipped(images: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
-    return images if flip is None or not flip.any() else torch.where(flip[:, None, None, None], images.flip(-1), images)
+def _flip(images: torch.Tensor, flip: torch.Tensor | None) -> torch.Tensor:
+    "Mirror the chosen images, in place."
+    if flip is not None: images[flip] = images[flip].flip(-1)
+    return images
 
 def digits() -> ImageData:
     "scikit-learn's 1,797 digits, 1 × 8 × 8, grey levels 0…16 scaled to [−1, 1]."

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['PROCESSES_VARIABLE', 'LOOPBACK', 'LAUNCH_VARIABLE', 'LAUNCHER_FILE', 'GRACE', 'check_launch', 'check_processes',
            'set_up_sharding', 'splits_weights', 'file_rendezvous', 'rendezvous_kwargs', 'whole', 'like',
-           'optimizer_state', 'load_optimizer_state', 'launched']
+           'optimizer_state', 'load_optimizer_state', 'several_machines', 'check_shared', 'LostProcess',
+           'lost_processes', 'launched']
 
 # %% ../../nbs/source/training/00_distributed.ipynb #531238aa
 import contextlib
 import os
+import platform
+import re
+import secrets
 import signal
 import socket
 import threading
@@ -23,7 +27,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import (
-    DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs,
+    broadcast_object_list, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, gather_object,
+    InitProcessGroupKwargs,
 )
 from torch import nn
 from torch.distributed import register_rendezvous_handler, TCPStore
@@ -34,7 +39,7 @@ from torch.utils._pytree import tree_map_only
 from ..config import OptimConfig, TrainConfig
 from ..core.errors import BadInput
 from ..core.files import read_json, write_json
-from ..core.processes import process_alive
+from ..core.processes import process_alive, process_identity
 
 # %% ../../nbs/source/training/00_distributed.ipynb #fd1ba84a
 def _asked(name: str) -> bool: return os.environ.get(name, "false").lower() == "true"   # by accelerate's launcher
@@ -211,6 +216,45 @@ def load_optimizer_state(accelerator: Accelerator, optimizer, groups: list[list[
                 if k != "step": safe_set_full_optimizer_state(p, v.to(flat.device), k)
     zero._hp_optimizer_states_linked = True
 
+# %% ../../nbs/source/training/00_distributed.ipynb #d1a90002
+def several_machines() -> bool:
+    "Whether this process is one of several that more than one launcher has started."
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 0)) not in (0, int(os.environ.get("WORLD_SIZE", 1)))
+
+def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0):
+    """Raise `BadInput` in every process if one of another machine does not see a folder that process 0 can write.
+    Every process must call it; on one machine it does nothing."""
+    if not several_machines(): return
+    mark, main = [f".seen-{secrets.token_hex(8)}.tmp"], accelerator.is_main_process
+    if main: write_json(folder / mark[0], process_identity())
+    broadcast_object_list(mark)
+    end = time.monotonic() + seconds
+    while not (seen := (folder / mark[0]).exists()) and time.monotonic() < end: time.sleep(0.2)   # a slow network disk
+    missing = sorted({m for m in gather_object([None if seen else platform.node()]) if m})
+    if main: (folder / mark[0]).unlink()
+    if missing:
+        raise BadInput(f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not see the run folder {folder} "
+                       "of process 0: expected a folder that all machines share")
+
+# %% ../../nbs/source/training/00_distributed.ipynb #d1a90003
+_GONE = re.compile("closed by peer|Connection re(set|fused)|Broken pipe|NCCL|[Gg]loo")   # as RuntimeErrors say it
+
+class LostProcess(BadInput):
+    "Another process of the training has ended, or cannot be reached; a mistake of nobody's here, and one line as well."
+    local = True   # the process that would tell it for all may be the lost one
+
+@contextlib.contextmanager
+def lost_processes():
+    "Inside this context torch's errors about a process that is gone are a `LostProcess`."
+    try: yield
+    except RuntimeError as e:
+        lost = isinstance(e, torch.distributed.DistError) or _GONE.search(str(e))
+        if int(os.environ.get("WORLD_SIZE", 1)) < 2 or not lost: raise
+        said = " ".join(str(e).split())[:160]
+        raise LostProcess(f"another process of the training is gone or does not answer ({said}): expected all; start "
+                          "them "
+                          "again to go on from the newest checkpoint") from e
+
 # %% ../../nbs/source/training/00_distributed.ipynb #cfaebd27
 LAUNCH_VARIABLE = "DMP_WB_LAUNCH"   # the folder of a launch
 LAUNCHER_FILE = "launcher.json"     # in it: who launched; to take it away is to ask to stop
@@ -235,7 +279,8 @@ def launched():
     try: yield
     except Exception as e:
         rank = int(os.environ.get("RANK", 0))
-        error = {"time": time.time(), "rank": rank, "type": "BadInput" if isinstance(e, BadInput) else type(e).__name__,
+        kind = "BadInput" if isinstance(e, BadInput) and not isinstance(e, LostProcess) else type(e).__name__
+        error = {"time": time.time(), "rank": rank, "type": kind,
                  "message": " ".join(str(e).split()), "traceback": traceback.format_exc()}
         with contextlib.suppress(OSError): write_json(folder / f"error-{rank}.json", error)
         raise

@@ -26,7 +26,7 @@ from ..store.run import Run
 from ..tasks.intervals import interval_losses
 from ..tasks.weighting import balanced_backward
 from .batches import places_of, Reader, Steps
-from .distributed import splits_weights, whole
+from .distributed import check_shared, splits_weights, whole
 from dmp_wb.training.record import (
     append_row, count_skipped, export, gradient_norm, memory_gib, note_skipped, summarise, write_samples,
 )
@@ -174,6 +174,7 @@ def take_folder(parts: Parts, changed: dict, held: contextlib.ExitStack) -> Aske
     held.enter_context(room_for(run))
     if accelerator.is_main_process: held.enter_context(run_lock(run.folder))
     accelerator.wait_for_everyone()
+    check_shared(accelerator, run.folder)
     if accelerator.is_main_process:
         clear_run(run)
         write_config(run, parts.exp, changed)

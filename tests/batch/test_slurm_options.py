@@ -11,8 +11,9 @@ from nbformat.v4 import new_code_cell, new_notebook
 from dmp_wb.batch import slurm as batch_slurm
 from dmp_wb.batch import jobs
 from dmp_wb.batch import sweep
+from dmp_wb.batch import worker
 from dmp_wb.core.errors import BadInput
-from dmp_wb.core.files import read_json
+from dmp_wb.core.files import read_json, write_json
 from dmp_wb.batch.state import read_state, RUNNING, RunState, STOPPED, write_state
 from dmp_wb.batch.slurm import ending, job_states, JobWatch, notice, slurm_executor
 
@@ -39,13 +40,58 @@ def test_options_reach_sbatch(a_cluster, tmp_path):
     assert notice({"timeout_min": None, "time": None}) == 120 and notice({"timeout_min": None, "time": 2}) == 30
 
 
+def test_a_run_over_several_nodes_is_a_task_on_each(a_cluster, tmp_path):
+    text = script(tmp_path, nodes=2, gpus_per_node=4, srun_args="--mpi=none")
+    for line in ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=4"): assert f"#SBATCH {line}\n" in text, line
+    assert "--mpi=none --kill-on-bad-exit=1" in text.split("# command")[1]
+    assert "--kill-on-bad-exit" not in script(tmp_path)
+
+
+class Launched:
+    "In the place of what a worker launches."
+    def __init__(self, words, env): self.words, self.status, self.asked = words, None, 0
+    def poll(self): return self.status
+    def terminate(self): self.asked, self.status = self.asked + 1, 0
+
+
+def test_a_worker_on_another_node_launches_what_the_first_launches(tmp_path, monkeypatch):
+    launched, turns = [], iter(range(1000))
+    monkeypatch.setattr(worker.subprocess, "Popen", lambda *a, **b: launched.append(Launched(*a, **b)) or launched[-1])
+    file = tmp_path / "call.json"
+
+    def sleep(seconds):
+        turn = next(turns)
+        if turn == 1: write_json(file, {"id": "a"})
+        if turn == 4: write_json(file, {"id": "b"})   # before the first is over: in turn
+        if turn == 6:
+            assert len(launched) == 1
+            launched[0].status = 0
+        if turn == 9: write_json(file, {"over": True})
+        assert turn < 20
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    worker.follow_calls(file, 3, lambda: False, 5.0)
+    assert len(launched) == 2 and launched[0].words[-2:] == [str(file), "3"] and launched[1].asked == 1
+    stopping = iter([False, False, True, True])
+    file.unlink()
+    worker.follow_calls(file, 3, lambda: next(stopping), 5.0)   # told to stop before there is anything
+
+
+def test_which_node_a_worker_is_on(tmp_path, monkeypatch):
+    for name, value in {"SLURM_PROCID": "1", "SLURM_STEP_NUM_NODES": "1"}.items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr(worker, "job_id", lambda: "17_0")
+    assert worker.node_rank() == 0
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    assert worker.node_rank() == 1 and worker.calls_of(tmp_path).name == "launch-17_0-0.json"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert worker.calls_of(tmp_path) == tmp_path / ".sweep" / "jobs" / "launch-17_0-2.json"
+
+
 @pytest.mark.parametrize("options,message", [
     ({"partitoin": "gpu"}, "unknown option of slurm 'partitoin': did you mean 'partition'"),
     ({"timeout_min": 0}, "timeout_min is 0: expected at least 1"),
     ({"timeout_min": 5, "time": 6}, "timeout_min and time are given"),
     ({"gpus_per_node": "two"}, "gpus_per_node is 'two': expected a whole number"),
-    ({"nodes": 2}, "a run is one task on one node"),
-    ({"ntasks_per_node": 4}, "num_processes"),
+    ({"ntasks_per_node": 4}, "ntasks_per_node is 4: expected 1, a run is one task on each of its nodes.*num_processes"),
 ])
 def test_options_that_cannot_be(a_cluster, tmp_path, options, message):
     with pytest.raises(BadInput, match=message): slurm_executor(tmp_path, "sweep", 1, options)

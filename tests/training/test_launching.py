@@ -180,7 +180,9 @@ def test_what_cannot_work_starts_nothing(tmp_path, runs_folder, monkeypatch):
     config = dict(compute_environment="LOCAL_MACHINE", mixed_precision="no", use_cpu=True, debug=False)
     ClusterConfig(distributed_type="MULTI_CPU", num_processes=2, num_machines=2,
                   **config).to_yaml_file(tmp_path / "two.yaml")
-    refused("two.yaml is for 2 machines: expected num_machines 1", "digits-quick", config_file=tmp_path / "two.yaml")
+    # a launch is on each of them
+    refused("main_process_ip is not given: expected the address of machine 0", "digits-quick",
+            config_file=tmp_path / "two.yaml")
     ClusterConfig(distributed_type="MULTI_CPU", num_processes=5, **config).to_yaml_file(tmp_path / "five.yaml")
     # the file says how many
     refused("num_processes is 5", "digits-quick", config_file=tmp_path / "five.yaml")

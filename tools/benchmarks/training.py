@@ -6,9 +6,13 @@ cached, float32 or bfloat16, compiled or not. DiT-S/2 on 256 × 256 images throu
 random weights, which cost the same time.
 `python tools/benchmarks/training.py loop [--rounds 20]`:
 steps of `train` and steps of a bare PyTorch loop, in turn in one process.
+`python tools/benchmarks/training.py reference [--model DiT-S/2] [--batch 4] [--rounds 15] [--profile]`:
+DMP steps of `train` and of the plain loop of `reference.py`, which is built as the paper's code is, in turn in one
+process: CPU time of one thread, on latents of 4 × 32 × 32.
 Figures are ratios within one run: these machines are noisy.
 """
 import argparse
+import contextlib
 import json
 import resource
 import statistics
@@ -24,6 +28,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import dmp_wb as wb
+import reference as plain
+import stepping
 from dmp_wb.training import batches
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
@@ -151,9 +157,55 @@ def bare_loop(batch):
             yield loss.item()
 
 
+def against_reference(name, rounds, batch, profile, kind="dmp", per_round=1):
+    "At every step of `train`, as many of the plain loop's are taken between, and both timed."
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    ours = wb.DiT.from_name(name)
+    with torch.no_grad():
+        for p in ours.parameters(): p.add_(torch.randn_like(p), alpha=0.02)   # nothing is multiplied by zero
+    images, labels = plain.latents(64)
+    with tempfile.TemporaryDirectory() as d:
+        ours.save_pretrained(f"{d}/base")
+        if kind == "dmp": wb.patch(ours)
+        if kind == "dtr": wb.route(ours)
+        theirs = plain.steps(plain.Loop(ours, kind), images, labels, batch)
+        given = {"dmp": {"method": "dmp", "base": f"{d}/base"}, "dtr": {"methods": {"dtr": wb.DTRConfig()}}}
+        exp = wb.load_experiment(wb.Experiment(name="reference", **given.get(kind, {})),
+                                 stepping.settings(batch, "train.cpu=true", f"model.name={name}"))
+        taken, begun, clock = [], 0.0, time.process_time
+
+        def at_step(n):
+            nonlocal begun
+            own, start = clock() - begun, clock()
+            for _ in range(per_round): next(theirs)
+            # the first two warm up
+            if n > 2: taken.append((own, clock() - start))
+            begun = clock()
+            return n == rounds + 2
+        with profiled(profile): stepping.take_steps(exp, images, labels, 1000, at_step)
+    q = statistics.quantiles([b / a for a, b in taken], n=4)
+    own, other = (1000 * statistics.median(x) for x in zip(*taken))
+    print(f"{kind} step of the plain loop against ours, {name}, batch {batch}, one thread: {q[1]:.2f} × ({q[0]:.2f} to "
+          f"{q[2]:.2f}), {own:.0f} ms and {other:.0f} ms of CPU time, {len(taken)} rounds in turn")
+
+
+@contextlib.contextmanager
+def profiled(on):
+    "Prints which operations took the CPU's time, of both loops together."
+    if not on:
+        yield
+        return
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found: yield
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["ingredients", "loop", "one"])
+    parser.add_argument("what", choices=["ingredients", "loop", "reference", "one"])
+    parser.add_argument("--model", default="DiT-S/2")
+    parser.add_argument("--kind", choices=plain.KINDS, default="dmp")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int, default=9)
@@ -162,4 +214,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.what == "ingredients": ingredients(args.rounds or 3, args.batch or 8, args.steps)
     elif args.what == "loop": loop(args.rounds or 20, args.batch or 8)
+    elif args.what == "reference":
+        against_reference(args.model, args.rounds or 15, args.batch or 4, args.profile, args.kind)
     else: one(args.root, args.name, args.batch, args.steps)

@@ -1,0 +1,1 @@
+"The parts of `tools/gpu.py`: the device, the checks of correctness, the tables of speed, and the report."
