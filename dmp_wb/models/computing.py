@@ -56,7 +56,7 @@ def check_compiler(option: str, device: torch.device):
 def compiled(model: nn.Module) -> nn.Module:
     "A model to call, compiled when it is called; itself where a part of it that is called first is compiled already."
     done = lambda m: hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-    return model if any(map(done, wrappers_of(model))) else torch.compile(model)   # type: ignore[return-value]
+    return model if any(map(done, wrappers_of(model))) else torch.compile(model)
 
 # %% ../../nbs/source/models/04_computing.ipynb #c0301f08
 def multiplies_in_tf32(device: torch.device) -> bool:
