@@ -7,6 +7,10 @@ from importlib import import_module
 
 from ._names import MOVED
 
+# torch reads when it is imported how its threads wait for each other: asleep, unless the user says otherwise,
+# because threads that spin take the cores from all other work (core.paths.passive_waiting, for other processes)
+if "torch" not in sys.modules: os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # The names users type, and the module of each. They load on first use, so that `import dmp_wb` costs nothing.
 _PUBLIC = {
     "DiT": "models.dit", "ModelConfig": "core.settings",
@@ -45,8 +49,6 @@ __all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name):
-    if name in _PUBLIC and "torch" not in sys.modules:
-        os.environ.update(import_module(".core.paths", __name__).passive_waiting())
     if name in _PUBLIC: return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
     if name in _MODULES: return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

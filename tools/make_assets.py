@@ -1,6 +1,7 @@
 """Make the files that ship in `dmp_wb/assets`, from the repository's own recipes.
 
-    python tools/make_assets.py classifier
+    python tools/make_assets.py digits-classifier
+    python tools/make_assets.py fashion-classifier
     python tools/make_assets.py runs/new-base:digits-base
 
 A run is shipped, under the name after the colon, as its config, thinned metrics, summary and averaged weights.
@@ -13,17 +14,22 @@ from safetensors.torch import save_file
 
 from dmp_wb.core.files import write_json
 from dmp_wb.core.paths import assets_folder
-from dmp_wb.evaluation.features import train_digit_classifier
+from dmp_wb.evaluation.features import train_digit_classifier, train_fashion_classifier
 
 
-def classifier():
-    folder = assets_folder() / "digits-classifier"
+CLASSIFIERS = {"digits-classifier": (train_digit_classifier, 360),
+               "fashion-classifier": (train_fashion_classifier, 10_000)}
+
+
+def classifier(name: str):
+    train, held_out = CLASSIFIERS[name]
+    model, accuracy = train(seed=0)
+    folder = assets_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
-    model, accuracy = train_digit_classifier(seed=0)
     save_file(model.state_dict(), folder / "model.safetensors")
-    write_json(folder / "config.json", {"trained_by": "dmp_wb.metrics.train_digit_classifier(seed=0)",
-                                        "held_out_images": 360, "held_out_accuracy": accuracy})
-    print(f"{folder}: {accuracy:.4f} of the held-out digits")
+    write_json(folder / "config.json", {"trained_by": f"dmp_wb.evaluation.features.{train.__name__}(seed=0)",
+                                        "held_out_images": held_out, "held_out_accuracy": accuracy})
+    print(f"{folder}: {accuracy:.4f} of {held_out:,} held-out images")
 
 
 def run(source: Path, name: str):
@@ -40,5 +46,5 @@ def run(source: Path, name: str):
 
 
 for what in sys.argv[1:]:
-    if what == "classifier": classifier()
+    if what in CLASSIFIERS: classifier(what)
     else: run(Path(what.rpartition(":")[0]), what.rpartition(":")[2])

@@ -127,6 +127,7 @@ class ExtractorEntry:
 
 EXTRACTORS: dict[str, ExtractorEntry] = {e.name: e for e in (
     ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures"),
+    ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures"),
     ExtractorEntry("inception", "dmp_wb.evaluation.inception:InceptionFeatures", "file"),
     ExtractorEntry("dinov2", "dmp_wb.evaluation.extractors:dinov2", "folder or hub id"),
     ExtractorEntry("clip", "dmp_wb.evaluation.extractors:clip", "folder or hub id"))}

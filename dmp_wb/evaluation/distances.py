@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput, said
+from ..core.bars import progress
 from ..core.seeds import seed_of
 
 # %% ../../nbs/source/evaluation/00_distances.ipynb #9491e4c2
@@ -84,17 +85,25 @@ def _no_covariance(c: torch.Tensor) -> str | None:
         return "has negative eigenvalues: expected one that samples can have"
     return None
 
+def _root(covariance: torch.Tensor) -> torch.Tensor: # [D, D]
+    "A matrix R with R Rᵀ = the covariance: Cholesky's, or that of the eigenvectors where the covariance is singular."
+    factor, info = torch.linalg.cholesky_ex(covariance)
+    if not int(info): return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
+
+def _same_width(a: int | None, b: int | None):
+    if a != b: raise BadInput(f"features have widths {a} and {b}: expected the same, from one extractor")
+
 def frechet_distance(
     a: Moments | torch.Tensor,  # moments, or features [samples, D]
     b: Moments | torch.Tensor,
 ) -> float:
     "Fréchet distance d² between two Gaussians (1706.08500, equation 6), float64; ≥ 0, 0 for equal moments."
     a, b = (m if isinstance(m, Moments) else Moments().update(m) for m in (a, b))
-    if a.width != b.width:
-        raise BadInput(f"features have widths {a.width} and {b.width}: expected the same, from one extractor")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
+    _same_width(a.width, b.width)
+    root = _root(a.covariance)
+    cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return float(distance.clamp(min=0))   # rounding can make it −1e-15; NaN stays NaN
 
@@ -108,6 +117,33 @@ def _checked_strata(strata, n: int) -> torch.Tensor | None: # [n] on the CPU
         raise BadInput(f"{len(strata) if strata.ndim else 'a number as'} strata for {n} samples: expected as many")
     return strata
 
+# %% ../../nbs/source/evaluation/00_distances.ipynb #5e6a7c10
+class _Resampled:
+    """Fréchet distances of resamples of one model's features to a reference whose root R is known.
+
+    With Y = X R, the covariance C of a resample of X gives Rᵀ C R as the covariance of the same rows of Y: one product
+    of matrices for each model, where each round would take two. Where fewer rows than columns are left, the rows'
+    inner products have the same eigenvalues, but for zeros.
+    """
+    def __init__(self, features: torch.Tensor, reference: Moments, root: torch.Tensor):
+        own = Moments().update(features)
+        _same_width(own.width, reference.width)
+        self.x, self.apart = features.detach().cpu().double() - own.mean, own.mean - reference.mean
+        self.y, self.spread = self.x @ root, float(reference.covariance.trace())
+
+    def distances(self, times: torch.Tensor) -> torch.Tensor: # [R]; times [R, N]: how often each row is in a resample
+        n, times = times.shape[1], times.double()
+        means, middles = times @ self.x / n, times @ self.y / n   # [R, D]
+        own = (times @ self.x.square().sum(1) - n * means.square().sum(1)) / (n - 1)
+        cross = torch.stack([self._cross(*both) for both in zip(times / (n - 1), middles)])
+        return ((means + self.apart).square().sum(1) + own + self.spread - 2 * cross).clamp(min=0)
+
+    def _cross(self, weights: torch.Tensor, middle: torch.Tensor) -> torch.Tensor: # trace of the root of the product
+        rows = weights.nonzero()[:, 0]
+        y = (self.y[rows] - middle) * weights[rows].sqrt()[:, None]
+        return torch.linalg.eigvalsh(y.T @ y if len(y) > y.shape[1] else y @ y.T).clamp(min=0).sqrt().sum()
+
+
 # %% ../../nbs/source/evaluation/00_distances.ipynb #68fff89f
 def frechet_bootstrap(
         features: dict[str, torch.Tensor],   # model → features [N, D]; row i comes from the same seed in all of them
@@ -118,6 +154,7 @@ def frechet_bootstrap(
         rounds: int = 200,
         seed: int = 0,
         level: float = 0.95,
+        quiet: bool = True,   # no progress bar
 ) -> dict[str, dict]:   # model → "frechet", "interval", and with `against` "difference", "difference_interval"
     """Fréchet distance of each model with a bootstrap interval, which is
     shifted to be centred on it (a resample is further away by itself)."""
@@ -127,17 +164,17 @@ def frechet_bootstrap(
     if against is not None and against not in features:
         raise BadInput(f"against is {against!r}: expected one of {list(features)}")
     n, reference = lengths.pop(), reference if isinstance(reference, Moments) else Moments().update(reference)
-    g = torch.Generator().manual_seed(seed_of(seed, "bootstrap"))
-    point = {name: frechet_distance(f, reference) for name, f in features.items()}
-    drawn = {name: [] for name in features}
-    strata = _checked_strata(strata, n)
+    g, strata = torch.Generator().manual_seed(seed_of(seed, "bootstrap")), _checked_strata(strata, n)
+    root = _root(reference.covariance)
     groups = [torch.arange(n)] if strata is None else [(strata == c).nonzero()[:, 0] for c in strata.unique()]
-    for _ in range(rounds):
-        rows = torch.cat([group[torch.randint(len(group), (len(group),), generator=g)] for group in groups])
-        for name, f in features.items(): drawn[name].append(frechet_distance(f[rows], reference))
+    draw = lambda: torch.cat([group[torch.randint(len(group), (len(group),), generator=g)] for group in groups])
+    # the first is the samples themselves
+    times = torch.stack([torch.ones(n, dtype=torch.long), *(draw().bincount(minlength=n) for _ in range(rounds))])
+    found = {name: _Resampled(f, reference, root).distances(times)
+             for name, f in progress(features.items(), desc="bootstrap", unit="model", disable=quiet, leave=None)}
+    point, resampled = {name: float(d[0]) for name, d in found.items()}, {name: d[1:] for name, d in found.items()}
     q = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     centred = lambda values, centre: (values - values.mean() + centre).quantile(q).tolist()
-    resampled = {name: torch.tensor(v, dtype=torch.float64) for name, v in drawn.items()}
     out = {}
     for name in features:
         out[name] = {"frechet": point[name], "interval": centred(resampled[name], point[name])}

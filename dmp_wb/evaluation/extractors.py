@@ -78,7 +78,7 @@ def dinov2(model: str | None) -> VisionFeatures: return VisionFeatures("dinov2",
 def clip(model: str | None) -> VisionFeatures: return VisionFeatures("clip", model)
 
 def load_extractor(
-        # digits, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or a network of your own
+        # digits, fashion, inception[:file], dinov2[:folder or hub id], clip[:folder or hub id], or your own network
         extractor: str | nn.Module = "digits",
         device: str | torch.device = "auto",   # "auto": the GPU if there is one
 ) -> Extractor:
@@ -94,7 +94,8 @@ def load_extractor(
         entry = EXTRACTORS[name]
         if weights and entry.takes is None:
             raise BadInput(f"extractor is {extractor!r}: expected {name}, "
-                           + ("whose weights ship with the package" if name == "digits" else "with nothing after it"))
+                           + ("whose weights ship with the package" if name in ("digits", "fashion")
+                              else "with nothing after it"))
         make = loaded(entry.make)
         extractor = make() if entry.takes is None else make(weights or None)
     return (extractor if isinstance(extractor, Extractor) else ModuleFeatures(extractor)).eval().to(place)

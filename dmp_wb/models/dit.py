@@ -9,6 +9,7 @@ __all__ = ['COMPUTED', 'PIPELINE_NULL_CLASS', 'TimestepEmbedder', 'LabelEmbedder
 # %% ../../nbs/source/models/01_dit.ipynb #77cfe6af
 import math
 import re
+import sys
 import warnings
 from numbers import Integral
 from pathlib import Path
@@ -260,6 +261,12 @@ class DiT(ModelMixin, ConfigMixin):
 
     @property
     def learn_sigma(self) -> bool: return self.config.out_channels == 2 * self.config.in_channels
+
+    def to(self, *args, **kwargs):
+        """As of any diffusers model. That one asks diffusers' hooks whether they offload the model, and so imports them
+        and peft, as long as torch itself takes; where nobody has imported them, they offload nothing."""
+        hooked = "diffusers.hooks.group_offloading" in sys.modules or getattr(self, "is_quantized", False)
+        return super().to(*args, **kwargs) if hooked else nn.Module.to(self, *args, **kwargs)
 
     def condition(
         self,

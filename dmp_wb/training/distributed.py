@@ -275,6 +275,7 @@ def launched():
         yield
         return
     folder = Path(name)
+    write_json(folder / f"process-{os.getpid()}.json", process_identity())   # the launcher waits for its end
     threading.Thread(target=_watch, args=[folder], daemon=True).start()
     try: yield
     except Exception as e:

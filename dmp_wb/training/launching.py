@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OTHER_LAUNCHERS', 'accelerate_config', 'usable_gpus', 'launch_processes', 'launch_command', 'launch_error',
-           'kill_all', 'wait_for_writer', 'first_cause', 'call_others', 'follow', 'launch']
+           'kill_all', 'wait_for_processes', 'wait_for_writer', 'first_cause', 'call_others', 'follow', 'launch']
 
 # %% ../../nbs/source/training/09_launching.ipynb #60db591d
 import contextlib
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ..config import Experiment, load_experiment, to_yaml
 from ..core.errors import BadInput, MissingFile
 from ..core.files import flat, open_to_append, read_json, write_atomic, write_json
 from ..core.paths import expanded, safe_path, short
-from ..core.processes import process_identity
+from ..core.processes import process_alive, process_identity
 from ..core.bars import mirror, PROGRESS_VARIABLE, read_progress
 from ..store.checkpoints import newest_checkpoint, run_lock
 from ..store.run import Run
@@ -162,6 +163,17 @@ def kill_all(child: subprocess.Popen):
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess): process.kill()
     child.wait()
+
+def wait_for_processes(
+    folder: Path,     # of the launch, where each process that it started has written down which it is
+    seconds: float,
+    meanwhile: Callable[[], Any] = lambda: None,
+):
+    "Wait until those that train have ended: a signal to all processes ends accelerate at once, and leaves them alone."
+    end, started = time.monotonic() + seconds, [read_json(file) for file in folder.glob("process-*.json")]
+    while any(map(process_alive, started)) and time.monotonic() < end:
+        meanwhile()
+        time.sleep(0.2)
 
 def wait_for_writer(run: Run, seconds: float):
     """Wait until nobody writes a run: a signal to all processes ends
@@ -298,9 +310,10 @@ def _command_and_environment(exp: Experiment, run: Run, n: int, config_file: str
            | {LAUNCH_VARIABLE: str(tmp), PROCESSES_VARIABLE: str(n), PROGRESS_VARIABLE: str(tmp / "progress.json"),
               "PYTHONUNBUFFERED": "1"})
     if link is None: env |= file_rendezvous(tmp / "rendezvous")
-    elif interface := link.interface:
-        # a host's own name may be loopback
-        env.setdefault("GLOO_SOCKET_IFNAME", interface)
+    else:
+        # a cluster's signal goes to all processes; torchrun, which dies of it, keeps the store of those that train
+        command = ["/bin/sh", "-c", "trap '' USR1 USR2; exec \"$@\"", "sh", *command]
+        if name := link.interface: env.setdefault("GLOO_SOCKET_IFNAME", name)   # a host's own name may be loopback
     if not gpus:
         env["CUDA_VISIBLE_DEVICES"] = ""
         share = n // (machines.count if machines else 1)
@@ -354,6 +367,7 @@ def _launch(exp: Experiment, run: Run, n: int, config_file: str | Path | None, t
         failed = child.returncode and (tmp / LAUNCHER_FILE).exists()
         stop()
         error = launch_error(tmp, log, start, child.returncode) if failed else None
+        wait_for_processes(tmp, GRACE, link.watch if link else lambda: None)
         if link: error = first_cause(link, error, run)
         if first: wait_for_writer(run, GRACE)
         if asked.interrupted and not run.finished:

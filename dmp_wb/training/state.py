@@ -9,11 +9,11 @@ __all__ = ['Average', 'averages_itself', 'set_rates', 'scale_rates', 'TrainState
 # %% ../../nbs/source/training/04_state.ipynb #442f3a07
 import contextlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 
 from ..config import TrainConfig
 from ..core.files import read_json, read_rows, write_atomic, write_json
@@ -26,13 +26,34 @@ from .record import Meter
 from .setup import Parts, trainable
 
 # %% ../../nbs/source/training/04_state.ipynb #b75cf2a3
-class Average(EMAModel):
-    "diffusers' moving average with its decay schedule, in one pass over memory where diffusers takes three."
+class Average:
+    """A moving average with the decay schedule of diffusers' `EMAModel`, whose state it keeps and takes; that class
+    comes with all models of diffusers, peft and transformers, which take longer to import than torch does."""
+    def __init__(self, parameters: Iterable[torch.Tensor], decay: float = 0.9999):
+        self.shadow_params = [p.detach().clone() for p in parameters]
+        self.decay, self.optimization_step = decay, 0
+
+    def get_decay(self, step: int) -> float: # of the average's step, counted from 1
+        "0 at the first step, then growing to `decay`, so that an average forgets what it started from."
+        return min(step / (9 + step), self.decay) if step > 1 else 0.0
+
     @torch.no_grad()
-    def step(self, parameters):
+    def step(self, parameters: Iterable[torch.Tensor]):
+        "Move towards the parameters, in one pass over memory."
         self.optimization_step += 1
-        self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_(self.shadow_params, [p.detach() for p in parameters], 1 - self.cur_decay_value)
+        share = 1 - self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, [p.detach() for p in parameters], share)
+
+    def to(self, device: torch.device): self.shadow_params = [p.to(device) for p in self.shadow_params]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "min_decay": 0.0, "optimization_step": self.optimization_step,
+                "update_after_step": 0, "use_ema_warmup": False, "inv_gamma": 1.0, "power": 2 / 3,
+                "shadow_params": self.shadow_params}
+
+    def load_state_dict(self, state: dict[str, Any]):
+        self.decay, self.optimization_step = state["decay"], state["optimization_step"]
+        self.shadow_params = [p.clone() for p in state["shadow_params"]]
 
 def averages_itself(optimizer) -> bool:
     "Whether an optimiser keeps its own average, as schedule-free ones do."
@@ -67,7 +88,7 @@ class TrainState:
         self.model, self.optimizer = self.accelerator.prepare(parts.backbone, optimizer)
         hooks_of(parts.backbone).renew()
         self.params = trainable(parts.backbone)
-        self.ema = Average(self.params.values(), decay=exp.train.ema_decay, foreach=True)
+        self.ema = Average(self.params.values(), decay=exp.train.ema_decay)
         self.ema.to(self.accelerator.device)
         if averages_itself(self.optimizer): self.optimizer.train()
         self.aggregator = parts.aggregator

@@ -272,6 +272,69 @@ def test_two_processes_in_a_job(slurm, log, runs_folder, tmp_path):
     assert steps(folder) == list(range(1, steps(folder)[-1] + 1))
 
 
+STEADY = "optim.lr_scheduler=constant"   # the first steps of a run of any length are the same
+
+
+@pytest.fixture(scope="module")
+def two_here(tmp_path_factory):
+    "The first steps of two processes on one machine, to compare with."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("OMP_NUM_THREADS", "1")
+        m.setattr(os, "cpu_count", lambda: 2)
+        return wb.launch("digits-quick", [*overrides(6).split(), STEADY], num_processes=2,
+                         folder=tmp_path_factory.mktemp("two") / "run")
+
+
+def test_a_sweep_over_two_nodes(slurm, log, runs_folder, tmp_path, two_here):
+    text = Sweep(log, runs_folder, notebook(tmp_path), "-p", "overrides", f"{overrides(6)} {STEADY}", "-p", "fast",
+                 "true", "-p", "num_processes", 2, "--name", "nodes", "--cluster", "slurm", "--partition", "two",
+                 "--slurm", "nodes=2", "--timeout-min", 30).end(0)
+    folder = runs_folder / "nodes"
+    assert "nodes  finished" in text
+    log((folder / "launch.log").read_text() + (folder / "launch-1.log").read_text())
+    assert "2 processes over 2 machines, here 1" in (folder / "launch-1.log").read_text()
+    assert Run(folder).metrics()["loss"] == two_here.metrics()["loss"]
+    a, b = (load_file(r / "model" / "diffusion_pytorch_model.safetensors") for r in (folder, two_here.folder))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_the_script_of_the_page_over_two_nodes(slurm, log, runs_folder, tmp_path, two_here):
+    "Its signal ends both launches with a checkpoint, the script puts itself into the queue again, and goes on."
+    page = nbformat.read(SCRIPT.parents[1] / "nbs" / "howto" / "several_gpus.ipynb", 4)
+    text = next(m[1] for c in page.cells if (m := re.search(r"```bash\n(#!/bin/bash.*?)```", c.source, re.S)))
+    folder, steps_file = runs_folder / "page", tmp_path / "steps"
+    for old, new in {" --gpus-per-node=8 --cpus-per-task=64": " --cpus-per-task=1 --partition=two",
+                     "--time=24:00:00": f"--time=30 --output={tmp_path}/job.log --open-mode=append",
+                     "run=runs/my-run": f"run={folder}", "dmp-wb launch": f"{sys.executable} -m dmp_wb launch",
+                     # both are this machine
+                     '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)': "127.0.0.1",
+                     "my-experiment.yaml train.mixed_precision=bf16":
+                     f"digits-quick {overrides(0).rpartition(' ')[0]} train.steps=$(cat {steps_file})"
+                     f" {STEADY}"
+                     " --num-processes 2 --machine-timeout 240"}.items():
+        assert old in text, old
+        text = text.replace(old, new)
+    (tmp_path / "job.sh").write_text(text)
+    steps_file.write_text("1000000")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("OMP_NUM_THREADS", "1")
+        job = command("sbatch", "--parsable", str(tmp_path / "job.sh")).strip()
+    said = tmp_path / "job.log"
+    try:
+        until(lambda: len(steps(folder)) >= 8)
+        command("scancel", "--signal=USR1", job)   # as Slurm sends it before the time is over: to the steps
+        until(lambda: newest_checkpoint(folder) is not None and job_states([job])[job] == "PENDING")
+        at = int(newest_checkpoint(folder).name.removeprefix("step-"))
+        assert at == steps(folder)[-1] and "stopped by a signal" in said.read_text()
+        steps_file.write_text(str(at + 5))
+        time.sleep(3)   # nodes refuse a job that is started again in the second in which it has ended
+        back_in_the_queue(job)
+        until(lambda: Run(folder).finished and job_states([job])[job] in OVER)
+    finally: log(said.read_text() if said.exists() else "no output")
+    assert steps(folder) == list(range(1, at + 6)) and f"resumed at step {at}" in said.read_text()
+    assert Run(folder).metrics()["loss"][:6] == two_here.metrics()["loss"]
+
+
 def test_what_slurm_refuses_is_one_line(slurm, log, runs_folder, tmp_path):
     arguments = [notebook(tmp_path), "-p", "overrides", overrides(5), "--name", "no", "--cluster", "slurm"]
     for more, message in ((["--partition", "gpuu"], "invalid partition"),

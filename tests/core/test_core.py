@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import psutil
 import pytest
 from hypothesis import given
@@ -19,7 +21,7 @@ from dmp_wb.core.errors import (
     BadInput, MissingFile, one_line_errors, printable, system_error, system_errors, unknown,
 )
 from dmp_wb.core.files import atomic_folder, read_json, write_atomic, write_json
-from dmp_wb.core.paths import expanded, passive_waiting, project_root, runs_root, short
+from dmp_wb.core.paths import expanded, passive_waiting, project_root, runs_root, shipped_folder, short
 from dmp_wb.core.processes import process_alive, process_identity
 from dmp_wb.core.bars import LogBar, mirror, progress, progress_line, read_progress
 from dmp_wb.core.seeds import seed_of
@@ -264,12 +266,24 @@ def test_threads_wait_passively_unless_the_user_says_otherwise(monkeypatch):
     assert passive_waiting() == {"OMP_WAIT_POLICY": "ACTIVE"}
 
 
-@pytest.mark.parametrize("way", ["import dmp_wb as wb; wb.BadInput", "from dmp_wb.cli import main; main()",
-                                 "from dmp_wb.training.__main__ import main; main(['digits-pretran'])"])
+@pytest.mark.parametrize("way",
+                         ["import dmp_wb", "from dmp_wb.core.paths import short", "from dmp_wb.cli import main; main()",
+                          "from dmp_wb.training.__main__ import main; main(['digits-pretran'])"])
 def test_the_way_of_waiting_is_set_before_torch_is_there(way):
-    "torch reads it when it is imported: by the package's names, by the command of a training, by the command line."
+    "torch reads it when it is imported: by the package, by the command of a training, by the command line."
     code = (f"import contextlib, os, sys\nwith contextlib.suppress(SystemExit): {way}\n"
             "print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)")
     env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
     assert said.split()[-2] == "PASSIVE"
+    said = subprocess.run([sys.executable, "-c", code], env={**env, "OMP_WAIT_POLICY": "ACTIVE"}, capture_output=True,
+                          text=True, check=True).stdout
+    assert said.split()[-2] == "ACTIVE"
+
+
+@pytest.mark.parametrize("name", sorted(shipped_folder("runs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_a_run_notebook_imports_the_package_before_torch(name):
+    "Also where it is opened by hand: the package says how torch's threads wait."
+    code = "\n".join(c.source for c in nbformat.read(name, 4).cells if c.cell_type == "code")
+    first = re.search(r"^(import|from) (torch|diffusers|accelerate|dmp_wb)\b", code, re.M)
+    assert first and first[2] == "dmp_wb"

@@ -29,6 +29,7 @@ from dmp_wb.core.bars import write_progress
 from dmp_wb.core.seeds import git_commit
 from dmp_wb.core.processes import locked
 from dmp_wb.store.listing import RunFacts
+from dmp_wb.training.setup import versions
 from dmp_wb.batch.engine import LOG_FILE
 from dmp_wb.batch.execute import checksum
 from dmp_wb.batch.notebook import as_text, save_figure, saved_figure
@@ -77,7 +78,7 @@ def test_the_commit_is_told_and_nothing_of_the_repositorys_configuration_runs(tm
     assert git_commit() == commit
     (folder / "a.txt").write_text("two")
     os.utime(folder / "a.txt", (1, 1))
-    assert (git_commit() == f"{commit}-dirty" and wb.training.setup.versions()["git_commit"] == f"{commit}-dirty"
+    assert (git_commit() == f"{commit}-dirty" and versions()["git_commit"] == f"{commit}-dirty"
             and not hit.exists())
 
 

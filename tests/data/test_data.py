@@ -224,6 +224,16 @@ def outcome(message, expected):
             else message == expected)
 
 
+def test_the_digits_are_those_of_scikit_learn(monkeypatch):
+    from sklearn.datasets import load_digits
+    raw, quick = load_digits(), digits()
+    assert np.array_equal((quick.images[:, 0].numpy() + 1) * 8, raw.images) and quick.images.dtype == torch.float32
+    assert np.array_equal(quick.labels, raw.target) and quick.class_names == [str(n) for n in raw.target_names]
+    # a version that keeps them elsewhere
+    monkeypatch.setattr(sources.importlib.util, "find_spec", {"sklearn": None}.get)
+    assert torch.equal(digits().images, quick.images) and torch.equal(digits().labels, quick.labels)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_what_becomes_of_a_file(name, tmp_path):
     data, expected = FILES[name]

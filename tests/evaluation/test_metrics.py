@@ -13,9 +13,11 @@ from PIL import Image
 
 import dmp_wb as wb
 from dmp_wb.core.errors import BadInput
+from dmp_wb.core.seeds import seed_of
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.load import load_data
+from dmp_wb.evaluation import distances
 from dmp_wb.evaluation.distances import (
     bootstrap_mean, density_coverage, frechet_bootstrap, frechet_distance, inception_score, kernel_distance,
     Moments, precision_recall, ScoreSums,
@@ -99,6 +101,35 @@ def test_bootstrap_interval_covers_and_pairs():
     assert again["a"]["interval"] == figures["a"]["interval"]                                 # seeded
     with pytest.raises(BadInput, match="same number"): frechet_bootstrap({"a": noise, "b": noise[1:]}, reference)
     with pytest.raises(BadInput, match="against is 'x'"): frechet_bootstrap({"a": noise}, reference, against="x")
+
+
+@pytest.mark.parametrize("images, width", [(400, 12), (30, 40)])   # fewer rows than columns as well
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_bootstrap_is_the_distances_of_the_resamples(images, width, balanced):
+    g = torch.Generator().manual_seed(0)
+    reference = Moments().update(torch.randn(500, width, generator=g) @ torch.randn(width, width, generator=g))
+    features = {"a": torch.randn(images, width, generator=g) + 5, "b": torch.randn(images, width, generator=g) * 2}
+    strata = torch.arange(images) % 5 if balanced else None
+    got = frechet_bootstrap(features, reference, strata=strata, rounds=7, seed=3, against="a")
+    g = torch.Generator().manual_seed(seed_of(3, "bootstrap"))
+    groups = [(strata == c).nonzero()[:, 0] for c in range(5)] if balanced else [torch.arange(images)]
+    rows = [torch.cat([group[torch.randint(len(group), (len(group),), generator=g)] for group in groups])
+            for _ in range(7)]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    # what rounding leaves of eigenvalues that are zero has a root of 1e-8 of the largest
+    near = dict(rel=1e-8 if images > width else 1e-6)
+    for name, f in features.items():
+        point = frechet_distance(f, reference)
+        drawn = torch.tensor([frechet_distance(f[r], reference) for r in rows], dtype=torch.float64)
+        assert got[name]["frechet"] == pytest.approx(point, **near)
+        assert got[name]["interval"] == pytest.approx((drawn - drawn.mean() + point).quantile(ends).tolist(), **near)
+
+
+def test_the_reference_is_decomposed_once_however_many_rounds(monkeypatch):
+    g, found, calls = torch.Generator().manual_seed(0), distances._root, []
+    monkeypatch.setattr(distances, "_root", lambda covariance: calls.append(1) or found(covariance))
+    frechet_bootstrap({n: torch.randn(50, 4, generator=g) for n in "abc"}, torch.randn(90, 4, generator=g), rounds=20)
+    assert len(calls) == 1
 
 
 def test_bootstrap_interval_has_its_level():

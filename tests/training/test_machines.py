@@ -23,7 +23,7 @@ from dmp_wb.training.launching import first_cause, launch
 from dmp_wb.training.machines import here, Machines, machines_of, meet, slurm_step
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16",
-         "train.log_every=1", "train.checkpoint_every=5"]
+         "train.log_every=1", "train.checkpoint_every=5", "optim.lr_scheduler=constant"]
 LOOPBACK = {"num_machines": 2, "main_process_ip": "127.0.0.1"}
 
 

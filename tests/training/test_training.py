@@ -34,6 +34,7 @@ from dmp_wb.methods.patches import PATCH_NAME
 from dmp_wb.training.batches import draw_batch, places_of
 from dmp_wb.training.safety import asked_to_stop, NonFinite
 from dmp_wb.training.setup import make_model, param_groups
+from dmp_wb.training.state import Average
 
 SMALL = ["model.hidden_size=16", "model.num_layers=2", "model.num_attention_heads=2", "train.batch_size=16",
          "train.steps=8", "train.log_every=2", "train.checkpoint_every=3"]
@@ -283,6 +284,24 @@ def test_exported_weights_are_the_average(tmp_path):
     for name, average in zip(state["model"], state["ema"]["shadow_params"], strict=True):
         assert torch.equal(exported[name], average), name
     assert any(not torch.equal(v, exported[k]) for k, v in state["model"].items())
+
+
+def test_the_average_is_that_of_diffusers():
+    from diffusers.training_utils import EMAModel
+    g = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5, generator=g, dtype=torch.float64)) for _ in range(3)]
+    ours, theirs = Average(weights, decay=0.97), EMAModel(weights, decay=0.97, foreach=True)
+    for _ in range(400):
+        for p in weights: p.data += torch.randn(5, generator=g, dtype=torch.float64)
+        ours.step(weights), theirs.step(weights)
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(ours.shadow_params, theirs.shadow_params, strict=True))
+    assert [ours.get_decay(n) for n in range(1, 500)] == [theirs.get_decay(n) for n in range(1, 500)]
+    mine, other = ours.state_dict(), theirs.state_dict()
+    assert {**mine, "shadow_params": 0} == {**other, "shadow_params": 0}
+    again = Average(weights)
+    again.load_state_dict(other)   # what checkpoints of earlier versions hold
+    assert again.decay == 0.97 and again.optimization_step == 400
+    assert all(torch.equal(a, b) for a, b in zip(again.shadow_params, theirs.shadow_params, strict=True))
 
 
 def test_training_learns(tmp_path):

@@ -23,8 +23,8 @@ from dmp_wb.core import seed_of
 
 BASE, HERE = Path("runs/fashion-base"), Path("long/experiments")
 SEARCH_SEED, SEEDS = 101, (1, 2, 3)
-TUNE_STEPS, TUNE_KEEP = 2000, (500, 1000, 2000)   # 128,000 images, two epochs, for every method
-SCRATCH_STEPS, SCRATCH_KEEP = 6000, (1000, 2000, 3000, 4000, 5000, 6000)
+TUNE_STEPS, TUNE_KEEP = 1000, (250, 500, 1000)   # 64,000 images, one epoch, for every method
+SCRATCH_STEPS, SCRATCH_KEEP = 3000, (1000, 2000, 3000)
 RATES = {"dmp": (1e-3, 3e-3, 1e-2), "finetune": (1e-5, 5e-5, 2e-4), "prompt-tuning": (1e-3, 3e-3, 1e-2),
          "lora": (3e-4, 1e-3, 3e-3)}
 RANK = 10          # 30,720 parameters; DMP on this base has 31,458
@@ -84,7 +84,7 @@ def tuned(method: str, rate: float, seed: int) -> tuple[Path, object]:
     "A trained run of a method on the base."
     base_experiment()
     folder = Path("runs") / f"{method}-{rate:g}-seed{seed}"
-    overrides = [f"optim.lr={rate}", f"seed={seed}", f"train.steps={TUNE_STEPS}", "train.keep_every=500"]
+    overrides = [f"optim.lr={rate}", f"seed={seed}", f"train.steps={TUNE_STEPS}", "train.keep_every=250"]
     exp = load_experiment(str(HERE / f"fashion-{'prompt-tuning' if method == 'lora' else method}.yaml"), overrides)
     if method == "lora":
         if not (folder / f"step-{TUNE_STEPS}.pt").is_file(): train_lora(exp, RANK, folder, TUNE_KEEP)

@@ -1,0 +1,82 @@
+"The classifier of clothes and the base on Fashion-MNIST that ship, and the patch for slanted digits."
+import json
+import os
+
+import pytest
+import torch
+
+import dmp_wb as wb
+from dmp_wb.core.errors import BadInput
+from dmp_wb.core.paths import assets_folder
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.sources import FASHION_FOLDERS, digits, fashion_mnist, has_idx, sheared, slanted_digits
+from dmp_wb.evaluation.distances import frechet_distance
+from dmp_wb.evaluation.extractors import extract, load_extractor
+from dmp_wb.evaluation.features import FashionClassifier, accuracy_of, fashion_classifier, train_fashion_classifier
+
+needs_images = pytest.mark.skipif(not any(map(has_idx, FASHION_FOLDERS)), reason="Fashion-MNIST is not here")
+# the norms of some weights after 30 steps of the recipe, measured when the shipped weights were trained
+AFTER_30_STEPS = {"body.0.weight": 2.8763, "body.8.weight": 4.63842, "body.13.weight": 5.66479, "head.weight": 1.81954}
+
+
+def test_the_extractor_gives_96_features_of_28_by_28_images_alone():
+    network = load_extractor("fashion", "cpu")
+    found = network(torch.zeros(3, 1, 28, 28))
+    assert found["features"].shape == (3, 96) == (3, network.width) and found["logits"].shape == (3, 10)
+    for shape in ((1, 8, 8), (3, 28, 28)):
+        with pytest.raises(BadInput, match="expected 1 × 28 × 28 for the extractor fashion"): network.check(shape)
+    with pytest.raises(BadInput, match="whose weights ship"): load_extractor("fashion:weights.safetensors")
+
+
+@needs_images
+def test_the_shipped_classifier_reads_the_test_split_as_its_config_says():
+    test = fashion_mnist(DataConfig(name="fashion-mnist", split="test"))
+    told = json.loads((assets_folder() / "fashion-classifier" / "config.json").read_text())["held_out_accuracy"]
+    accuracy = accuracy_of(fashion_classifier(), test.images, test.labels)
+    assert accuracy >= 0.92 and accuracy == pytest.approx(told, abs=3e-4)
+
+
+@needs_images
+def test_the_recipe_begins_as_it_did_when_the_shipped_classifier_was_trained():
+    model, _ = train_fashion_classifier(stop_after=30)
+    found = {name: float(p.detach().norm()) for name, p in model.named_parameters()}
+    assert {name: found[name] for name in AFTER_30_STEPS} == pytest.approx(AFTER_30_STEPS, rel=2e-3)
+    assert sum(p.numel() for p in FashionClassifier().parameters()) == 94_866
+
+
+@needs_images
+@pytest.mark.skipif(not os.environ.get("DMP_WB_RETRAIN"), reason="five minutes of a CPU core: set DMP_WB_RETRAIN=1")
+def test_trained_again_it_reads_as_much():
+    assert train_fashion_classifier()[1] == pytest.approx(0.9207, abs=0.005)
+
+
+def test_the_fashion_base_draws_what_the_classifier_reads_as_asked():
+    labels = torch.arange(40) % 10
+    images = wb.sample(wb.load_model("fashion-base"), class_labels=labels, guidance_scale=1.5, sampler="dpmsolver++",
+                       num_inference_steps=10, schedule="cosine", prediction_type="v_prediction", quiet=True)
+    assert images.shape == (40, 1, 28, 28) and accuracy_of(fashion_classifier(), images, labels) > 0.7
+
+
+def test_slanted_digits_lean_to_the_right():
+    images, slanted = digits().images, slanted_digits().images
+    column = torch.arange(8.0)
+    def middle(x): return ((x + 1) * column).sum((1, 2, 3)) / (x + 1).sum((1, 2, 3))   # of what is drawn
+    def lean(x): return middle(x[:, :, :4]) - middle(x[:, :, 4:])
+    leaning = lean(slanted) - lean(images)
+    assert float((leaning > 0).float().mean()) > 0.99 and 1 < float(leaning.mean()) < 1.8   # four rows of 0.4
+    assert torch.allclose(sheared(images, 0.0), images, atol=1e-5)
+    tall = torch.full((1, 1, 9, 5), -1.0)
+    tall[..., 2] = 1   # a line in the middle leans as much where a side is longer
+    assert sheared(tall, 0.5)[0, 0, 0].argmax() == 4 and sheared(tall, 0.5)[0, 0, 4].argmax() == 2
+
+
+def test_the_shipped_patch_draws_slanted_digits():
+    labels, real = torch.arange(200) % 10, extract("digits", slanted_digits().images)
+    distance = {}
+    for name in ("digits-base", "digits-slanted"):
+        images = wb.sample(wb.load_model(name), class_labels=labels, sampler="dpmsolver++", num_inference_steps=15,
+                           quiet=True)
+        distance[name] = frechet_distance(extract("digits", images), real)
+    assert distance["digits-slanted"] < distance["digits-base"] / 4
+    gates = wb.get_patch(wb.load_model("digits-slanted")).gates([0, 999]).detach()
+    assert float((gates[0] - gates[1]).abs().max()) > 0.3   # other prompts at other timesteps
