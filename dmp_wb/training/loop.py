@@ -22,6 +22,7 @@ from ..data.folders import SkippedImages
 from ..diffusion.objectives import diffusion_losses
 from ..diffusion.predict import predict
 from ..methods.base import methods_of
+from ..models.computing import kept_precision
 from ..store.checkpoints import prune_checkpoints, run_lock
 from ..store.run import Run
 from ..tasks.intervals import interval_losses
@@ -33,7 +34,7 @@ from dmp_wb.training.record import (
 )
 from .safety import Asked, asked_to_stop, NonFinite, stop_at_nonfinite, Told
 from dmp_wb.training.setup import (
-    absolute_paths, check_folder, clear_run, groups_of, kept_precision, make_model, make_optimizer, make_parts,
+    absolute_paths, check_folder, clear_run, groups_of, make_model, make_optimizer, make_parts,
     nothing_to_do, Parts, room_for, say_longer, start_trackers, write_config,
 )
 from .state import averaged, remember_rollback, resume, roll_back, save, TrainState

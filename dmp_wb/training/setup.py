@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'put_methods', 'check_text_inputs', 'trainable', 'param_groups',
-           'make_optimizer', 'check_device', 'kept_precision', 'make_accelerator', 'start_trackers', 'share_of_batch',
-           'absolute_paths', 'new_run', 'settle_noise', 'check_folder', 'nothing_to_do', 'versions', 'write_config',
-           'say_longer', 'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
+           'make_optimizer', 'check_device', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths',
+           'new_run', 'settle_noise', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer',
+           'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
 import contextlib
@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import hashlib
 import importlib
-import importlib.util
 import os
 import platform
 import re
@@ -48,6 +47,7 @@ from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs
 from ..models.backbones import anatomy_of
+from ..models.computing import allow_tf32, missing_compiler
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.run import load_model, Run, trained_objective
@@ -159,25 +159,9 @@ def check_device(
     if device == "cuda" and t.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise BadInput(f"train.mixed_precision is 'bf16', which a {torch.cuda.get_device_name()} does not compute in: "
                        "expected 'fp16' or 'no'")
-    if t.compile and (missing := _missing_compiler(device)):
+    if t.compile and (missing := missing_compiler(device)):
         raise BadInput(f"train.compile is true, but there is no {missing}: expected one, or train.compile=false")
 
-def _missing_compiler(device: str) -> str | None:
-    "What torch.compile lacks on this machine, as far as is known of such a device."
-    if device not in ("cpu", "cuda"): return None
-    if device == "cuda" and importlib.util.find_spec("triton") is None: return "package triton, which writes for GPUs"
-    names = [os.environ.get("CXX"), "g++", "clang++"] if device == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
-    if any(name and shutil.which(name) for name in names): return None
-    return "C++ compiler (g++, clang++ or $CXX)" if device == "cpu" else "C compiler (gcc, clang or $CC), for triton"
-
-@contextlib.contextmanager
-def kept_precision():
-    "After this context torch multiplies float32 matrices as before, whatever `train.tf32` was inside."
-    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    try: yield
-    finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolution
 
 # %% ../../nbs/source/training/02_setup.ipynb #7a40c3b3
 def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
@@ -201,9 +185,7 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     # a second run in this process
     if AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision:
         AcceleratorState._reset_state()
-    if not cpu:
-        torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = t.tf32   # `kept_precision` puts both back
+    if not cpu: allow_tf32(t.tf32)   # `kept_precision` puts it back
     # every process makes the same buffers
     accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu,
                               gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,

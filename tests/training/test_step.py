@@ -16,6 +16,7 @@ from backbones import BACKBONES, INPUT_SIZE, inputs_for
 import dmp_wb as wb
 from dmp_wb.config import TrainConfig
 from dmp_wb.core.errors import BadInput
+from dmp_wb.models.computing import allow_tf32, kept_precision
 from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint
 from dmp_wb.store.run import Run
 from dmp_wb.training import setup, state
@@ -207,9 +208,8 @@ def test_gradients_are_views_of_the_buckets_that_are_sent(tmp_path):
 def test_float32_products_are_as_before_after_a_training():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for error in (None, ValueError):
-        with contextlib.suppress(ValueError), setup.kept_precision():
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = not before[1]
+        with contextlib.suppress(ValueError), kept_precision():
+            allow_tf32(before[0] == "highest")
             if error: raise error
         assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
