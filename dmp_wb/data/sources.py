@@ -73,6 +73,8 @@ class Source:
         "With what encodes on the device there."
         return self
 
+    def compile(self): "Compile what `encode` computes with."
+
 def readers() -> int:
     "Processes that it is worth reading files with, on this machine: up to four; half of the cores are the model's."
     return min(4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)

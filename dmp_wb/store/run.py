@@ -55,7 +55,7 @@ class Run:
     @property
     def experiment(self) -> Experiment:
         exp = load_experiment(self.folder / "config.yaml")
-        if exp.train.noise_format is None: exp.train.noise_format = 1   # older than the key
+        if exp.train.batch_format is None: exp.train.batch_format = 1   # older than the key
         return exp
 
     def metrics(self) -> dict[str, list[float | None]]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from ..config import Experiment, NOISE_FORMAT
+from ..config import BATCH_FORMAT, Experiment
 from ..core.seeds import seed_of
 from ..data.folders import SkippedImages
 from ..data.sources import EpochOrder, Source
@@ -81,7 +81,7 @@ def draw_batch(
     if clusters is not None: timesteps = balanced_timesteps(len(indices), clusters, g)
     else: timesteps = torch.randint(exp.schedule.num_train_timesteps, indices.shape, generator=g)
     dropped = torch.rand(indices.shape, generator=g) < exp.train.label_dropout
-    if (exp.train.noise_format or NOISE_FORMAT) == 1: draw = lambda name: torch.randn(shape, generator=g)[places]
+    if (exp.train.batch_format or BATCH_FORMAT) == 1: draw = lambda name: torch.randn(shape, generator=g)[places]
     else: draw = lambda name: place_noise(exp.seed, name, step, torch.arange(len(indices))[places], data.shape)
     # in format 1 all come from one stream, in this order
     shape = (len(indices), *data.shape)

@@ -51,6 +51,11 @@ def method_losses(parts: Parts) -> tuple[dict[str, torch.Tensor], torch.Tensor |
     return {name: value for name, (value, _) in found.items()}, sum(weighted[1:], weighted[0]) if weighted else 0.0
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0003
+def _encoding(parts: Parts) -> contextlib.AbstractContextManager:
+    "What a VAE and a text encoder compute in: bfloat16 where the training does; float16 is too narrow for many of them."
+    narrow = parts.exp.train.mixed_precision == "bf16" and parts.exp.train.batch_format != 1
+    return parts.accelerator.autocast() if narrow else contextlib.nullcontext()
+
 def accumulate(
     parts: Parts,
     state: TrainState,
@@ -58,7 +63,8 @@ def accumulate(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]: # losses (scalars); mse [B] at timesteps [B]
     "Add the gradients of these images to those that are there."
     accelerator, objective = parts.accelerator, parts.exp.objective
-    batch = parts.data.encode({k: v.to(accelerator.device, non_blocking=True) for k, v in share.items()})
+    batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in share.items()}
+    with _encoding(parts): batch = parts.data.encode(batch)
     # an aggregator averages over processes itself
     with accelerator.no_sync(state.model) if state.aggregator else accelerator.accumulate(state.model):
         with accelerator.autocast(): output = predict(state.model, batch, parts.tables, parts.inputs)

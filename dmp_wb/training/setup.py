@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'put_methods', 'check_text_inputs', 'trainable', 'param_groups',
            'make_optimizer', 'check_device', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths',
-           'new_run', 'settle_noise', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer',
+           'new_run', 'settle_format', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer',
            'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
@@ -33,7 +33,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import Experiment, NOISE_FORMAT, OptimConfig, to_yaml, TrainConfig
+from ..config import BATCH_FORMAT, Experiment, OptimConfig, to_yaml, TrainConfig
 from ..core.errors import BadInput, system_error, unknown
 from ..core.files import flat, write_atomic
 from ..core.paths import assets_folder, expanded, runs_root, short
@@ -240,11 +240,11 @@ def new_run(exp: Experiment, folder: str | Path | None) -> Run:
         raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     return Run((expanded(folder) if folder else runs_root() / exp.name).resolve())
 
-def settle_noise(exp: Experiment, run: Run):
+def settle_format(exp: Experiment, run: Run):
     "Where an experiment names no noise format: that of the run which goes on, and the newest in a new run."
-    if exp.train.noise_format is None:
+    if exp.train.batch_format is None:
         goes_on = (run.folder / "config.yaml").exists()
-        exp.train.noise_format = run.experiment.train.noise_format if goes_on else NOISE_FORMAT
+        exp.train.batch_format = run.experiment.train.batch_format if goes_on else BATCH_FORMAT
 
 # %% ../../nbs/source/training/02_setup.ipynb #8f2cc2e5
 # What a run may be resumed with other values of: no weight and no loss depends on it
@@ -380,7 +380,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     Raises `BadInput` where they do not fit each other, the machine or the launcher."""
     data = load_data(exp.data)
     run = new_run(exp, folder)
-    settle_noise(exp, run)
+    settle_format(exp, run)
     accelerator = make_accelerator(exp, run)
     share = share_of_batch(exp.train, accelerator.num_processes)
     if exp.multitask.method != "none" and share < exp.multitask.k:
@@ -397,6 +397,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     add_tasks(parts)
     if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
     tables.to(accelerator.device), data.to(accelerator.device)
+    if exp.train.compile: data.compile()
     return parts
 
 # %% ../../nbs/source/training/02_setup.ipynb #d045350d

@@ -104,7 +104,7 @@ def test_the_rarest_bits_make_finite_noise():
 # --- runs of format 1
 
 def test_format_1_draws_what_it_drew():
-    exp, data = small(extra=["train.noise_format=1", "train.batch_size=32", "data.flip=true"]), Latents()
+    exp, data = small(extra=["train.batch_format=1", "train.batch_size=32", "data.flip=true"]), Latents()
     g = torch.Generator().manual_seed(seed_of(exp.seed, "batch", 4))
     timesteps, dropped = torch.randint(1000, (32,), generator=g), torch.rand(32, generator=g)
     noise, flip, latents = (torch.randn(32, 4, 4, 3, generator=g), torch.rand(32, generator=g) < 0.5,
@@ -115,29 +115,29 @@ def test_format_1_draws_what_it_drew():
     assert dropped.shape == (32,) and all(torch.equal(batch[k], v[places]) for k, v in expected.items())
 
 
-def test_a_new_run_notes_its_noise_format_and_an_older_one_keeps_its_own(tmp_path):
+def test_a_new_run_notes_its_batch_format_and_an_older_one_keeps_its_own(tmp_path):
     here = lambda *extra: small(extra=["optim.lr_scheduler=constant", *extra])   # of which the last step is no matter
     new = wb.train(here(), folder=tmp_path / "new")
-    assert new.experiment.train.noise_format == 2 and "noise_format: 2" in (new.folder / "config.yaml").read_text()
-    unbroken = wb.train(here("train.noise_format=1"), folder=tmp_path / "unbroken")
+    assert new.experiment.train.batch_format == 2 and "batch_format: 2" in (new.folder / "config.yaml").read_text()
+    unbroken = wb.train(here("train.batch_format=1"), folder=tmp_path / "unbroken")
     assert not equal(weights(new), weights(unbroken))
-    old = wb.train(here("train.noise_format=1", "train.steps=3"), folder=tmp_path / "old")
+    old = wb.train(here("train.batch_format=1", "train.steps=3"), folder=tmp_path / "old")
     file = old.folder / "config.yaml"
-    file.write_text(re.sub(r"  noise_format: 1\n", "", file.read_text()))   # as versions before the key wrote it
-    with pytest.raises(BadInput, match="train.noise_format is 1 there and 2 here"):
-        wb.train(here("train.noise_format=2"), folder=old.folder)
+    file.write_text(re.sub(r"  batch_format: 1\n", "", file.read_text()))   # as versions before the key wrote it
+    with pytest.raises(BadInput, match="train.batch_format is 1 there and 2 here"):
+        wb.train(here("train.batch_format=2"), folder=old.folder)
     longer = wb.train(here(), folder=old.folder)
-    assert equal(weights(longer), weights(unbroken)) and "noise_format: 1" in file.read_text()
+    assert equal(weights(longer), weights(unbroken)) and "batch_format: 1" in file.read_text()
 
 
-def test_a_noise_format_that_there_is_not():
-    with pytest.raises(BadInput, match="train.noise_format is 3: expected 2, which new runs have, 1 or null"):
-        small(extra=["train.noise_format=3"])
+def test_a_batch_format_that_there_is_not():
+    with pytest.raises(BadInput, match="train.batch_format is 3: expected 2, which new runs have, 1 or null"):
+        small(extra=["train.batch_format=3"])
 
 
 def test_the_order_of_images_is_the_same_in_both_formats():
     data = load_data("digits")
-    a, b = (draw_batch(small(extra=[f"train.noise_format={n}"]), data, EpochOrder(len(data), 16, 0), 7, 10)
+    a, b = (draw_batch(small(extra=[f"train.batch_format={n}"]), data, EpochOrder(len(data), 16, 0), 7, 10)
             for n in (1, 2))
     assert all(torch.equal(a[k], b[k]) for k in ("images", "timesteps", "class_labels"))
     assert not torch.equal(a["noise"], b["noise"])

@@ -66,7 +66,7 @@ def measure(side: int, images: int, args) -> None:
         cache = write_cache(Path(folder) / "cache", side, images, per_shard=128)
         places = places_of(args.batch, 1, rank=args.processes // 2, world_size=args.processes)
         order = EpochOrder(images, args.batch, 0)
-        make = lambda number: Experiment(train=TrainConfig(batch_size=args.batch, noise_format=number))
+        make = lambda number: Experiment(train=TrainConfig(batch_size=args.batch, batch_format=number))
         ways = {"before": (make(1), OneByOne(cache)), "format 1": (make(1), LatentCache(cache)),
                 "format 2": (make(2), LatentCache(cache))}
         taken: dict[str, list[float]] = {way: [] for way in ways}
