@@ -24,7 +24,7 @@ from torch import nn
 
 from ..config import Experiment
 from ..core.bars import progress
-from ..core.errors import BadInput
+from ..core.errors import BadInput, whole_number
 from ..core.files import read_json, read_regular, write_atomic
 from ..core.paths import assets_folder, runs_root, short
 from ..core.settings import DataConfig, ObjectiveConfig, SamplingConfig
@@ -127,7 +127,7 @@ class _Drawing:
         "As `json` reads it back."
         labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
         captions = {"captions": self.texts.fingerprint, "data": self.data} if self.texts else {}
-        plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else str(v)
+        plain = lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)
         return json.loads(json.dumps({
             "format": DRAWN_FORMAT, **_facts(self.backbone), "sampling": self.how, "num_images": num_images,
             "class_labels": labels, **captions, "vae": self.decoder, "batch_size": batch_size,
@@ -155,13 +155,13 @@ class _Shelf:
     def get(self, numbers: range) -> torch.Tensor | None:
         file = self.folder / f"{numbers.start:06d}.safetensors"
         if not self.reads or not file.is_file(): return None
-        try: images = load(read_regular(file))["images"]
+        try: images = load(read_regular(file, 1 << 32))["images"]
         except (BadInput, SafetensorError, KeyError): return None
         usable = images.ndim == 4 and len(images) == len(numbers) and images.dtype == torch.float32
         return images if usable and images.isfinite().all() else None
 
     def put(self, numbers: range, images: torch.Tensor):
-        self._write(f"{numbers.start:06d}.safetensors", save({"images": images.contiguous()}))
+        if images.isfinite().all(): self._write(f"{numbers.start:06d}.safetensors", save({"images": images.contiguous()}))
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #e4056e05
 def draw(
@@ -180,6 +180,7 @@ def draw(
 ) -> Drawn:
     """Sample images from a model, decoded.
     Raises `BadInput` for a run without a model, and for latents that nothing decodes."""
+    num_images, batch_size = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1)
     exp, backbone = _experiment(model), load_model(model) if backbone is None else backbone
     objective = exp.objective if exp else ObjectiveConfig()
     decode, decoder = sample_decoder(open_run(model) if exp else None, input_size(backbone)[0], vae)
@@ -192,9 +193,11 @@ def draw(
                               prediction_type=objective.prediction_type)
     drawing = _Drawing(backbone, how, labels, captions_of(backbone, exp.data) if exp else None, decode, decoder,
                        exp.data if exp else None)
-    shelf = _Shelf(own_folder(open_run(model)) / "samples", drawing.plan(num_images, batch_size)) if exp and keep else None
-    images, title = [], f"{how.sampler}-{how.num_inference_steps}"
-    with progress(total=num_images, desc=title, unit="img", disable=quiet, leave=None) as bar:
+    shelf = (_Shelf(own_folder(open_run(model)) / "samples", drawing.plan(num_images, batch_size)) if exp and keep
+             else None)
+    if shelf is None and tick is None: return Drawn(drawing.images(range(num_images), batch_size, quiet), labels)
+    images = []
+    with progress(total=num_images, desc=f"{how.sampler}-{how.num_inference_steps}", unit="img", disable=quiet) as bar:
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             part = shelf.get(numbers) if shelf else None

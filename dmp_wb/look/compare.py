@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -227,7 +228,7 @@ def look_at(
     "Load the models one after the other and look at them; what they cannot give is noted in `compared`."
     out, same_loss, data = Looked(), comparable(compared, "the loss", SAME_LOSS) if num_loss_images else [], None
     bar, each = _counted(compared, num_images, num_loss_images, same_loss)
-    how = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed)
+    how: Any = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed)
     end = 0
     for label, r in compared.runs.items():
         bar.update(end - bar.n)   # what a run could not give is passed over
