@@ -125,7 +125,7 @@ def load_model(
     damaged files, an unfinished run, and a patch whose base has changed."""
     place = usual_device(device)   # a wrong one is told before anything is read
     loaded = _load(model, patched, num_attention_heads).eval().to(place)
-    if told := trained_as(model): loaded.trained_as = told   # type: ignore[assignment]
+    if told := trained_as(model): loaded.trained_as = told
     return loaded
 
 # %% ../../nbs/source/store/02_run.ipynb #1da31cc1
