@@ -1,5 +1,5 @@
 """On a GPU, by way of a second device that needs none:
-`on_second_device.py`, in one process for all, since the device stays registered."""
+the files `on_second_device*.py`, in one process for all, since the device stays registered."""
 import ast
 import os
 import subprocess
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = [n.name for n in ast.parse((HERE / "on_second_device.py").read_text(encoding="utf-8")).body
+FILES = sorted(HERE.glob("on_second_device*.py"))
+CASES = [n.name for file in FILES for n in ast.parse(file.read_text(encoding="utf-8")).body
          if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
 
 
@@ -27,7 +28,7 @@ def outcomes(tmp_path_factory):
         pytest.skip("no headers of this Python: apt-get install python3-dev")
     report = tmp_path_factory.mktemp("second") / "report.xml"
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-                           f"--junitxml={report}", str(HERE / "on_second_device.py")], cwd=HERE.parent,
+                           f"--junitxml={report}", *map(str, FILES)], cwd=HERE.parent,
                           env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}, capture_output=True,
                           text=True)
     assert report.exists(), (done.stdout + done.stderr)[-3000:]

@@ -64,15 +64,25 @@ class Routing(Method):
         t, masks = timesteps_of(call, self.scale), {}
         if isinstance(self.mask, nn.Module):   # a checkpointed block that made one would not make it again
             masks = {width: self.mask(t, width) for width in self.widths}
-        call.state[self.key] = {"timesteps": t, "masks": masks, "kept": {}}
+        call.state[self.key] = {"timesteps": t, "masks": masks, "spread": {}, "kept": {}}
 
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         "m ⊙ x; the rest waits for the block's output."
-        state, channels = call.state[self.key], x.shape[-1 if x.ndim == 3 else 1]
-        if channels not in state["masks"]: state["masks"][channels] = self.mask(state["timesteps"], channels)
-        m = spread(state["masks"][channels].to(x), x, call.text_before(index))
-        state["kept"][index] = x, 1 - m
+        state = call.state[self.key]
+        m, rest = self._spread(state, x, call.text_before(index))
+        state["kept"][index] = x, rest
         return x * m
+
+    def _spread(self, state: dict, x: torch.Tensor, first) -> tuple[torch.Tensor, torch.Tensor]:
+        "m and 1 − m as they multiply x: made once a forward pass for all blocks that are alike."
+        channels = x.shape[-1 if x.ndim == 3 else 1]
+        alike = channels, x.dtype, x.ndim, first, x.shape[1] if first else 0
+        if alike in state["spread"]: return state["spread"][alike]
+        if channels not in state["masks"]: state["masks"][channels] = self.mask(state["timesteps"], channels)
+        m = spread(state["masks"][channels].to(x), x, first)
+        made = m, 1 - m
+        if not m.requires_grad: state["spread"][alike] = made   # a checkpointed block would not make it again
+        return made
 
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         "Block(m ⊙ x) + (1 − m) ⊙ x"

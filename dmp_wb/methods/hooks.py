@@ -158,8 +158,18 @@ class Call:
         computes, now that the hooks around its forward have run."""
         self.started, self.device = True, device
         with contextlib.nullcontext() if torch.is_grad_enabled() == self.grad else torch.set_grad_enabled(self.grad):
-            for operation in self.operations: operation.start(self)
+            for operation in self.operations:
+                if torch.compiler.is_compiling(): operation.start(self)
+                else: self._start(operation)
         self.inputs = None
+
+    def _start(self, operation):
+        try: operation.start(self)
+        except RuntimeError as e:
+            own = next(operation.parameters(), None) if isinstance(operation, nn.Module) else None
+            if own is None or own.device == self.device: raise
+            raise BadInput(f"the weights of {operation.key} are on {own.device}, and this {type(self.model).__name__} "
+                           f"computes on {self.device}: expected one device, as model.to gives") from e
 
 # %% ../../nbs/source/methods/02_hooks.ipynb #abadfeea
 class Inputs(dict):

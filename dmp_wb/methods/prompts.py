@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'Layout', 'layout', 'Prompts', 'make_prompts', 'Pool', 'condition_of', 'Seeing', 'Gating', 'Readable',
-           'Newest', 'Balance', 'Watched', 'Tables']
+           'Newest', 'Balance', 'Watched', 'Table', 'Tables']
 
 # %% ../../nbs/source/methods/06_prompts.ipynb #81c3a5ef
 import contextlib
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -106,8 +107,19 @@ class Pool(nn.Module):
         width = anatomy_of(model).embedding_width(model) * len(self.config.gate_input.split("+"))
         self.gate: Any = make_gate(self.config, width, ends[-1]) if self.gated else None
         self.w_noise = nn.Parameter(torch.zeros(width, ends[-1])) if self.config.noisy_gating else None
+        # where the gate computes, so that a forward pass copies nothing; in no state dict
+        self.register_buffer("block_numbers", self._numbers("cpu"), persistent=False)
         self.reset_parameters()
         object.__setattr__(self, "model", model)       # past nn.Module, which would make it our submodule
+
+    def _numbers(self, device) -> torch.Tensor: # [patched blocks] float32
+        return torch.tensor(self.blocks, dtype=torch.float32, device=device)
+
+    def _apply(self, fn, recurse=True):
+        "Another device or dtype: the numbers of the blocks stay exact, also after `to_empty`, which leaves any."
+        super()._apply(fn, recurse)
+        self.block_numbers = self._numbers(self.block_numbers.device)
+        return self
 
     def reset_parameters(self):
         "Prompts and noise zero and all gates alike, or the released code's random start: Xavier-uniform."
@@ -183,7 +195,9 @@ class Seeing(Pool):
         if anatomy.condition is None: made["condition"] = made["timestep"]
         with torch.autocast(device.type, enabled=False) if wide else contextlib.nullcontext():
             found = [made[name]() for name in self.config.gate_input.split("+")]
-            return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+        if len(found) == 1: return found[0]
+        rows = max(map(len, found))   # a batch may share its timestep but not its condition
+        return torch.cat([u.expand(rows, -1) for u in found], dim=-1)
 
 # %% ../../nbs/source/methods/06_prompts.ipynb #d61396f4
 class Gating(Seeing):
@@ -206,7 +220,7 @@ class Gating(Seeing):
     ) -> tuple[dict[int, torch.Tensor], torch.Tensor | None]:
         "By number of prompts, the gates; and the load balance loss."
         if u is None: return {n: like.new_ones(batch, len(group), n) for n, group in self.groups.items()}, None
-        every = self.gate(u, torch.tensor(self.blocks, dtype=torch.float32, device=u.device))   # [B, P, prompts]
+        every = self.gate(u, self.block_numbers.to(u.device))   # [B, P, prompts]
         std = None
         if noisy and self.w_noise is not None:
             std = F.softplus(u.to(every) @ _wide(self.w_noise).to(every)) + NOISE_FLOOR
@@ -318,6 +332,60 @@ class Watched(Balance):
         return {"gate_entropy": torch.cat([entropy(g).flatten() for g in gates]).mean(),
                 "prompt_use": torch.cat([entropy(g.mean(0)).exp() / g.shape[-1] for g in gates]).mean()}
 
+# %% ../../nbs/source/methods/06_prompts.ipynb #49089cd1
+def _widest(t: torch.Tensor) -> torch.Tensor:
+    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)   # which that device does not have
+
+class Table:
+    """Gates by timestep. A timestep on a device is not read, which would wait for the device:
+    those that the table lacks are noted there, and `check` reads the note."""
+    def __init__(
+        self,
+        timesteps: torch.Tensor,           # [S], as the model takes them, ascending
+        gates: dict[int, torch.Tensor],    # by number of prompts, [S, blocks of that number, prompts]
+        scale: float,                      # of the model's timestep, to lie in 0…T
+    ):
+        self.gates, self.scale, self.values = gates, scale, timesteps.tolist()
+        self.known = {timesteps.device: _widest(timesteps)}   # by device
+        self.rows = {value: i for i, value in enumerate(self.values)}
+        self.strays: dict[torch.device, torch.Tensor] = {}    # by device, one that it lacks; −inf: none
+
+    def __call__(self, timestep: torch.Tensor) -> dict[int, torch.Tensor]: # [B or 1] → by number of prompts
+        "The gates at timesteps as the model takes them."
+        if timestep.device.type == "cpu" and len(timestep) == 1 and not torch.compiler.is_compiling():
+            row = self._row(timestep.item())
+            return {n: g[row:row + 1] for n, g in self.gates.items()}
+        t, known = _widest(timestep), self._known_on(timestep.device)
+        place = torch.searchsorted(known, t.contiguous() * (1 - 1e-6)).clamp(max=len(known) - 1)
+        if not torch.compiler.is_compiling(): self._note(t, ~((known[place] - t).abs() <= 1e-5 * t.abs()))
+        return {n: g[place.to(g.device)] for n, g in self.gates.items()}
+
+    def _row(self, value: float) -> int:
+        if value in self.rows: return self.rows[value]
+        row = min(bisect_left(self.values, value * (1 - 1e-6)), len(self.values) - 1)
+        if not abs(self.values[row] - value) <= 1e-5 * abs(value): raise self._unknown(value)
+        return row
+
+    def _known_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self.known: self.known[device] = next(iter(self.known.values())).to(device)
+        return self.known[device]
+
+    def _note(self, t: torch.Tensor, wrong: torch.Tensor):
+        stray, before = t.masked_fill(~wrong, -math.inf).amax(), self.strays.get(t.device)
+        if t.device.type == "cpu": self._look_at(stray)
+        else: self.strays[t.device] = stray if before is None else torch.maximum(before, stray)
+
+    def check(self):
+        "Raises `BadInput` for a timestep that was asked for on a device and is not there."
+        for stray in self.strays.values(): self._look_at(stray)
+
+    def _look_at(self, stray: torch.Tensor):
+        if (value := stray.item()) != -math.inf: raise self._unknown(value)
+
+    def _unknown(self, value: float) -> BadInput:
+        return BadInput(f"timestep {value * self.scale:g} is not in the baked table of {len(self.values)} timesteps: "
+                        "expected one of those it was made for")
+
 # %% ../../nbs/source/methods/06_prompts.ipynb #49089cd0
 class Tables(Watched):
     "Gates looked up in a table."
@@ -332,14 +400,16 @@ class Tables(Watched):
     ):
         """Inside this context the gates are looked up in a table made once, to equal outputs.
 
-        For sampling: the timestep's embedding and the matmul fall away. A timestep outside the table is a `BadInput`.
-        It holds for the thread or asyncio task that is inside; others go on without a table.
+        For sampling: the timestep's embedding and the matmul fall away. A timestep outside the table is a `BadInput`:
+        at once where it is on the CPU, and otherwise at the end of the block, which is the one time that it waits for
+        the device. It holds for the thread or asyncio task that is inside; others go on without a table.
         """
         if "condition" in self.config.gate_input:
             raise BadInput(f"gate_input is {self.config.gate_input!r}: expected 'timestep', a table by timestep cannot "
                            "hold gates that look at more")
         anatomy = anatomy_of(self.model)
-        t = check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching).flatten()
+        # up to T: any model may have learned flow matching, whose sampling begins there
+        t = check_timesteps(timesteps, self.config.num_train_timesteps + 1).flatten()
         if not len(t): raise BadInput("timesteps are empty: expected those that the model will be called with")
         if isinstance(self._weight(), DTensor):   # split over processes (FSDP): whole within a forward pass only
             yield self
@@ -347,21 +417,9 @@ class Tables(Watched):
         # row by row, as a forward pass with one timestep computes them
         with torch.no_grad(), weights_loaded(self.model):
             asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
-            asked = asked[asked.double().argsort()]
+            asked = asked[_widest(asked).argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
-        with self.tables.set((asked.double(), {n: torch.cat([r[n] for r in rows]) for n in self.groups})): yield self
-
-    @property
-    def _baked(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]] | None: return self.tables.value
-
-    def _look_up(self, timestep: torch.Tensor, baked: tuple) -> dict[int, torch.Tensor]:
-        known, table = baked
-        t, known = timestep.double(), known.to(timestep.device)
-        place = torch.searchsorted(known, t.contiguous() * (1 - 1e-6)).clamp(max=len(known) - 1)
-        if not torch.compiler.is_compiling():
-            wrong = (known[place] - t).abs() > 1e-5 * t.abs()
-            if wrong.any():
-                scale = anatomy_of(self.model).timestep_scale(self.model)
-                raise BadInput(f"timestep {t[wrong][0].item() * scale:g} is not in the baked table of {len(known)} "
-                               "timesteps: expected one of those it was made for")
-        return {n: g[place.to(g.device)] for n, g in table.items()}
+        table = Table(asked, {n: torch.cat([r[n] for r in rows]) for n in self.groups},
+                      anatomy.timestep_scale(self.model))
+        with self.tables.set(table): yield self
+        table.check()

@@ -39,8 +39,9 @@ class Anatomy:
     num_classes: Callable[[nn.Module], int | None] = lambda m: None
     # the blocks that routing masks, each with its residuals inside; None: `blocks`
     routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None
-    # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do
-    called_grid: Callable[[nn.Module, dict], Size] | None = None
+    # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do.
+    # As a tensor on a device it is not waited for: another grid is an error of a later pass
+    called_grid: Callable[[nn.Module, dict], Size | torch.Tensor | None] | None = None
     # by block, how many tokens of a text come before the image's in the same stream:
     # a number, or one for each sample of the batch (a list or a tensor); None: none
     leading_tokens: Callable[[nn.Module, dict], Sequence[int | Sequence[int] | torch.Tensor]] | None = None
@@ -149,6 +150,7 @@ def timestep_batch(
 ) -> torch.Tensor: # [B] or [1]
     """The timesteps as a vector; one entry where the whole batch shares its timestep:
     a scalar, a scalar `expand`ed over the batch, or equal numbers on the CPU."""
+    if isinstance(timestep, (int, float)): return torch.full((1,), timestep, device=device)   # a copy would wait
     t = torch.as_tensor(timestep, device=device)
     if t.ndim == 0: return t[None]
     if t.ndim > 1: t = t.flatten(1).amax(1)

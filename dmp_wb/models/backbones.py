@@ -160,7 +160,8 @@ def _flux_grid(m, inputs):
     "From the positions of the tokens. None where asking would break a compiled graph, or there is nobody to ask."
     ids = inputs["img_ids"]
     if torch.compiler.is_compiling() or ids.device.type == "meta": return None
-    return tuple((ids.flatten(0, -2)[:, 1:].amax(0) + 1).long().tolist())
+    sides = (ids.flatten(0, -2)[:, 1:].amax(0) + 1).long()
+    return tuple(sides.tolist()) if ids.device.type == "cpu" else sides
 
 register_backbone("FluxTransformer2DModel", Anatomy(
     blocks=lambda m: [*m.transformer_blocks, *m.single_transformer_blocks],

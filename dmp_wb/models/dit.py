@@ -194,7 +194,8 @@ def _checked_inputs(model: "DiT", hidden_states: torch.Tensor, timestep, class_l
     if (C, H, W) != (model.config.in_channels, *model.input_size):
         raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects "
                        f"{model.config.in_channels}×{model.input_size[0]}×{model.input_size[1]}")
-    told = torch.as_tensor(timestep, device=hidden_states.device)
+    told = (torch.full((), timestep, device=hidden_states.device) if isinstance(timestep, (int, float))   # no copy
+            else torch.as_tensor(timestep, device=hidden_states.device))
     if told.ndim > 1 or told.ndim and len(told) not in (1, B):
         raise BadInput(
             f"timestep has shape {tuple(told.shape)}: expected one number, or one for each of the {B} samples")

@@ -138,8 +138,9 @@ def removable(run: str | Path, folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir() or not re.fullmatch(r"step-\d+|\.step-\d+\.\w+\.(tmp|old)",
                                                                       folder.name):
         return False
-    if any(p.is_symlink() or not p.is_file() or not re.fullmatch(
-        r"\w+\.safetensors|state\.json|manifest\.json|\..+\.tmp", p.name) for p in folder.iterdir()):
+    files = r"\w+\.safetensors|state\.json|manifest\.json|\..+\.tmp"
+    if folder.name.startswith("."): files += r"|\.tmp\w+"   # safetensors' own, beside the file that it was writing
+    if any(p.is_symlink() or not p.is_file() or not re.fullmatch(files, p.name) for p in folder.iterdir()):
         return False
     return not _linked(run) or bool(said := _owner(run)) and folder.name not in said["others"]
 

@@ -7,6 +7,7 @@ __all__ = ['timestep_clusters', 'clusters_cost', 'balanced_timesteps', 'interval
 
 # %% ../../nbs/source/tasks/00_intervals.ipynb #a70f98f0
 import math
+from functools import lru_cache
 
 import torch
 
@@ -75,13 +76,18 @@ def balanced_timesteps(
                     * (last - first + 1)).long()
 
 # %% ../../nbs/source/tasks/00_intervals.ipynb #aea69d0d
+@lru_cache(maxsize=64)
+def _firsts(firsts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    "Where intervals begin, on a device: a copy in each step would wait for it."
+    with torch.inference_mode(False): return torch.tensor(firsts, dtype=torch.float32, device=device)
+
 def interval_of(
     timesteps: torch.Tensor,          # [B]
     clusters: list[tuple[int, int]],
 ) -> torch.Tensor: # [B] in 0…K−1
     "The interval that each timestep lies in."
-    return torch.bucketize(timesteps.float(), torch.tensor([first for first, _ in clusters[1:]], dtype=torch.float32,
-                                                           device=timesteps.device), right=True)
+    firsts = _firsts(tuple(int(first) for first, _ in clusters[1:]), timesteps.device)
+    return torch.bucketize(timesteps.float(), firsts, right=True)
 
 def interval_losses(
     losses: torch.Tensor,             # [B], one a sample
@@ -91,4 +97,5 @@ def interval_losses(
     "ℓ_k of every interval."
     k, where = len(clusters), interval_of(timesteps, clusters).to(losses.device)
     sums = losses.new_zeros(k).index_add(0, where, losses)
-    return sums / torch.bincount(where, minlength=k).clamp(min=1) / k
+    counts = torch.zeros(k, device=losses.device).index_add(0, where, torch.ones(len(where), device=losses.device))
+    return sums / counts.clamp(min=1).to(sums) / k

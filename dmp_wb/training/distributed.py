@@ -233,8 +233,10 @@ def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0):
     missing = sorted({m for m in gather_object([None if seen else platform.node()]) if m})
     if main: (folder / mark[0]).unlink()
     if missing:
-        raise BadInput(f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not see the run folder {folder} "
-                       "of process 0: expected a folder that all machines share")
+        error = BadInput(f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not see the run folder {folder} "
+                         "of process 0: expected a folder that all machines share")
+        error.local = os.environ.get("LOCAL_RANK") == "0"   # told once on each machine
+        raise error
 
 # %% ../../nbs/source/training/00_distributed.ipynb #d1a90003
 _GONE = re.compile("closed by peer|Connection re(set|fused)|Broken pipe|NCCL|[Gg]loo")   # as RuntimeErrors say it

@@ -257,9 +257,9 @@ def test_low_precision_timesteps_and_baked_tables():
     with pytest.raises(BadInput, match="timesteps are empty"), p.baked([]): pass
     with pytest.raises(BadInput, match="timestep 5000 is out of range"), p.baked([5000]): pass
     with p.baked(steps):
-        assert copy.deepcopy(p)._baked is None
+        assert copy.deepcopy(p).tables.value is None
         with p.baked(steps[:1]): pass
-        assert len(p._baked[0]) == 4
+        assert len(p.tables.value.values) == 4
 
 
 def test_a_models_own_memory_is_free_again(inputs):

@@ -166,7 +166,7 @@ def test_streams_that_end_in_the_order_in_which_they_began():
     first, second = stream(5), stream(6)
     next(first), next(second)
     first.close(), second.close()
-    assert p._baked is None and at(model, 900) is not None
+    assert p.tables.value is None and at(model, 900) is not None
 
 
 def test_a_model_that_calls_itself_within_a_block():

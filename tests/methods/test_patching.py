@@ -401,6 +401,33 @@ def test_a_baked_table(inputs):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("changes, flow", [({"gate_input": "timestep+condition"}, {}), ({}, {
+    "sampler": "flow-euler", "prediction_type": "flow_prediction"})], ids=["timestep+condition", "flow"])
+def test_gates_of_two_inputs_and_models_of_flow_are_sampled(changes, flow):
+    "A batch that shares its timestep has conditions of its own; flow matching begins at T."
+    model = tiny_dit()
+    wb.patch(model, wb.DMPConfig(init="random", **changes))
+    images = wb.sample(model, 3, num_inference_steps=2, quiet=True, **flow)
+    one = wb.sample(model, 1, [2], first=2, num_inference_steps=2, quiet=True, **flow)
+    assert torch.allclose(images[2:], one, atol=1e-5)
+
+
+def test_the_numbers_of_blocks_follow_the_model_and_are_in_no_file(inputs):
+    model = tiny_dit()
+    p = randomise(wb.patch(model), 0.3)
+    want = run(model, inputs)
+    assert not [k for k in model.state_dict() if "block_numbers" in k]
+    assert torch.equal(run(copy.deepcopy(model), inputs), want)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    assert torch.equal(run(model, inputs), want)
+    for dtype in (torch.bfloat16, torch.float32):
+        p.to(dtype)
+        assert p.block_numbers.dtype == torch.float32 and p.block_numbers.tolist() == p.blocks
+    assert p.to("meta").block_numbers.device.type == "meta"
+
+
 def test_baked_gates_are_not_used_in_training(inputs):
     model = tiny_dit().train()
     p = trained(model)

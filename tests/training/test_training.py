@@ -826,6 +826,10 @@ def test_what_killed_processes_left_is_gone_after_the_next_start_and_nothing_els
     (elsewhere / "a.txt").write_text("x")
     (run / ".model.linked01.tmp").symlink_to(elsewhere)
     (run / "checkpoints" / ".step-0000003.ab12cd34.old").mkdir()
+    cut_off = run / "checkpoints" / ".step-0000004.ab12cd34.tmp"   # in the middle of safetensors' own writing
+    for folder in (cut_off, run / ".model.ab12cd34.tmp"):
+        folder.mkdir(exist_ok=True)
+        for name in ("model.safetensors", ".tmpRZMgbx"): (folder / name).write_text("x")
     shutil.copytree(run / "checkpoints" / "step-0000006", run / "checkpoints" / "step-0000002")   # a surplus one
     (run / "checkpoints" / "step-0000002" / "manifest.json").unlink()                             # and half of it gone
     wb.train(small(extra=[*STEADY, "train.keep_last=2", "train.steps=9"]), folder=run)

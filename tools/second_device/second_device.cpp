@@ -50,6 +50,7 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
   void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override { counts["event"]++; }
   void destroyEvent(void*, const DeviceIndex) const noexcept override {}
   bool queryStream(const Stream&) const override { return true; }
   void synchronizeStream(const Stream&) const override {}
@@ -65,6 +66,8 @@ struct Hooks final : public at::PrivateUse1HooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   bool isAvailable() const override { return true; }
   bool isBuilt() const override { return true; }
+  Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  bool isPinnedPtr(const void*) const override { return false; }
   void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
     auto data = memory.allocate(bytes);
     memcpy(data.get(), storage.data(), std::min(bytes, storage.nbytes()));
@@ -177,18 +180,36 @@ static std::tuple<Tensor, Tensor, Tensor> dev_convolution_backward(
   return {moved(std::get<0>(found)), moved(std::get<1>(found)), moved(std::get<2>(found))};
 }
 
+// operations whose answer's shape, or a check of their own, depends on values: on CUDA the host reads those
+static const std::unordered_set<std::string> WAITS = {
+    "aten::nonzero", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    "aten::masked_select", "aten::bincount", "aten::is_nonzero", "aten::equal", "aten::repeat_interleave",
+    "aten::multinomial", "aten::histc", "aten::_linalg_check_errors"};
+
+// What an operation costs on CUDA beyond its kernels: `numbers` are its arguments without dimensions on the CPU.
+static void count_waits(const std::string& name, bool here, long numbers, bool fills, long masks, long indices) {
+  if (WAITS.count(name)) counts["wait " + name]++;
+  if (masks) counts["wait bool index"] += masks;
+  if (indices) counts["H2D"] += indices;   // an index on the CPU is copied to what it looks into
+  if (here && numbers && name.find("aten::where") == 0) counts["H2D"] += numbers;   // `where` copies a Python number
+  if (fills && name.find("aten::masked_fill") == 0) counts["item"]++;   // and this reads a tensor of no dimensions
+}
+
 static void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   const std::string& name = schema.name();
   const auto arguments = torch::jit::last(*stack, schema.arguments().size());
   // as CUDA does, an index may lie on the CPU, and a number (a tensor of no dimensions) anywhere
   bool indexing = name.find("index") != std::string::npos;
-  bool here = false, elsewhere = false;
+  bool here = false, elsewhere = false, fills = false;
+  long numbers = 0, masks = 0, indices = 0;
   std::string shape;
   auto look = [&](const Tensor& t, bool may_lie_elsewhere) {
     if (!t.defined()) return;
+    fills = t.device().is_privateuseone() && t.dim() == 0;   // of the last one
     if (t.device().is_privateuseone()) here = true;
-    else if (t.device().is_cpu() && t.dim() > 0 && !may_lie_elsewhere) {
+    else if (t.device().is_cpu() && t.dim() == 0) numbers++;
+    else if (t.device().is_cpu() && !may_lie_elsewhere) {
       elsewhere = true;
       shape = c10::str(t.sizes());
     }
@@ -198,17 +219,16 @@ static void fallback(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::
     else if (a.isList())
       for (const IValue e : a.toListRef())
         if (e.isTensor()) {
-          look(e.toTensor(), indexing);
-          bool mask = indexing && e.toTensor().defined() && e.toTensor().scalar_type() == kBool;
-          if (mask) counts["wait bool index"]++;
+          const Tensor& t = e.toTensor();
+          look(t, indexing);
+          if (!indexing || name == "aten::index" || !t.defined()) continue;   // which makes numbers of masks itself
+          masks += t.scalar_type() == kBool;
+          indices += t.device().is_cpu();
         }
   }
   TORCH_CHECK(!(strict && here && elsewhere), "Expected all tensors to be on the same device, but found at least two "
               "devices, ", DEVICE, " and cpu! In ", name, ", sizes on the CPU: ", shape);
-  static const std::unordered_set<std::string> waits = {
-      "aten::nonzero", "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::masked_select", "aten::bincount",
-      "aten::is_nonzero", "aten::equal"};
-  if (waits.count(name)) counts["wait " + name]++;
+  count_waits(name, here, numbers, fills, masks, indices);
   counts["ops"]++;
   auto before = counts;
   at::native::cpu_fallback(op, stack, false);
@@ -231,6 +251,8 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", set_storage);
   m.impl("is_set_to", dev_is_set_to);
   m.impl("unfold", at::native::unfold);
+  // torch's own for other devices takes contiguous images alone
+  m.impl("native_group_norm", torch::CppFunction::makeFromBoxedFunction<&fallback>());
   m.impl("convolution_overrideable", dev_convolution);
   m.impl("convolution_backward_overrideable", dev_convolution_backward);
 }

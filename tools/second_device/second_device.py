@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import traceback
 import types
 from pathlib import Path
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils.cpp_extension import include_paths, library_paths
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -92,4 +94,32 @@ def _register():
 
 _extension = _register()
 DEVICE = torch.device("emu:0")
+os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)   # accelerate knows no other devices than those it names itself
 counts, reset, strict = _extension.counts, _extension.reset, _extension.strict
+
+
+def waits() -> int:
+    """How often the host has waited for the device since `reset`: numbers read, copies that block, and operations whose
+    shape depends on values."""
+    return sum(n for kind, n in counts().items() if kind in ("item", "D2H", "H2D") or kind.startswith("wait"))
+
+
+class Waiting(TorchFunctionMode):
+    "Inside, `places` counts the waits by the line of the caller that they come from."
+    def __init__(self, parts: tuple[str, ...] = ("dmp_wb", "diffusers", "torchjd", "accelerate")):
+        super().__init__()
+        self.places: dict[str, int] = {}
+        self.parts = tuple(f"{os.sep}{part}{os.sep}" for part in parts)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        before = waits()
+        answer = function(*args, **(kwargs or {}))
+        if more := waits() - before:
+            place = f"{self._place()} [{getattr(function, '__name__', function)}]"
+            self.places[place] = self.places.get(place, 0) + more
+        return answer
+
+    def _place(self) -> str:
+        frames = [f for f in traceback.extract_stack() if any(part in f.filename for part in self.parts)]
+        if not frames: return "the caller"
+        return f"{os.sep.join(frames[-1].filename.split(os.sep)[-2:])}:{frames[-1].lineno} {frames[-1].line}"
