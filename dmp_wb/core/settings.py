@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'SAMPLERS', 'FLOW_SAMPLERS', 'SIZES', 'NAMES', 'LIMITS', 'PREDICTION_TYPES', 'Weighting', 'WEIGHTINGS',
-           'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size', 'ModelConfig', 'ObjectiveConfig', 'aggregators',
-           'MultitaskConfig', 'DataConfig', 'dtype_name', 'SamplingConfig']
+           'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size', 'ModelConfig', 'ObjectiveConfig', 'TrainedAs',
+           'aggregators', 'MultitaskConfig', 'DataConfig', 'dtype_name', 'SamplingConfig']
 
 # %% ../../nbs/source/core/07_settings.ipynb #358c47dc
 import ast
@@ -112,6 +112,14 @@ class ObjectiveConfig:
         if self.weighting not in WEIGHTINGS: raise unknown("objective.weighting", self.weighting, WEIGHTINGS)
         if self.prediction_type not in PREDICTION_TYPES:
             raise unknown("objective.prediction_type", self.prediction_type, PREDICTION_TYPES)
+
+@dataclass(frozen=True)
+class TrainedAs:
+    """What a model was trained to do, as its run says.
+    `load_model` leaves it on the model, as `trained_as`, and `sample` reads it there."""
+    schedule: ScheduleConfig
+    prediction_type: str
+    latents: bool = False   # of a VAE: they may lie outside [−1, 1]
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771005
 def aggregators() -> list[str]:

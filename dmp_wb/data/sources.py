@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IDX_FILES', 'FASHION_CLASSES', 'FASHION_FOLDERS', 'DATASETS', 'Source', 'readers', 'ImageData', 'digits', 'sheared',
-           'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'SourceEntry', 'register_source',
-           'EpochOrder']
+           'slanted', 'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'slanted_fashion',
+           'SourceEntry', 'register_source', 'EpochOrder']
 
 # %% ../../nbs/source/data/00_sources.ipynb #2f3b8ca4
 import gzip
@@ -129,10 +129,13 @@ def sheared(
     grid = torch.stack([columns + shear * height / width * rows, rows], -1).expand(len(images), -1, -1, -1)
     return F.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
 
+def slanted(upright: ImageData, shear: float = 0.4) -> ImageData:
+    "The same images, sheared."
+    return ImageData(sheared(upright.images, shear), upright.labels, upright.class_names)
+
 def slanted_digits() -> ImageData:
     "The 1,797 digits under a shear of 0.4."
-    upright = digits()
-    return ImageData(sheared(upright.images), upright.labels, upright.class_names)
+    return slanted(digits())
 
 # %% ../../nbs/source/data/00_sources.ipynb #e2c6a5eb
 IDX_FILES = {"train": "train", "test": "t10k"}   # split → how its files begin
@@ -204,6 +207,10 @@ def fashion_mnist(config: DataConfig) -> "ImageData":
         "fashion-mnist is in neither " + " nor ".join(map(str, FASHION_FOLDERS)) + ": get it with "
         "apt-get install dataset-fashion-mnist, or take data.name=zalando-datasets/fashion_mnist from the hub")
 
+def slanted_fashion(config: DataConfig) -> ImageData:
+    "Fashion-MNIST under a shear of 0.3, which moves the first and the last row by four pixels. Raises `MissingFile`."
+    return slanted(fashion_mnist(config), 0.3)
+
 # %% ../../nbs/source/data/00_sources.ipynb #0fcea35b
 @dataclass(frozen=True)
 class SourceEntry:
@@ -229,6 +236,7 @@ def _slanted(config: DataConfig) -> ImageData: return slanted_digits()
 register_source("digits", _digits)
 register_source("digits-slanted", _slanted)
 register_source("fashion-mnist", fashion_mnist, splits=("train", "test"))
+register_source("fashion-slanted", slanted_fashion, splits=("train", "test"))
 
 # %% ../../nbs/source/data/00_sources.ipynb #52907eb9
 class EpochOrder:

@@ -23,7 +23,7 @@ from .schedules import betas
 from dmp_wb.diffusion.walk import (  # noqa: F401
     balanced_labels, guided, _not_finite, Step, usual_sampler, _Walk,
 )
-from ..models.anatomy import check_timesteps
+from ..models.anatomy import check_timesteps, unwrap_model
 
 # %% ../../nbs/source/diffusion/03_sampling.ipynb #4e9f7d7c
 def posterior(
@@ -71,6 +71,14 @@ def sample_trajectory(
     walk = _walk(model, num_images, class_labels, settings)
     return walk.steps(range(walk.num_images))
 
+def _as_trained(model, given: dict[str, Any]) -> dict[str, Any]:
+    "The settings that follow from what a model was trained to do, where `load_model` knew it."
+    told = getattr(unwrap_model(model), "trained_as", None)
+    if told is None: return {}
+    flow = told.prediction_type == "flow_prediction" and "prediction_type" not in given
+    return {"schedule": told.schedule, "prediction_type": told.prediction_type,
+            **({"sampler": "flow-euler"} if flow else {})}
+
 _INPUTS = ("first", "conditions", "null_conditions", "texts")   # what a walk needs beside a SamplingConfig
 
 def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
@@ -79,6 +87,7 @@ def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
     known = [*_INPUTS, "config", "preset", *(f.name for f in dataclasses.fields(SamplingConfig))]
     if wrong := [k for k in settings if k not in known]: raise unknown("setting of sampling", wrong[0], known)
     inputs = {k: settings.pop(k) for k in _INPUTS if k in settings}
+    if not isinstance(config, SamplingConfig): settings = {**_as_trained(model, settings), **settings}
     return _Walk(model, SamplingConfig.of(config, preset, **settings), num_images, class_labels, **inputs)
 
 # %% ../../nbs/source/diffusion/03_sampling.ipynb #74546702
@@ -120,10 +129,13 @@ def sample(
         batch_size: int = 256,
         # sampler (ddim), num_inference_steps (50), schedule,
         # prediction_type, guidance_interval, guidance_channels, seed, dtype (float32), tf32, compile: as
-        # in `SamplingConfig`, and before it. first (0): number of the first image, whose stream that is; conditions and
-        # null_conditions: further inputs of the model by name,
+        # in `SamplingConfig`, and before it; without one, schedule and prediction_type
+        # are those that a model of `load_model` was trained with.
+        # first (0): number of the first image, whose stream that is;
+        # conditions and null_conditions: further inputs of the model by name,
         # [num_images, …] each, and what guidance leaves out of them;
-        # texts: captions in their place, embedded batch by batch; clamp (True): to [−1, 1], False for latents;
+        # texts: captions in their place, embedded batch by batch;
+        # clamp: to [−1, 1]; True if not given, False for a model that was trained on latents;
         # keep: steps to keep, their numbers or how many; quiet: no progress bar
         **settings,
 ) -> torch.Tensor | tuple[torch.Tensor,
@@ -132,7 +144,9 @@ def sample(
     preset or setting, steps that there are not, and any argument of another type.
     Images that are not finite are named in a warning, with the reason."""
     batch_size, quiet = whole_number("batch_size", batch_size, 1), yes_or_no("quiet", settings.pop("quiet", False))
-    clamp, keep = yes_or_no("clamp", settings.pop("clamp", True)), settings.pop("keep", None)
+    told = getattr(unwrap_model(model), "trained_as", None)
+    clamp = yes_or_no("clamp", settings.pop("clamp", told is None or not told.latents))
+    keep = settings.pop("keep", None)
     if guidance_scale is not _USUAL: settings["guidance_scale"] = guidance_scale
     walk = _walk(model, num_images, class_labels, {"config": config, "preset": preset, **settings})
     numbers = _kept_steps(keep, len(walk))

@@ -11,7 +11,7 @@ from dmp_wb.core.errors import BadInput
 from dmp_wb.core.seeds import seed_of
 from dmp_wb.core.settings import PREDICTION_TYPES
 from dmp_wb.diffusion.sampling import balanced_labels, guided
-from dmp_wb.core.settings import SAMPLERS, ScheduleConfig
+from dmp_wb.core.settings import SAMPLERS, SamplingConfig, ScheduleConfig, TrainedAs
 from dmp_wb.diffusion.schedules import betas, noise_schedule, respace
 
 FAST = dict(num_inference_steps=4, quiet=True)
@@ -453,3 +453,34 @@ def test_null_conditions_for_each_image(): # as one for all
     assert torch.equal(one, wb.sample(model, null_conditions={"class_labels": torch.full((4,), 10)}, **given))
     with pytest.raises(BadInput, match="null_conditions class_labels have shape"):
         wb.sample(model, null_conditions={"class_labels": torch.zeros(7)}, **given)
+
+
+def test_a_model_of_a_run_is_sampled_as_it_was_trained_without_being_told():
+    told = dict(schedule="cosine", prediction_type="v_prediction")
+    model = wb.load_model("fashion-base", device="cpu")
+    assert model.trained_as == TrainedAs(ScheduleConfig("cosine"), "v_prediction")
+    drawn = wb.sample(model, 2, **FAST)
+    assert drawn.equal(wb.sample(model, 2, **told, **FAST))
+    assert drawn.equal(wb.sample(torch.optim.swa_utils.AveragedModel(model), 2, **FAST))
+    # what is said comes first, one by one or as a whole
+    linear = wb.sample(model, 2, schedule="linear", **FAST)
+    assert not drawn.allclose(linear, atol=0.1)
+    whole = SamplingConfig(num_inference_steps=4, schedule="linear", prediction_type="v_prediction")
+    assert wb.sample(model, 2, config=whole, quiet=True).equal(linear)
+    [*_, last] = wb.sample_trajectory(model, 2, num_inference_steps=4)
+    assert drawn.equal(last.x_t.clamp(-1, 1))
+    # the folder of the weights themselves, and a copy of them that has no run beside it
+    inside = wb.load_model(wb.open_run("fashion-base").folder / "model", device="cpu")
+    assert inside.trained_as == model.trained_as and not hasattr(model.from_config(model.config), "trained_as")
+
+
+def test_a_model_of_flow_has_its_sampler_and_latents_are_not_cut_off():
+    model = tiny_dit()
+    with torch.no_grad(): model.final_layer.linear.bias.fill_(3.0)
+    assert float(wb.sample(model, 2, prediction_type="sample", **FAST).max()) == 1
+    model.trained_as = TrainedAs(ScheduleConfig(), "sample", latents=True)
+    assert float(wb.sample(model, 2, **FAST).max()) > 2.5
+    assert float(wb.sample(model, 2, clamp=True, **FAST).max()) == 1
+    model.trained_as = TrainedAs(ScheduleConfig(), "flow_prediction")
+    flow = wb.sample(model, 2, sampler="flow-euler", **FAST)
+    for known in ({}, {"preset": "fast"}): assert wb.sample(model, 2, **known, **FAST, guidance_scale=1.5).equal(flow)

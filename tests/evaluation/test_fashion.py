@@ -1,4 +1,4 @@
-"The classifier of clothes and the base on Fashion-MNIST that ship, and the patch for slanted digits."
+"The classifier of clothes, the bases and the VAE on Fashion-MNIST that ship, and the patches for slanted images."
 import json
 import os
 
@@ -9,6 +9,7 @@ import dmp_wb as wb
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import assets_folder
 from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.encoders import load_vae, vae_folder
 from dmp_wb.data.sources import FASHION_FOLDERS, digits, fashion_mnist, has_idx, sheared, slanted_digits
 from dmp_wb.evaluation.distances import frechet_distance
 from dmp_wb.evaluation.extractors import extract, load_extractor
@@ -53,7 +54,7 @@ def test_trained_again_it_reads_as_much():
 def test_the_fashion_base_draws_what_the_classifier_reads_as_asked():
     labels = torch.arange(40) % 10
     images = wb.sample(wb.load_model("fashion-base"), class_labels=labels, guidance_scale=1.5, sampler="dpmsolver++",
-                       num_inference_steps=10, schedule="cosine", prediction_type="v_prediction", quiet=True)
+                       num_inference_steps=10, quiet=True)   # its schedule is known
     assert images.shape == (40, 1, 28, 28) and accuracy_of(fashion_classifier(), images, labels) > 0.7
 
 
@@ -80,3 +81,25 @@ def test_the_shipped_patch_draws_slanted_digits():
     assert distance["digits-slanted"] < distance["digits-base"] / 4
     gates = wb.get_patch(wb.load_model("digits-slanted")).gates([0, 999]).detach()
     assert float((gates[0] - gates[1]).abs().max()) > 0.3   # other prompts at other timesteps
+
+
+@needs_images
+def test_the_shipped_vae_reconstructs_the_test_split_as_its_report_says():
+    told = json.loads((assets_folder() / "fashion-vae" / "report.json").read_text())
+    images, coder = fashion_mnist(DataConfig(name="fashion-mnist", split="test")).images, load_vae("fashion-vae")
+    assert coder.latent_shape((1, 28, 28)) == (4, 7, 7)
+    assert sum(p.numel() for p in coder.vae.parameters()) == told["parameters"]
+    with torch.no_grad():
+        means = torch.cat([coder.moments(part).chunk(2, 1)[0] for part in images[:2000].split(500)])
+        again = torch.cat([coder.decode(coder.scale * (part - coder.shift)) for part in means.split(500)])
+    # of the first fifth, in half precision; told of all, before they were rounded to it
+    assert float((again - images[:2000]).square().mean()) == pytest.approx(told["test_mse"], rel=0.03)
+    assert float(coder.scale * means.std()) == pytest.approx(1, abs=0.01)
+
+
+def test_a_shipped_vae_is_known_by_name_and_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    assert vae_folder("fashion-vae") == str(assets_folder() / "fashion-vae")
+    assert vae_folder("stabilityai/sd-vae-ft-ema") == "stabilityai/sd-vae-ft-ema"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion-vae").mkdir()
+    assert vae_folder("fashion-vae") == "fashion-vae"
