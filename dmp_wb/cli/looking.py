@@ -18,6 +18,7 @@ import typer
 
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
+from ..core.registries import extractor_words
 from .base import _at_least, _begin, _check_measure, _check_runs, _complete_named, _complete_runs, app
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
@@ -158,9 +159,12 @@ def compare(
         num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
         seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
         extractor: Annotated[str,
-                             typer.Option(help="digits, inception[:file], dinov2[:folder or hub id] or clip[:folder or "
-                                          "hub id]; digits or inception, as the images ask for, if not given.")] = "",
+                             typer.Option(help=f"{extractor_words()}; if not given, the classifier of the data where "
+                                          "there is one, else inception.")] = "",
         reference: Annotated[str, typer.Option(help="Real images; what the first run trained on, if not given.")] = "",
+        fresh: Annotated[bool, typer.Option("--fresh", help="Draw all samples anew, and keep none. Otherwise they are "
+                                            "kept in the run folders, and those that are there are taken if they are "
+                                            "the same as would be drawn.")] = False,
         notebook: Annotated[str | None, typer.Option(help="A notebook of your own in place of the one that ships: a "
                                                      "file, or a bare name in nbs/runs/. It is executed.",
                                                      autocompletion=_complete_named("runs"))] = None,
@@ -188,7 +192,7 @@ def compare(
     file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]
     given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
              "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor),
-             "reference": _absolute(reference)}
+             "reference": _absolute(reference), **({"keep": False} if fresh else {})}
     with tempfile.TemporaryDirectory() as work:
         page, failed = Path(work) / "compare.html", None
         # a kernel takes modules from its working folder, which may be anybody's

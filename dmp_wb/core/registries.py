@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEEDS', 'METRICS', 'EXTRACTORS', 'enter', 'loaded', 'Metric', 'register_metric', 'lower_is_better', 'ExtractorEntry',
-           'register_extractor', 'extractor_words']
+           'register_extractor', 'classifier_of', 'extractor_words']
 
 # %% ../../nbs/source/core/08_registries.ipynb #f8255561
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -125,10 +125,13 @@ class ExtractorEntry:
     make: Any                  # (what is after the colon, or None) → a network
     takes: str | None = None   # what is after the colon, in words; None: nothing is
     ships: bool = False        # whether its weights come with the package
+    classifies: tuple[str, ...] = ()   # the data sets whose classes its logits are, by data.name; (): it is no classifier
 
 EXTRACTORS: dict[str, ExtractorEntry] = {e.name: e for e in (
-    ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures", ships=True),
-    ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures", ships=True),
+    ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures", ships=True,
+                   classifies=("digits", "digits-slanted")),
+    ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures", ships=True,
+                   classifies=("fashion-mnist", "zalando-datasets/fashion_mnist")),
     ExtractorEntry("inception", "dmp_wb.evaluation.inception:InceptionFeatures", "file"),
     ExtractorEntry("dinov2", "dmp_wb.evaluation.extractors:dinov2", "folder or hub id"),
     ExtractorEntry("clip", "dmp_wb.evaluation.extractors:clip", "folder or hub id"))}
@@ -138,10 +141,23 @@ def register_extractor(
     make: Callable,             # () → a network; with `takes`, (what is after the colon, or None) → a network
     *,
     takes: str | None = None,   # what may stand after the colon, in words, as "file"
+    # data.name of each data set whose classes the network's logits are, in their order: comparisons of runs on them
+    # measure with it if nothing else is named, and say which share of the samples it reads as asked
+    classifies: str | Sequence[str] = (),
 ) -> ExtractorEntry:
-    "Make a feature extractor known by its name. Raises `BadInput` for a name that is taken."
+    """Make a feature extractor known by its name. Raises `BadInput` for a name that is taken.
+    A classifier's network is an `Extractor` that gives logits as well."""
     if not callable(make): raise BadInput(f"make is {make!r} for extractor {name}: expected a function or class")
-    return enter(EXTRACTORS, "extractor", name, ExtractorEntry(name, make, takes))
+    names = (classifies,) if isinstance(classifies, str) else tuple(classifies)
+    if wrong := [n for n in names if not isinstance(n, str) or not n]:
+        raise BadInput(f"classifies has {wrong[0]!r} for extractor {name}: expected names of data sets")
+    return enter(EXTRACTORS, "extractor", name, ExtractorEntry(name, make, takes, classifies=names))
+
+def classifier_of(
+    data: str,   # data.name
+) -> str | None: # of `EXTRACTORS`; of several the first that was registered
+    "The extractor whose logits are the classes of a data set; None if none is."
+    return next((e.name for e in EXTRACTORS.values() if data in e.classifies), None)
 
 def extractor_words() -> str:
     "The extractors in a sentence, for the help of commands."

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 from ..config import Experiment
 from ..core.errors import BadInput
 from ..core.bars import progress
+from ..core.registries import classifier_of, EXTRACTORS
 from ..core.seeds import seed_of
 from ..core.settings import DataConfig
 from ..data.load import load_data
@@ -27,20 +29,43 @@ from ..diffusion.predict import predict
 from ..diffusion.schedules import timestep_intervals
 from ..evaluation.distances import frechet_bootstrap
 from ..evaluation.draw import draw, Drawn
-from ..evaluation.extractors import classifier_accuracy, load_extractor
+from ..evaluation.extractors import load_extractor
+from ..evaluation.features import Extractor
 from ..evaluation.inception import inception_weights
 from ..evaluation.statistics import reference_statistics
 from .tables import Cell, Compared, config_in_use, html_table, written
 from ..methods.base import methods_of, Panel
+from ..methods.registry import load_plugins
 from ..models.anatomy import model_inputs
 from ..store.run import load_model, open_run
 
 # %% ../../nbs/source/look/07_compare.ipynb #03d10fd3
-def usual_extractor(shape: tuple[int, int, int]) -> str:
-    "digits for 1 × 8 × 8 images, else inception. Raises `MissingFile` if its weights are not here."
+def usual_extractor(
+    shape: tuple[int, int, int],                # [C, H, W] of the images
+    data: DataConfig | str | Path | None = None,  # what they are compared with
+) -> str:
+    """The one that classifies the data, if it takes such images; digits for 1 × 8 × 8 ones, else inception.
+    Raises `MissingFile` if its weights are not here."""
+    load_plugins()
+    if name := classifier_of(str(data.name if isinstance(data, DataConfig) else data)):
+        try: load_extractor(name, "cpu").check(tuple(shape))
+        except BadInput: pass   # the data's classes, of another size
+        else: return name
     if tuple(shape) == (1, 8, 8): return "digits"
     inception_weights()
     return "inception"
+
+def _reads_classes(network: Extractor, extractor: str | nn.Module) -> bool:
+    "Whether an extractor's logits are classes that samples can be asked to show."
+    entry = EXTRACTORS.get((extractor if isinstance(extractor, str) else network.name).partition(":")[0])
+    return entry is not None and bool(entry.classifies) and "logits" in network.gives
+
+@torch.no_grad()
+def _found(network: Extractor, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    "The features of images, and the logits of an extractor that gives them, on the CPU."
+    device, wanted = next((p.device for p in network.parameters()), "cpu"), {"features", "logits"} & {*network.gives}
+    parts = [network(part.to(device)) for part in images.split(64)]
+    return {k: torch.cat([part[k].float().cpu() for part in parts]) for k in wanted}
 
 def paired_distances(
     drawn: Mapping[str, Drawn],                # label → images, image i from the same seed; all of one size
@@ -49,7 +74,7 @@ def paired_distances(
     rounds: int = 200,                         # of the bootstrap
     seed: int = 0,
     quiet: bool = True,
-) -> dict[str, dict]: # label → what `frechet_bootstrap` gives with the first as `against`, and "accuracy" for digits
+) -> dict[str, dict]: # label → what `frechet_bootstrap` gives with the first as `against`; "accuracy" by a classifier
     """Fréchet distances with their intervals.
     Raises `BadInput` for images of several sizes, or too few for the features."""
     first = next(iter(drawn.values()))
@@ -57,7 +82,8 @@ def paired_distances(
     if len(sizes := {tuple(d.images.shape) for d in drawn.values()}) > 1:
         raise BadInput(f"the runs make images of {len(sizes)} sizes, "
                        f"{', '.join(' × '.join(map(str, s)) for s in sorted(sizes))}: expected one")
-    network = load_extractor(extractor or usual_extractor(shape))
+    extractor = extractor or usual_extractor(shape, reference)
+    network = load_extractor(extractor)
     network.check(shape)
     if network.width and len(first.images) <= network.width:
         raise BadInput(f"{len(first.images)} samples of each and {network.width} features: expected more samples than "
@@ -65,16 +91,15 @@ def paired_distances(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         real = reference_statistics(reference, network, shape[-1], shape[0], quiet=quiet).moments
-    device = next((p.device for p in network.parameters()), "cpu")
-    with torch.no_grad():
-        features = {label: torch.cat([network(part.to(device))["features"].float().cpu()
-                                      for part in d.images.split(64)]) for label, d in drawn.items()}
+    found = {label: _found(network, d.images) for label, d in drawn.items()}
     strata = (first.labels if all(d.labels is not None and torch.equal(d.labels, first.labels) for d in drawn.values())
               else None)
-    figures = frechet_bootstrap(features, real, against=next(iter(drawn)), strata=strata, rounds=rounds, seed=seed)
-    if network.name == "digits":
+    figures = frechet_bootstrap({label: f["features"] for label, f in found.items()}, real,
+                                against=next(iter(drawn)), strata=strata, rounds=rounds, seed=seed)
+    if _reads_classes(network, extractor):
         for label, d in drawn.items():
-            if d.labels is not None: figures[label]["accuracy"] = classifier_accuracy(d.images, d.labels)
+            if d.labels is not None:
+                figures[label]["accuracy"] = float((found[label]["logits"].argmax(1) == d.labels).float().mean())
     return figures
 
 def distances_table(figures: Mapping[str, Mapping], colours: Mapping[str, str] | None = None,
@@ -181,6 +206,13 @@ def comparable(compared: Compared, what: str, keys: Sequence[str]) -> list[str]:
 SAME_DATA = ("data.",)
 SAME_LOSS = ("data.", "schedule.", "objective.prediction_type")   # what makes two losses the same quantity
 
+def _counted(compared: Compared, num_images: int, num_loss_images: int, same_loss: Sequence[str]):
+    "A bar over the images that are drawn and predicted, and how many each run has of them."
+    each = {label: num_images + (num_loss_images if label in same_loss else 0) for label in compared.runs}
+    by_run = not any(each.values())
+    if by_run: each = dict.fromkeys(each, 1)
+    return progress(total=sum(each.values()), desc="looking at runs", unit="run" if by_run else "img"), each
+
 def look_at(
     compared: Compared,
     num_images: int = 200,        # drawn from each; 0: none
@@ -191,20 +223,24 @@ def look_at(
     seed: int = 0,
     resolution: int = 250,        # timesteps of gates and masks
     device: str = "auto",
+    keep: bool = True,            # samples in the run folders, and take those that are there already: see `draw`
 ) -> Looked:
     "Load the models one after the other and look at them; what they cannot give is noted in `compared`."
     out, same_loss, data = Looked(), comparable(compared, "the loss", SAME_LOSS) if num_loss_images else [], None
-    for label, r in (bar := progress(compared.runs.items(), desc="looking at runs", unit="run")):
+    bar, each = _counted(compared, num_images, num_loss_images, same_loss)
+    how: Any = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed)
+    end = 0
+    for label, r in compared.runs.items():
+        bar.update(end - bar.n)   # what a run could not give is passed over
         bar.set_postfix_str(label)
-        backbone = None
+        backbone, end = None, end + each[label]
         with compared.noting(label, "samples, gates or masks"):
             backbone, exp = load_model(r.folder, device=device), open_run(r.folder).experiment
         if backbone is None: continue
         if num_images:
             with compared.noting(label, "samples"):
-                out.drawn[label] = draw(r.folder, num_images, guidance_scale=guidance_scale, sampler=sampler,
-                                        num_inference_steps=num_inference_steps, seed=seed,
-                                        backbone=backbone, quiet=True)
+                out.drawn[label] = draw(r.folder, num_images, **how, backbone=backbone, quiet=True, keep=keep,
+                                        tick=bar.update)
         if label in same_loss:
             with compared.noting(label, "loss by timestep"):
                 data = data or load_data(exp.data)
@@ -214,6 +250,8 @@ def look_at(
         for name, method in methods_of(backbone).items():
             with compared.noting(label, f"what {name} shows"):
                 if panels := method.panels(t): out.panels.setdefault(label, []).extend(panels)
+    bar.update(end - bar.n)
+    bar.close()
     return out
 
 def sample_columns(size: int) -> int: # images in a row of a figure
