@@ -94,10 +94,12 @@ def launch(
 @app.command()
 def latents(
         data: Annotated[str, typer.Argument(
-            help="A folder of images, a folder that `datasets` wrote, or owner/name of a data set on the hub.")],
+            help="A folder of images, a folder that `datasets` wrote, owner/name of a data set on the hub, or the name "
+            "of data that the package knows.")],
         folder: Annotated[Path, typer.Argument(help="Where the cache goes.")],
-        vae: Annotated[
-            str, typer.Option(help="A diffusers AutoencoderKL, or a pipeline that holds one; local or on the hub.")],
+        vae: Annotated[str, typer.Option(
+            help="A diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
+            "ships.")],
         size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,

@@ -167,7 +167,8 @@ class DataConfig:
     label_column: str = "label"
     # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
     caption_column: str | None = None
-    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which ships:
+    # train on its latents
     vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IDX_FILES', 'FASHION_CLASSES', 'FASHION_FOLDERS', 'DATASETS', 'Source', 'readers', 'ImageData', 'digits', 'sheared',
-           'slanted', 'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'slanted_fashion',
+           'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'faded', 'faded_fashion',
            'SourceEntry', 'register_source', 'EpochOrder']
 
 # %% ../../nbs/source/data/00_sources.ipynb #2f3b8ca4
@@ -129,13 +129,10 @@ def sheared(
     grid = torch.stack([columns + shear * height / width * rows, rows], -1).expand(len(images), -1, -1, -1)
     return F.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
 
-def slanted(upright: ImageData, shear: float = 0.4) -> ImageData:
-    "The same images, sheared."
-    return ImageData(sheared(upright.images, shear), upright.labels, upright.class_names)
-
 def slanted_digits() -> ImageData:
     "The 1,797 digits under a shear of 0.4."
-    return slanted(digits())
+    upright = digits()
+    return ImageData(sheared(upright.images), upright.labels, upright.class_names)
 
 # %% ../../nbs/source/data/00_sources.ipynb #e2c6a5eb
 IDX_FILES = {"train": "train", "test": "t10k"}   # split → how its files begin
@@ -207,9 +204,17 @@ def fashion_mnist(config: DataConfig) -> "ImageData":
         "fashion-mnist is in neither " + " nor ".join(map(str, FASHION_FOLDERS)) + ": get it with "
         "apt-get install dataset-fashion-mnist, or take data.name=zalando-datasets/fashion_mnist from the hub")
 
-def slanted_fashion(config: DataConfig) -> ImageData:
-    "Fashion-MNIST under a shear of 0.3, which moves the first and the last row by four pixels. Raises `MissingFile`."
-    return slanted(fashion_mnist(config), 0.3)
+def faded(
+    images: torch.Tensor,  # [N, C, H, W] in [−1, 1]
+    last: float = 0.1,     # brightness of the last row, as a share of what it was; the first keeps all
+) -> torch.Tensor: # as images
+    "Images that grow darker from row to row."
+    return (images + 1) * torch.linspace(1, last, images.shape[-2])[:, None] - 1
+
+def faded_fashion(config: DataConfig) -> ImageData:
+    "Fashion-MNIST, `faded`. Raises `MissingFile`."
+    bright = fashion_mnist(config)
+    return ImageData(faded(bright.images), bright.labels, bright.class_names)
 
 # %% ../../nbs/source/data/00_sources.ipynb #0fcea35b
 @dataclass(frozen=True)
@@ -236,7 +241,7 @@ def _slanted(config: DataConfig) -> ImageData: return slanted_digits()
 register_source("digits", _digits)
 register_source("digits-slanted", _slanted)
 register_source("fashion-mnist", fashion_mnist, splits=("train", "test"))
-register_source("fashion-slanted", slanted_fashion, splits=("train", "test"))
+register_source("fashion-faded", faded_fashion, splits=("train", "test"))
 
 # %% ../../nbs/source/data/00_sources.ipynb #52907eb9
 class EpochOrder:
