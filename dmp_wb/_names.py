@@ -31,7 +31,7 @@ MOVED = {
     "projects": ("batch.projects",),
     "routing": ("methods.dtr", "methods.masks", "methods.settings"),
     "runs": ("batch.engine", "batch"),
-    "sampling": ("diffusion.sampling", "evaluation.sample_files", "evaluation.draw", "data.load"),
+    "sampling": ("diffusion.sampling", "diffusion.walk", "evaluation.sample_files", "evaluation.draw", "data.load"),
     "schedules": ("diffusion.schedules", "models.anatomy", "core.settings"),
     "settings": ("core.settings", "methods.settings"),
     "slurm": ("batch.slurm",),

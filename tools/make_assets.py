@@ -46,7 +46,7 @@ def run(source: Path, name: str, half: bool):
     if half: load_model(source).half().save_pretrained(target / "model")
     for file in target.rglob("*.safetensors"): os.chmod(file, 0o644)   # diffusers lets nobody else read what it writes
     rows = (source / "metrics.jsonl").read_text().splitlines()
-    keep = rows[:: max(1, len(rows) // 200)]
+    keep = rows[:: max(1, -(-len(rows) // 100))]
     (target / "metrics.jsonl").write_text("\n".join(keep + ([rows[-1]] if keep[-1] != rows[-1] else [])) + "\n")
     print(f"{target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()):,} bytes")
 

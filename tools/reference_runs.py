@@ -2,6 +2,7 @@
 
     python tools/reference_runs.py figures.json                       # record, with whatever `dmp_wb` is imported
     python tools/reference_runs.py now.json --compare figures.json    # and compare; exit status 1 if anything differs
+    python tools/reference_runs.py now.json --compare old.json --batch-format 1   # with figures from before format 2
 
 Equal to the bit on one machine with one version of torch. Experiments are written as files of format 1, which every
 later version reads. Two minutes on two cores; no GPU, no network.
@@ -34,6 +35,7 @@ import dmp_wb as wb
 # Columns of metrics.jsonl that tell of the machine.
 OF_THE_MACHINE = ("images_per_second", "memory_gib", "time", "seconds", "when")
 LR = 0.01
+BATCH_FORMAT: int | None = None   # of all runs; None: the newest that `dmp_wb` has
 
 
 # ---------------------------------------------------------------------------------------------------------- digests
@@ -142,7 +144,8 @@ LAUNCHED = {"two-pretrain": (merged(PRETRAIN, {"train": {"sample_every": 8}}), N
 def write(name: str, tree: dict) -> Path:
     "An experiment of format 1 as a file, which is named as the run."
     file = Path(f"{name}.yaml")
-    file.write_text(yaml.safe_dump({"format": 1, "name": name, **tree}))
+    noise = {"train": {"batch_format": BATCH_FORMAT}} if BATCH_FORMAT else {}   # older versions know no such key
+    file.write_text(yaml.safe_dump({"format": 1, "name": name, **merged(tree, noise)}))
     return file
 
 
@@ -410,7 +413,10 @@ def main() -> int:
     parser.add_argument("--save-runs", type=Path, metavar="FOLDER", help="keep the run folders in a new folder")
     parser.add_argument("--only", nargs="+", default=[], metavar="RUN", help="only these runs, their bases named too")
     parser.add_argument("--one-process", action="store_true", help="leave the runs of two processes out")
+    parser.add_argument("--batch-format", type=int, help="how noise is drawn, as train.batch_format")
     args = parser.parse_args()
+    global BATCH_FORMAT
+    BATCH_FORMAT = args.batch_format
     file, keep = args.file.resolve(), args.save_runs and args.save_runs.resolve()
     if keep and keep.exists(): parser.error(f"{args.save_runs} is there: expected a new folder")
     print(f"dmp_wb of {Path(wb.__file__).parent}", flush=True)

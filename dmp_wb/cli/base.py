@@ -16,7 +16,7 @@ import typer
 
 from ..core.errors import BadInput, printable, unknown
 from ..core.paths import expanded, runs_root
-from ..core.settings import PRESETS, SAMPLERS
+from ..core.settings import DTYPE_NAMES, dtype_name, PRESETS, SAMPLERS
 
 # %% ../../nbs/source/cli/00_base.ipynb #fd52b4c2
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -25,6 +25,9 @@ app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pret
 def _named(registry) -> str: return ", ".join(list(registry)[:-1]) + f" or {list(registry)[-1]}"
 
 _PRESETS = f"How images are drawn: {_named(PRESETS)}; what is given beside it comes first."
+_DTYPE = f"What the model computes in while it draws: {_named(DTYPE_NAMES)}, or bf16, fp16; float32 if not given."
+_TF32 = "On a GPU, float32 matrix products in TF32 while images are drawn."
+_COMPILE = "torch.compile the model that draws; for many images."
 
 def _version(value: bool):
     from dmp_wb import __version__
@@ -83,13 +86,15 @@ def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_s
     _at_least(0, bootstrap=bootstrap)
     _check_drawn(drawn)
 
-def _drawn(preset: str | None, **given) -> dict:
+def _drawn(preset: str | None, *, tf32: bool = False, compiled: bool = False, **given) -> dict:
     "How images are drawn, of the options that were given."
-    return {k: v for k, v in {"preset": preset, **given}.items() if v is not None}
+    switches = {"tf32": tf32 or None, "compile": compiled or None}
+    return {k: v for k, v in {"preset": preset, **given, **switches}.items() if v is not None}
 
 def _check_drawn(drawn: dict):
     if "sampler" in drawn: _one_of("sampler", drawn["sampler"], SAMPLERS)
     if "preset" in drawn: _one_of("preset", drawn["preset"], PRESETS)
+    if "dtype" in drawn: drawn["dtype"] = dtype_name("dtype", drawn["dtype"])
 
 def _check_runs(runs: list[str]):
     "Raise `BadInput` for a name that leads to nothing at all."

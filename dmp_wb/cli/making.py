@@ -20,7 +20,8 @@ from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
 from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _complete_named, _complete_runs, _drawn, _named, _one_of, _PRESETS, app,
+    _at_least, _begin, _check_drawn, _COMPILE, _complete_named, _complete_runs, _drawn, _DTYPE, _named, _one_of, _PRESETS,
+    _TF32, app,
 )
 
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665
@@ -93,10 +94,12 @@ def launch(
 @app.command()
 def latents(
         data: Annotated[str, typer.Argument(
-            help="A folder of images, a folder that `datasets` wrote, or owner/name of a data set on the hub.")],
+            help="A folder of images, a folder that `datasets` wrote, owner/name of a data set on the hub, or the name "
+            "of data that the package knows.")],
         folder: Annotated[Path, typer.Argument(help="Where the cache goes.")],
-        vae: Annotated[
-            str, typer.Option(help="A diffusers AutoencoderKL, or a pipeline that holds one; local or on the hub.")],
+        vae: Annotated[str, typer.Option(
+            help="A diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
+            "ships.")],
         size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,
@@ -168,6 +171,9 @@ def sample(
         guidance_channels: Annotated[int | None, typer.Option(
             help="Guide the first so many channels only, 3 in the original DiT code; all if not given.")] = None,
         seed: Annotated[int, typer.Option(help="Image i has a random stream of its own.")] = 0,
+        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
+        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
+        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
         batch_size: Annotated[int, typer.Option(help="Images drawn at once; another size is another job.")] = 64,
         base: Annotated[bool, typer.Option("--base", help="The run's base, without its patch.")] = False,
         vae: Annotated[str | None,
@@ -183,7 +189,7 @@ def sample(
     home = run_folder(run)
     _at_least(1, num_images=num_images, batch_size=batch_size)
     _at_least(0, guidance_scale=guidance_scale)
-    drawn = _drawn(preset, sampler=sampler, guidance_scale=guidance_scale,
+    drawn = _drawn(preset, dtype=dtype, tf32=tf32, compiled=compiled, sampler=sampler, guidance_scale=guidance_scale,
                    num_inference_steps=int(steps) if steps and steps.isdecimal() else steps)
     _check_drawn(drawn)
     _begin(f"{home.name}: {num_images:,} images")

@@ -14,7 +14,7 @@ import typer
 from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
-from .base import _at_least, _begin, _check_measure, _complete_runs, _drawn, _named, _PRESETS, app
+from .base import _at_least, _begin, _check_measure, _COMPILE, _complete_runs, _drawn, _DTYPE, _named, _PRESETS, _TF32, app
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
 _METRICS_HELP = f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given."
@@ -34,6 +34,9 @@ def evaluate(
         help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
         sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
         num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
+        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
+        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
+        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
         bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
         seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
         batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -42,7 +45,8 @@ def evaluate(
     import json
 
     from dmp_wb.store.listing import run_folder
-    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    drawn = _drawn(preset, dtype=dtype, tf32=tf32, compiled=compiled, sampler=sampler,
+                   num_inference_steps=num_inference_steps)
     _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     _at_least(0, guidance_scale=guidance_scale)
     given, run = expanded(samples), None
@@ -76,6 +80,9 @@ def guidance(
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
+    tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
     bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -86,7 +93,8 @@ def guidance(
 
     from dmp_wb.core.files import write_atomic
     from dmp_wb.store.listing import run_folder
-    drawn = _drawn(preset, sampler=sampler, num_inference_steps=num_inference_steps)
+    drawn = _drawn(preset, dtype=dtype, tf32=tf32, compiled=compiled, sampler=sampler,
+                   num_inference_steps=num_inference_steps)
     _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'SAMPLERS', 'FLOW_SAMPLERS', 'SIZES', 'NAMES', 'LIMITS', 'PREDICTION_TYPES', 'Weighting', 'WEIGHTINGS',
            'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size', 'ModelConfig', 'ObjectiveConfig', 'TrainedAs',
-           'aggregators', 'MultitaskConfig', 'DataConfig', 'SamplingConfig']
+           'aggregators', 'MultitaskConfig', 'DataConfig', 'dtype_name', 'SamplingConfig']
 
 # %% ../../nbs/source/core/07_settings.ipynb #358c47dc
 import ast
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import BadInput, real_number, said, unknown, whole_number
+from .errors import BadInput, real_number, said, unknown, whole_number, yes_or_no
 from .values import plain_fields
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771000
@@ -167,7 +167,8 @@ class DataConfig:
     label_column: str = "label"
     # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
     caption_column: str | None = None
-    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub: train on its latents
+    # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which ships:
+    # train on its latents
     vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
@@ -188,6 +189,14 @@ class DataConfig:
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771f05
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+_SHORT = {"fp32": "float32", "no": "float32", "fp16": "float16", "bf16": "bfloat16"}   # as accelerate has them
+
+def dtype_name(option: str, given) -> str:
+    "Of `DTYPE_NAMES`, for a name, a short one as bf16, or a torch.dtype; raises `BadInput` that names the option."
+    name = str(given).removeprefix("torch.")
+    name = _SHORT.get(name, name)
+    if name not in DTYPE_NAMES: raise unknown(option, name, DTYPE_NAMES)
+    return name
 
 # %% ../../nbs/source/core/07_settings.ipynb #bd7fd669
 PRESETS: dict[str, dict[str, Any]] = {
@@ -205,6 +214,10 @@ class SamplingConfig:
     schedule: Any = "linear"              # the one the model was trained with: a name or a ScheduleConfig
     prediction_type: str = "epsilon"      # what the model predicts, as it was trained
     seed: int = 0                         # of the images, each of which has a stream of its own
+    # what the model computes in: float32 (its weights' own), bfloat16 or float16 (autocast; gates stay in float32)
+    dtype: Any = "float32"
+    tf32: bool = False                    # on a GPU, float32 matrix products in TF32; False: as the process has it
+    compile: bool = False                 # torch.compile the model
 
     @classmethod
     def of(cls, config=None, preset: str | None = None, **settings) -> "SamplingConfig":
@@ -236,4 +249,6 @@ class SamplingConfig:
                 "with flow_prediction, and another sampler with the others")
         if self.guidance_channels is not None:
             self.guidance_channels = whole_number("guidance_channels", self.guidance_channels)
+        self.dtype = dtype_name("dtype", self.dtype)
+        self.tf32, self.compile = yes_or_no("tf32", self.tf32), yes_or_no("compile", self.compile)
         return self

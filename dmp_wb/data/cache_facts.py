@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'FACTS', 'ENTRY', 'LEFTOVER', 'read_entry',
-           'read_cache_facts']
+           'read_cache_facts', 'verify_shards']
 
 # %% ../../nbs/source/data/05_cache_facts.ipynb #ab5f8c27
 import contextlib
+import hashlib
+import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -17,8 +20,10 @@ from typing import Any
 import torch
 from safetensors import safe_open, SafetensorError
 
-from ..core.errors import BadInput
-from ..core.files import open_plain, read_json
+from ..core.errors import BadInput, MissingFile
+from ..core.files import open_plain, read_json, sha256_of, write_json
+from ..core.paths import runs_root
+from ..core.processes import locked
 
 # %% ../../nbs/source/data/05_cache_facts.ipynb #7bc05293
 CACHE_FORMAT, CACHE_FILE, PLAN_FILE = 1, "latents.json", "plan.json"
@@ -137,6 +142,54 @@ def _check_shard(file: Path, number: int, images: int, facts: dict, null: dict[s
     except (SafetensorError, OSError) as e:
         if isinstance(e, BadInput): raise
         raise wrong(f"is no file of tensors: {' '.join(str(e).split())[:200]}") from None
+
+# %% ../../nbs/source/data/05_cache_facts.ipynb #653b17d1
+def _notes_of(folder: Path) -> Path:
+    "Where it is noted which shards were found whole."
+    if os.access(folder, os.W_OK): return folder / ".verified.json"
+    return runs_root() / ".verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.json"
+
+def _noted(file: Path) -> dict:
+    try: return dict(read_json(file))
+    except (BadInput, TypeError, ValueError): return {}   # it may be lost
+
+def _stamp(folder: Path, entry: dict, said: str) -> list:
+    "What a shard's file and what is said of it are known by."
+    file = folder / entry["file"]
+    if not file.exists():
+        raise MissingFile(f"latent cache {folder} lacks {file.name}: remove {CACHE_FILE} and {file.stem}.json, and run "
+                          "dmp-wb latents again")
+    if not file.is_file(): raise BadInput(f"{file} is a folder, a pipe, a socket or a device: expected a regular file")
+    found = file.stat()
+    return [entry["sha256"], found.st_size, found.st_mtime_ns, entry["images"], said]
+
+def verify_shards(folder: Path, facts: dict, null: dict[str, torch.Tensor]):
+    """Compare every shard with its checksum, and its content with what the cache says; raises `BadInput`.
+
+    One that was found whole is read again only when it, or what is said of it, has changed. Of several processes one
+    reads; the others wait, and take its word.
+    """
+    said = json.dumps([facts["latent_shape"], facts["dtype"], len(facts["class_names"])]
+                      + [(k, list(v.shape)) for k, v in null.items()])
+    now, notes = {entry["file"]: _stamp(folder, entry, said) for entry in facts["shards"]}, _notes_of(folder)
+    if _noted(notes) == now: return
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):   # a disk that knows no locks: each process reads for itself
+            held.enter_context(locked(notes.with_suffix(".lock"), f"the note on {folder}", math.inf, children=False))
+        known = _noted(notes)
+        good = {name: stamp for name, stamp in now.items() if known.get(name) == stamp}
+        try:
+            for number, entry in enumerate(facts["shards"]):
+                if entry["file"] in good: continue
+                file = folder / entry["file"]
+                if now[file.name][1] != entry["bytes"] or sha256_of(file) != entry["sha256"]:
+                    raise BadInput(f"{file} does not match its checksum: remove it with {file.stem}.json and "
+                                   f"{CACHE_FILE}, and run dmp-wb latents again")
+                _check_shard(file, number, entry["images"], facts, null)
+                good[file.name] = now[file.name]
+        finally:   # also before an error: who waits need not read again what was good
+            if good != known:
+                with contextlib.suppress(OSError): write_json(notes, good)
 
 # %% ../../nbs/source/data/05_cache_facts.ipynb #5e668196
 def _put(write: Callable, file: Path, content):

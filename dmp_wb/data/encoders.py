@@ -168,8 +168,9 @@ class EncodedImages(Source):
         batch = dict(batch)
         if self.coder is not None:
             batch["images"] = self.coder.draw(self.coder.moments(batch["images"]), batch.pop("latent_noise"))
-        if self.text is not None: batch |= self.text.embed(batch.pop("input_ids"), batch.pop("attention_mask"))
-        return batch
+        if self.text is None: return batch
+        embedded = self.text.embed(batch.pop("input_ids"), batch.pop("attention_mask"))
+        return batch | {k: v.float() if v.is_floating_point() else v for k, v in embedded.items()}
 
     def decode(self, images): return self.coder.decode(images) if self.coder is not None else images
 
@@ -184,3 +185,6 @@ class EncodedImages(Source):
         for coder in (self.coder, self.text):
             if coder is not None: coder.to(device)
         return self
+
+    def compile(self):
+        if self.coder is not None: self.coder.vae.encoder.compile()

@@ -23,7 +23,7 @@ from PIL import Image
 from ..core.errors import BadInput, unknown
 from ..core.settings import DataConfig
 from .images import BadImage, centre_crop, _formats, IMAGE_SUFFIXES, put_pixels, read_image, to_tensor
-from .sources import Source
+from .sources import readers, Source
 
 # %% ../../nbs/source/data/02_folders.ipynb #5d1a7c02
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
@@ -111,9 +111,7 @@ class ImageFiles(Source):
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = (
             read, names, num_images, labels, list(class_names), captions)
         self.shape, self.bad = (channels, size, size), {}
-        # the rest is for the model
-        self.workers = min(
-            4, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // 2)
+        self.workers = readers()
 
     def __len__(self) -> int: return self.num_images
 

@@ -19,7 +19,7 @@ from torch import nn
 from ..core.errors import BadInput, real_number, said, unknown, whole_number, yes_or_no
 from ..core.paths import assets_folder
 from ..core.registries import loaded, METRICS, Metric, NEEDS
-from ..core.settings import DataConfig, SamplingConfig
+from ..core.settings import DataConfig, dtype_name, SamplingConfig
 from ..data.load import captions_of, load_data
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
 from .distances import _checked_strata, Moments
@@ -199,7 +199,8 @@ def _noted(run: Run, row: dict):
         warnings.warn(f"the figures are not noted: {e}", stacklevel=3)
 
 # %% ../../nbs/source/evaluation/09_evaluate.ipynb #82fee8a1
-_OF_SAMPLING = ("sampler", "num_inference_steps", "seed", "preset", "config")
+_COMPUTED = ("dtype", "tf32", "compile")   # what a model computes in while it draws; named where it is not the usual
+_OF_SAMPLING = ("sampler", "num_inference_steps", "seed", "preset", "config", *_COMPUTED)
 _OF_METRICS = ("k", "k_density", "splits", "kid_subsets", "kid_subset_size")   # named in a row where they are given
 
 def _named(reference) -> str:
@@ -229,7 +230,8 @@ def guidance_sweep(
         *,
         # gets each row as soon as it is measured, before it is noted
         tell: Callable[[dict], None] | None = None,
-        # sampler (ddim), num_inference_steps (50), seed (0) and preset or config, as of `sample`;
+        # sampler (ddim), num_inference_steps (50), seed (0), dtype (float32), tf32, compile, and preset or config, as of
+        # `sample`;
         # sampling: a dict of its
         # further arguments; batch_size (64): images sampled and measured at once; note (True):
         # write the rows to the run's
@@ -242,6 +244,7 @@ def guidance_sweep(
     how = {k: settings.pop(k) for k in _OF_SAMPLING if k in settings}
     config, further = SamplingConfig.of(**how), settings.pop("sampling", None) or {}
     config.seed, note = whole_number("seed", config.seed), yes_or_no("note", settings.pop("note", True))
+    config.dtype = dtype_name("dtype", config.dtype)
     size, quiet = whole_number("batch_size", settings.pop("batch_size", 64), 1), settings.pop("quiet", False)
     cache = settings.pop("cache", True)
     MeasureConfig.of(settings)
@@ -259,7 +262,8 @@ def guidance_sweep(
     inside = unwrap_model(source.backbone)
     settings = {"strata": balanced_labels(num_images, anatomy_of(inside).num_classes(inside)), "seed": config.seed,
                 **settings}
-    special = ({k: v for k, v in settings.items() if k in _OF_METRICS} | {k: str(v) for k, v in further.items()})
+    special = ({k: v for k, v in settings.items() if k in _OF_METRICS} | {k: str(v) for k, v in further.items()}
+               | {k: v for k in _COMPUTED if (v := getattr(source.config, k)) != getattr(SamplingConfig, k)})
     drawn = {"sampler": source.config.sampler, "num_inference_steps": source.config.num_inference_steps,
              "seed": source.config.seed, "reference": named, **({"settings": special} if special else {})}
     rows = []

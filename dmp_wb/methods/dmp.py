@@ -10,6 +10,7 @@ import contextlib
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ class OnPasses(Tables):
             # in training every sample has its own noise and its part in the balance
             if self.training: t = t.expand(call.batch)
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
-        call.state[self.key] = gates, prompts
+        call.state[self.key] = self._by_block(gates, prompts)
         self.newest.left = self.threads.here.left = gates, load
         self.newest.by_replica = None if call.model is self.model else (gates, load)
 
@@ -97,26 +98,38 @@ class OnPasses(Tables):
             f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for "
             f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
 
-    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[
-            torch.Tensor, torch.Tensor]:   # [B or 1, n, 1], [n, D], as x
-        position = self.blocks.index(index)
-        gates, pools = call.state[self.key]
-        n = self.counts[position]
-        return gates[n][:, self.groups[n].index(position), :, None].to(x), pools[position].to(x)
+    def _by_block(self, gates: dict[int, torch.Tensor], prompts: Sequence[torch.Tensor]) -> dict[int, tuple]:
+        """By the number of a block: gates [B, n, 1] and prompts [n, D]; where the samples share their timestep,
+        the prompts with their gates in them [n, D], made for all blocks at once, and None."""
+        shared = len(next(iter(gates.values()))) == 1
+        if shared and isinstance(prompts, torch.Tensor):
+            return {i: (added, None) for i, added in zip(self.blocks, (gates[prompts.shape[1]][0, ..., None] * prompts))}
+        found: dict[int, tuple] = {}
+        for n, group in self.groups.items():
+            for position, gate in zip(group, gates[n][..., None].unbind(1)):
+                own = prompts[position]
+                found[self.blocks[position]] = (gate[0] * own, None) if shared else (own, gate)
+        return found
+
+    def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        "As `_by_block` has them, in the dtype of x."
+        prompts, gate = call.state[self.key][index]
+        return prompts.to(x), gate if gate is None else gate.to(x)
 
 # %% ../../nbs/source/methods/09_dmp.ipynb #63d07d60
 class Adding(OnPasses):
     "Prompts added to the tokens of the image."
     def _add(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         position, text = self.blocks.index(index), call.text_before(index)
-        gate, prompts = self._prompts_of(index, x, call)
+        prompts, gate = self._prompts_of(index, x, call)
         n, first = len(prompts), call.longest_text_before(index) + call.prompts
         grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first,)
         tokens = math.prod(grid)
         if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]):
             raise self._other_size(grid, position)
-        if n == tokens and first == 0 and x.ndim == 3: return torch.addcmul(x, gate, prompts)
-        added = gate * prompts
+        if n == tokens and first == 0 and x.ndim == 3:
+            return x + prompts if gate is None else torch.addcmul(x, gate, prompts)
+        added = prompts[None] if gate is None else gate * prompts
         if n < tokens: added = added[:, torch.arange(tokens, device=x.device) * n // tokens]
         if x.ndim == 4: return x + added.transpose(1, 2).unflatten(2, x.shape[2:])
         if isinstance(text, tuple):   # every sample's image where its own text ends
@@ -133,8 +146,8 @@ class OnBlocks(Adding):
 
     def _prepend(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         if index in self.blocks:
-            gate, prompts = self._prompts_of(index, x, call)
-            lead: torch.Tensor | None = (gate * prompts).expand(len(x), -1, -1)
+            prompts, gate = self._prompts_of(index, x, call)
+            lead: torch.Tensor | None = (prompts if gate is None else gate * prompts).expand(len(x), -1, -1)
         else:
             # beyond the depth they go on as the last block left them;
             # a block that a checkpoint runs again gets the same once more
@@ -144,8 +157,10 @@ class OnBlocks(Adding):
         text = call.longest_text_before(index)
         return x if lead is None else torch.cat([x[:, :text], lead, x[:, text:]], dim=1)
 
+    def acts_after(self) -> bool: return self.config.mode == "prepend"
+
     def after(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        if self.config.mode == "add" or not call.prompts: return x
+        if not call.prompts: return x
         text, n = call.longest_text_before(index), call.prompts
         if call.runs(): call.left = x[:, text:text + n]
         call.prompts = 0

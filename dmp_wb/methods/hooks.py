@@ -196,6 +196,7 @@ class Operation:
     # the modules it acts around, each with its number
     def acts_on(self, model) -> list[tuple[int, nn.Module]]:
         raise NotImplementedError
+    def acts_after(self) -> bool: return type(self).after is not Operation.after
     def rests_here(self) -> bool: return False   # in this thread, for now
     def on(self, model: nn.Module) -> "Operation": return self   # what acts on a replica of DataParallel
     def start(self, call: Call): "Prepare the call's `state` under this key."
@@ -291,6 +292,10 @@ class AroundBlocks(Passes):
         self.threads.here.around = _hold(call)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling(): x._dmp_wb_call = call
 
+    def _note_and_before(self, steps, argument, block, args, kwargs):
+        self._note_call(argument, block, args, kwargs)
+        return self._before_block(steps, argument, block, args, kwargs)
+
     def _before_block(self, steps, argument, block, args, kwargs):
         given = x = kwargs[argument] if argument in kwargs else args[0]
         call: Any = _held(self.threads.here.around)
@@ -380,11 +385,13 @@ class BlockHooks(AroundBlocks):
             if module not in around:
                 self.handles.append(module.register_forward_pre_hook(self._before_part, with_kwargs=True))
         for module, steps in around.items():
-            self.handles.append(module.register_forward_pre_hook(partial(self._note_call, anatomy.tokens_argument),
-                                                                 prepend=True, with_kwargs=True))
-            self.handles.append(module.register_forward_pre_hook(
-                partial(self._before_block, steps, anatomy.tokens_argument), with_kwargs=True))
-            acting = [(i, o) for i, o in reversed(steps) if type(o).after is not Operation.after]
+            note = partial(self._note_call, anatomy.tokens_argument)
+            before = partial(self._before_block, steps, anatomy.tokens_argument)
+            if not module._forward_pre_hooks:   # with none between them they are one, as each costs microseconds
+                note, before = None, partial(self._note_and_before, steps, anatomy.tokens_argument)
+            else: self.handles.append(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            acting = [(i, o) for i, o in reversed(steps) if o.acts_after()]
             if acting:
                 self.handles.append(
                     module.register_forward_hook(partial(self._after_block, acting, places[module]), always_call=True))

@@ -211,6 +211,7 @@ class Gating(Seeing):
         """By number of prompts, the gates [B, blocks of that number, prompts], at least float32; the load balance loss;
         and the prompts [prompts, D] of every patched block."""
         prompts = self.prompts() if isinstance(self.prompts, Prompts) else _as_they_are(self.prompts)
+        if not batch: return {}, None, prompts   # the gates are looked up
         device = prompts[0].device if u is None else u.device
         with torch.autocast(device.type, enabled=False) if _autocasts(device) else contextlib.nullcontext():
             return *self._gates(u, batch, noisy, prompts[0]), prompts

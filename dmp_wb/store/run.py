@@ -55,7 +55,10 @@ class Run:
         checkpoints = list_checkpoints(self.folder)
         return _step(checkpoints[-1]) if checkpoints else 0
     @property
-    def experiment(self) -> Experiment: return load_experiment(self.folder / "config.yaml")
+    def experiment(self) -> Experiment:
+        exp = load_experiment(self.folder / "config.yaml")
+        if exp.train.batch_format is None: exp.train.batch_format = 1   # older than the key
+        return exp
 
     def metrics(self) -> dict[str, list[float | None]]:
         "The columns of `metrics.jsonl`; None where a line has no such value."

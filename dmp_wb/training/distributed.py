@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROCESSES_VARIABLE', 'LOOPBACK', 'LAUNCH_VARIABLE', 'LAUNCHER_FILE', 'GRACE', 'check_launch', 'check_processes',
-           'set_up_sharding', 'splits_weights', 'file_rendezvous', 'rendezvous_kwargs', 'whole', 'like',
-           'optimizer_state', 'load_optimizer_state', 'several_machines', 'check_shared', 'LostProcess',
-           'lost_processes', 'launched']
+           'set_up_sharding', 'splits_weights', 'file_rendezvous', 'rendezvous_kwargs', 'WaitedTooLong', 'await_main',
+           'whole', 'like', 'optimizer_state', 'load_optimizer_state', 'several_machines', 'check_shared',
+           'LostProcess', 'lost_processes', 'launched']
 
 # %% ../../nbs/source/training/00_distributed.ipynb #531238aa
 import contextlib
@@ -129,18 +129,24 @@ def _on_one_machine() -> bool:
     return world > 1 and (int(os.environ.get("LOCAL_WORLD_SIZE", 0)) == world
                           or os.environ.get("MASTER_ADDR") in (LOOPBACK, "localhost", "::1"))
 
-# for `Accelerator`; none where processes are on several machines, or one, or torchrun has opened a port already
-def rendezvous_kwargs() -> list[InitProcessGroupKwargs]:
-    "Processes of one machine meet on its loopback interface, which other machines cannot reach."
-    if not _on_one_machine(): return []
+def rendezvous_kwargs(
+    minutes: float,   # that a process waits for the others
+) -> list[InitProcessGroupKwargs]: # for `Accelerator`; none for one process
+    """How long processes wait for each other, and where they meet: those of one machine on its loopback interface,
+    which other machines cannot reach, unless torchrun has opened a port already."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return []
+    return [InitProcessGroupKwargs(timeout=timedelta(minutes=minutes), **_meeting_place())]
+
+def _meeting_place() -> dict[str, str]:
+    if not _on_one_machine(): return {}
     loop = next((name for name, found in psutil.net_if_addrs().items() if any(a.address == LOOPBACK for a in found)),
                 None)
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         if loop: os.environ.setdefault(variable, loop)
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not os.environ.get("MASTER_PORT"): return []
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not os.environ.get("MASTER_PORT"): return {}
     # once in a process
     with contextlib.suppress(RuntimeError): register_rendezvous_handler("loopback", _meet_on_loopback)
-    return [InitProcessGroupKwargs(init_method="loopback://")]
+    return {"init_method": "loopback://"}
 
 def _meet_on_loopback(url: str, timeout: timedelta = timedelta(minutes=10), **_):
     """A handler for torch.distributed: the store listens on loopback
@@ -153,6 +159,31 @@ def _meet_on_loopback(url: str, timeout: timedelta = timedelta(minutes=10), **_)
         listener.listen(max(128, world))
         fd = listener.detach()   # the store closes it
     yield TCPStore(LOOPBACK, port, world, rank == 0, timeout=timeout, master_listen_fd=fd), rank, world
+
+# %% ../../nbs/source/training/00_distributed.ipynb #b7e10002
+class WaitedTooLong(BadInput):
+    "A process waited for the first one longer than `train.timeout_minutes`."
+    local = True   # the first one is the one that does not come
+
+def await_main(
+    accelerator: Accelerator,
+    what: str,        # the first process does, another word each time
+    minutes: float,
+):
+    """Wait until the first process has called this as well. Every process must call it.
+
+    A question to their store twice a second: no operation of theirs is open meanwhile, which a GPU would spin on and
+    which could time out. Raises `WaitedTooLong`, which names what it was, after so many minutes.
+    """
+    if accelerator.num_processes == 1: return
+    store, key = torch.distributed.distributed_c10d._get_default_store(), f"dmp_wb: {what}"
+    if accelerator.is_main_process: return store.set(key, "done")
+    end = time.monotonic() + 60 * minutes
+    while not store.check([key]):
+        if time.monotonic() > end:
+            raise WaitedTooLong(f"train.timeout_minutes is {minutes:g}, and process 0 took longer for {what}: expected "
+                                "more minutes, or a first process that does not hang")
+        time.sleep(min(0.5, 6 * minutes))
 
 # %% ../../nbs/source/training/00_distributed.ipynb #f595900f
 def whole(

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'put_methods', 'check_text_inputs', 'trainable', 'param_groups',
-           'make_optimizer', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths', 'new_run',
-           'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer', 'room_for', 'clear_run', 'Parts',
-           'make_parts', 'add_tasks', 'groups_of']
+           'make_optimizer', 'check_device', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths',
+           'new_run', 'settle_format', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer',
+           'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
 import contextlib
@@ -33,7 +33,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from safetensors import SafetensorError
 from torch import nn
 
-from ..config import Experiment, OptimConfig, to_yaml, TrainConfig
+from ..config import BATCH_FORMAT, Experiment, OptimConfig, to_yaml, TrainConfig
 from ..core.errors import BadInput, system_error, unknown
 from ..core.files import flat, write_atomic
 from ..core.paths import assets_folder, expanded, runs_root, short
@@ -47,6 +47,7 @@ from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs
 from ..models.backbones import anatomy_of
+from ..models.computing import allow_tf32, missing_compiler
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.run import load_model, Run, trained_objective
@@ -147,6 +148,21 @@ def make_optimizer(groups: list[dict], o: OptimConfig) -> torch.optim.Optimizer:
     return module.optim.AdamW8bit(groups, **settings) if o.name == "adamw-8bit" else module.AdamWScheduleFree(
         groups, **settings, warmup_steps=o.lr_warmup_steps)
 
+# %% ../../nbs/source/training/02_setup.ipynb #d1c70002
+def check_device(
+    t: TrainConfig,
+    device: str,     # "cpu", "cuda", …
+):
+    "Raise `BadInput` for a dtype that the device lacks, and for `train.compile` where nothing can compile."
+    if device == "cpu" and t.mixed_precision == "fp16":
+        raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
+    if device == "cuda" and t.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise BadInput(f"train.mixed_precision is 'bf16', which a {torch.cuda.get_device_name()} does not compute in: "
+                       "expected 'fp16' or 'no'")
+    if t.compile and (missing := missing_compiler(device)):
+        raise BadInput(f"train.compile is true, but there is no {missing}: expected one, or train.compile=false")
+
+
 # %% ../../nbs/source/training/02_setup.ipynb #7a40c3b3
 def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     """accelerate's `Accelerator` for an experiment;
@@ -161,8 +177,7 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
                            f"{name.replace('_', '-')}, or choose among {', '.join(installed) or 'null'}")
     cpu = t.cpu or not torch.accelerator.is_available()
     check_launch(cpu)
-    if cpu and t.mixed_precision == "fp16":
-        raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
+    check_device(t, "cpu" if cpu else torch.accelerator.current_accelerator().type)
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", t.mixed_precision):
         raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is "
@@ -170,15 +185,14 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     # a second run in this process
     if AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision:
         AcceleratorState._reset_state()
-    if not cpu:
-        torch.set_float32_matmul_precision("high" if t.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = t.tf32
+    if not cpu: allow_tf32(t.tf32)   # `kept_precision` puts it back
     # every process makes the same buffers
     accelerator = Accelerator(mixed_precision=t.mixed_precision, cpu=cpu,
                               gradient_accumulation_steps=t.gradient_accumulation_steps, log_with=names or None,
                               project_config=ProjectConfiguration(str(run.folder), logging_dir=str(run.folder)),
-                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False),
-                                               *rendezvous_kwargs()])
+                              kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False,
+                                                                             gradient_as_bucket_view=True),
+                                               *rendezvous_kwargs(t.timeout_minutes)])
     check_processes(accelerator.num_processes)
     accelerator.gradient_accumulation_steps = t.gradient_accumulation_steps   # over what a launcher's environment says
     # an interrupted run in this process may have left it off
@@ -226,12 +240,18 @@ def new_run(exp: Experiment, folder: str | Path | None) -> Run:
         raise BadInput(f"name is {exp.name!r}, which is a run that ships with the package: expected another name")
     return Run((expanded(folder) if folder else runs_root() / exp.name).resolve())
 
+def settle_format(exp: Experiment, run: Run):
+    "Where an experiment names no noise format: that of the run which goes on, and the newest in a new run."
+    if exp.train.batch_format is None:
+        goes_on = (run.folder / "config.yaml").exists()
+        exp.train.batch_format = run.experiment.train.batch_format if goes_on else BATCH_FORMAT
+
 # %% ../../nbs/source/training/02_setup.ipynb #8f2cc2e5
 # What a run may be resumed with other values of: no weight and no loss depends on it
 MAY_CHANGE = frozenset(("data.num_workers", "data.max_bad_images", *(f"train.{key}" for key in (
     "steps", "cpu", "log_with", "log_every", "checkpoint_every", "keep_last", "keep_every", "keep_best", "on_nonfinite",
     "nonfinite_limit",
-    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale"))))
+    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale", "cast_frozen", "timeout_minutes"))))
 
 def check_folder(
     run: Run,
@@ -360,6 +380,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     Raises `BadInput` where they do not fit each other, the machine or the launcher."""
     data = load_data(exp.data)
     run = new_run(exp, folder)
+    settle_format(exp, run)
     accelerator = make_accelerator(exp, run)
     share = share_of_batch(exp.train, accelerator.num_processes)
     if exp.multitask.method != "none" and share < exp.multitask.k:
@@ -376,6 +397,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     add_tasks(parts)
     if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
     tables.to(accelerator.device), data.to(accelerator.device)
+    if exp.train.compile: data.compile()
     return parts
 
 # %% ../../nbs/source/training/02_setup.ipynb #d045350d

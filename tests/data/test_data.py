@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from dmp_wb.core import files as core_files
-from dmp_wb.data import cache as data_cache
+from dmp_wb.data import cache as data_cache, cache_facts
 from dmp_wb.data import sources
 from dmp_wb.models import anatomy
 from conftest import tiny_diffusers_dit
@@ -1323,7 +1323,7 @@ def test_a_damaged_shard(damage, models, tmp_path):
 def test_a_shard_is_verified_once(models, tmp_path, monkeypatch):
     cached(photos(tmp_path / "photos", 7), models, tmp_path / "latents")
     read, original = [], core_files.sha256_of
-    monkeypatch.setattr(data_cache, "sha256_of", lambda file: read.append(Path(file).name) or original(file))
+    monkeypatch.setattr(cache_facts, "sha256_of", lambda file: read.append(Path(file).name) or original(file))
     LatentCache(tmp_path / "latents")
     assert read == []
     os.utime(tmp_path / "latents" / "shard-00002.safetensors", ns=(1, 1))
@@ -1369,7 +1369,7 @@ def test_a_cache_in_a_folder_that_cannot_be_written(models, tmp_path, monkeypatc
     (tmp_path / "latents" / ".verified.json").unlink()
     (tmp_path / "latents").chmod(stat.S_IRUSR | stat.S_IXUSR)
     def refuse(path, obj): raise OSError(30, "Read-only file system")    # root can write everywhere
-    monkeypatch.setattr(data_cache, "write_json", refuse)
+    monkeypatch.setattr(cache_facts, "write_json", refuse)
     try:
         assert (equal(LatentCache(tmp_path / "latents").batch(torch.arange(7)), expected)
                 and not (tmp_path / "latents" / ".verified.json").exists())

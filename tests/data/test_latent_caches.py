@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,13 @@ from safetensors.torch import load_file, save, save_file
 from test_data import cached, captioned, content, models, no_hub, one_line, photos, quiet  # noqa: F401
 
 from dmp_wb.core import errors
-from dmp_wb.data import cache_facts
+from dmp_wb.data import cache as data_cache, cache_facts
 from dmp_wb.data import encoders
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import LatentCache, write_cache
 from dmp_wb.data.load import load_data
+from dmp_wb.data.sources import readers
 from dmp_wb.evaluation.images import data_images
 from dmp_wb.evaluation.sample_files import _read_captions, _read_labels
 
@@ -304,3 +307,63 @@ def test_a_cache_can_be_written_by_many_processes_that_share_a_lock(models, tmp_
     with cache_facts._writing(tmp_path / "latents"):
         assert write_cache(DataConfig(name=str(root), size=8, num_workers=0, vae=str(models / "vae")),
                            tmp_path / "latents", images_per_shard=3, part=(0, 2), say=quiet) is None
+
+
+# --- read by several processes
+
+def test_one_process_verifies_and_the_others_wait_for_its_word(folder, monkeypatch):
+    (folder / ".verified.json").unlink()
+    read, original = [], cache_facts.sha256_of
+
+    def slow(file):
+        read.append(Path(file).name)
+        time.sleep(0.05)
+        return original(file)
+    monkeypatch.setattr(cache_facts, "sha256_of", slow)
+    with ThreadPoolExecutor(4) as pool:   # a lock of its own for each opening, as processes have
+        caches = list(pool.map(lambda _: LatentCache(folder), range(4)))
+    assert sorted(read) == [f"shard-0000{n}.safetensors" for n in range(3)] and all(len(c) == 7 for c in caches)
+
+
+def test_what_was_good_before_an_error_is_not_read_again(folder, monkeypatch):
+    (folder / ".verified.json").unlink()
+    rewrite(folder, 2, put("moments", float("nan")))
+    read, original = [], cache_facts.sha256_of
+    monkeypatch.setattr(cache_facts, "sha256_of", lambda file: read.append(Path(file).name[:11]) or original(file))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="NaN"): LatentCache(folder)
+    assert read == ["shard-00000", "shard-00001", "shard-00002", "shard-00002"]
+
+
+def test_a_cache_of_others_is_verified_once_too(folder, tmp_path, monkeypatch):
+    (folder / ".verified.json").unlink()
+    monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr(cache_facts.os, "access", lambda path, mode: False)
+    before, read, original = sorted(folder.iterdir()), [], cache_facts.sha256_of
+    monkeypatch.setattr(cache_facts, "sha256_of", lambda file: read.append(file) or original(file))
+    for _ in range(2): LatentCache(folder)
+    assert len(read) == 3 and sorted(folder.iterdir()) == before
+    assert len(list((tmp_path / "runs" / ".verified").glob("*.json"))) == 1
+
+
+@pytest.mark.parametrize("kind", ["latents", "text"])
+def test_a_batch_is_its_images_whatever_their_order(kind, made, monkeypatch):
+    cache = LatentCache(made / kind)
+    g = torch.Generator().manual_seed(0)
+    indices = torch.randint(len(cache), (20,), generator=g)   # images may come twice, and shards in any order
+    flip, drop = torch.rand(20, generator=g) < 0.5, torch.rand(20, generator=g) < 0.3
+    noise = torch.randn(20, *cache.shape, generator=g)
+    monkeypatch.setattr(data_cache, "AT_ONCE", 3 * noise[0].numel())
+    batch = cache.batch(indices, flip, noise, drop)
+    assert batch.keys() >= {"images", *cache.null}
+    for i in range(20):
+        one = cache.batch(*(v[i:i + 1] for v in (indices, flip, noise, drop)))
+        assert all(torch.equal(one[k][0], batch[k][i]) for k in batch)
+    shard = load_file(made / kind / "shard-00001.safetensors")
+    moments = shard["moments"][1, 1].float()
+    mine = cache.batch(torch.tensor([4]), torch.tensor([True]))["images"][0]   # three images a shard
+    assert torch.equal(mine, cache.facts["scale"] * (moments[:len(moments) // 2] - cache.facts["shift"]))
+
+
+def test_a_cache_is_read_by_as_many_processes_as_files_are(made):
+    assert LatentCache(made / "latents").workers == readers()

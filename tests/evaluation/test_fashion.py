@@ -10,8 +10,9 @@ from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import assets_folder
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.encoders import load_vae, vae_folder
-from dmp_wb.data.sources import FASHION_FOLDERS, digits, fashion_mnist, has_idx, sheared, slanted_digits
+from dmp_wb.data.sources import FASHION_FOLDERS, digits, faded, fashion_mnist, has_idx, sheared, slanted_digits
 from dmp_wb.evaluation.distances import frechet_distance
+from dmp_wb.evaluation.draw import draw
 from dmp_wb.evaluation.extractors import extract, load_extractor
 from dmp_wb.evaluation.features import FashionClassifier, accuracy_of, fashion_classifier, train_fashion_classifier
 
@@ -103,3 +104,21 @@ def test_a_shipped_vae_is_known_by_name_and_a_folder_of_that_name_comes_first(tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fashion-vae").mkdir()
     assert vae_folder("fashion-vae") == "fashion-vae"
+
+
+def test_the_models_on_latents_that_ship_draw_what_their_page_says():
+    folders = [assets_folder() / name for name in ("fashion-vae", "fashion-latent-base", "fashion-latent-faded")]
+    assert sum(file.stat().st_size for folder in folders for file in folder.rglob("*")) <= 2_000_000
+    base, patched = (draw(folder.name, 40, num_inference_steps=10, quiet=True) for folder in folders[1:])
+    assert base.images.shape == (40, 1, 28, 28)
+    assert accuracy_of(fashion_classifier(), base.images, base.labels) > 0.6
+    def lower_to_upper(images):
+        light = (images + 1).mean((0, 1, 3))
+        return float(light[14:].sum() / light[:14].sum())
+    assert lower_to_upper(patched.images) < lower_to_upper(base.images) - 0.15
+    assert wb.load_model("fashion-latent-base").trained_as.latents   # so that `sample` does not cut them off
+
+
+def test_faded_images_keep_their_first_row_and_a_tenth_of_the_last():
+    images = torch.tensor([[[[1.0], [1.0], [-1.0], [1.0]]]])
+    assert torch.allclose(faded(images).flatten(), torch.tensor([1.0, 0.4, -1.0, -0.8]), atol=1e-6)

@@ -201,7 +201,7 @@ def test_what_is_missing_is_drawn_again(gone, run, whole, tmp_path):
 
 
 def test_a_finished_job_draws_nothing(run, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion_sampling._Walk, "steps", None)
+    monkeypatch.setattr(diffusion_sampling._Walk, "finish", None)
     assert sample_run(run, 8, tmp_path / "whole", **JOB) == tmp_path / "whole" and files(tmp_path / "whole") == whole
 
 

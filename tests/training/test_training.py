@@ -32,7 +32,7 @@ from dmp_wb.data.load import load_data
 from dmp_wb.data.sources import EpochOrder
 from dmp_wb.methods.patches import PATCH_NAME
 from dmp_wb.training.batches import draw_batch, places_of
-from dmp_wb.training.safety import asked_to_stop, NonFinite
+from dmp_wb.training.safety import asked_to_stop, NonFinite, Told
 from dmp_wb.training.setup import make_model, param_groups
 from dmp_wb.training.state import Average
 
@@ -857,17 +857,23 @@ def test_an_error_leaves_no_worker_that_reads_ahead(tmp_path, monkeypatch):
 ])
 def test_what_becomes_of_a_step_that_is_not_finite(how, said):
     policy = NonFinite(TrainConfig(on_nonfinite=how, nonfinite_limit=2), Accelerator(cpu=True))
-    steps = zip((1.0, float("nan"), float("inf"), 1.0, float("nan")), (1.0, 1.0, 0.5, 0.25, 0.25))
-    assert [policy.judge(torch.tensor(loss), torch.tensor(1.0), lr_scale) for loss, lr_scale in steps] == said
-    if how == "skip":
-        assert [policy.judge(torch.tensor(float("nan")), torch.tensor(1.0), 1.0) for _ in range(2)] == ["skip", "stop"]
+    steps = zip((True, False, False, True, False), (1.0, 1.0, 0.5, 0.25, 0.25))
+    assert [policy.judge(finite, lr_scale) for finite, lr_scale in steps] == said
+    if how == "skip": assert [policy.judge(False, 1.0) for _ in range(2)] == ["skip", "stop"]
+
+
+@pytest.mark.parametrize("loss,norm,asked,bad", [(1.0, 2.0, 0, False), (float("nan"), 2.0, 1, True),
+                                                 (1.0, float("inf"), 0, True)])
+def test_one_sum_tells_whether_a_step_is_finite_and_who_was_asked_to_stop(loss, norm, asked, bad):
+    told = Told(torch.tensor(loss), torch.tensor(norm), asked, Accelerator(cpu=True))
+    assert told.read() == (bad, asked) and told.bad.item() == bad
 
 
 def test_overflows_are_the_scaler_s_business_twenty_times_in_a_row():
     accelerator = Accelerator(cpu=True)
     policy = NonFinite(TrainConfig(on_nonfinite="stop"), accelerator)
     policy.accelerator = type("WithScaler", (), {"scaler": object(), "num_processes": 1})()
-    said = [policy.judge(torch.tensor(1.0), torch.tensor(float("inf")), 1.0) for _ in range(21)]
+    said = [policy.judge(False, 1.0) for _ in range(21)]
     assert said == ["overflow"] * 20 + ["stop"]
 
 

@@ -29,6 +29,7 @@ from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
+from dmp_wb.data.encoders import LatentCoder
 from dmp_wb.data.load import load_data
 
 RUN = ["train.batch_size=8", "train.steps=6", "train.log_every=2", "train.checkpoint_every=3", "train.log_with=null"]
@@ -70,6 +71,26 @@ def die_at(monkeypatch, step):
         original(run, row)
         if row["step"] == step: raise Killed
     monkeypatch.setattr(loop, "append_row", die)
+
+
+@pytest.mark.parametrize("extra,expected", [
+    (["train.mixed_precision=bf16"], torch.bfloat16),
+    (["train.mixed_precision=bf16", "train.batch_format=1"], torch.float32),   # as runs began before format 2
+    ([], torch.float32),
+])
+def test_a_vae_in_the_loop_computes_in_bfloat16_where_the_training_does(extra, expected, photos, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(LatentCoder, "moments", lambda self, images, moments=LatentCoder.moments: (
+        seen.append(moments(self, images)) or seen[-1]))
+    run = wb.train(latents(photos, "train.steps=2", *extra), folder=tmp_path / "run")
+    assert {m.dtype for m in seen} == {expected} and run.summary["loss"] < 10
+
+
+def test_a_vae_in_the_loop_is_compiled_where_the_model_is(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "missing_compiler", lambda device: None)
+    encoders = [setup.make_parts(latents(photos, f"train.compile={on}"), tmp_path / on).data.coder.vae.encoder
+                for on in ("true", "false")]
+    assert [e._compiled_call_impl is not None for e in encoders] == [True, False]
 
 
 def test_workers_and_interruptions_change_nothing(photos, tmp_path, monkeypatch):

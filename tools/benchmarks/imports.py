@@ -22,12 +22,12 @@ FIRST_STEP = """
 import os, tempfile
 os.environ["DMP_WB_RUNS"] = tempfile.mkdtemp()
 import dmp_wb as wb
-from dmp_wb.training.state import TrainState
-advance = TrainState.advance
+from dmp_wb.training.loop import Books
+take = Books.take
 def then_end(self, *args, **kwargs):
-    advance(self, *args, **kwargs)
+    take(self, *args, **kwargs)
     os._exit(0)
-TrainState.advance = then_end
+Books.take = then_end
 wb.train("digits-quick", ["train.batch_size=16"])
 """
 STEP_LIMIT = 2.5   # times `import torch` that a training up to its first step should cost
