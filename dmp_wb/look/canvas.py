@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MAGNITUDE', 'ROUTES', 'TRAINED', 'method_words', 'method_colour', 'method_label', 'run_colours', 'as_array',
-           'new_figure', 'show_image', 'panel_grid', 'outer_labels']
+           'new_figure', 'add_legend', 'show_image', 'panel_grid', 'outer_labels']
 
 # %% ../../nbs/source/look/00_canvas.ipynb #94fd663b
 import math
@@ -79,6 +79,15 @@ def new_figure(
                              facecolor="white", **kwargs)
     plt.close(fig)
     return fig, axes
+
+def add_legend(fig: Figure, ax):
+    "A legend of an axes' lines: in it, or beside the figure, which grows, where it would fill the axes."
+    handles, labels = ax.get_legend_handles_labels()
+    if len(labels) < 9: return ax.legend(frameon=False)
+    width, height = fig.get_size_inches()
+    columns = math.ceil(len(labels) / (6.5 * height))
+    fig.set_size_inches(width + columns * (0.4 + 0.07 * max(map(len, labels))), height)
+    return fig.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7, ncols=columns)
 
 def show_image(ax, image: np.ndarray): # [C, H, W] in [−1, 1]
     "An image without axes."

@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 
 from ..core.errors import BadInput
 from ..core.registries import lower_is_better as _lower, METRICS
-from .canvas import as_array, method_colour, method_label, new_figure
+from .canvas import add_legend, as_array, method_colour, method_label, new_figure
 
 # %% ../../nbs/source/look/04_curves.ipynb #84e83127
 def running_mean(
@@ -58,7 +58,7 @@ def training_curves(
         ax.plot(m["step"], average, color=colour, lw=1.8, label=method_label(name, colours))
         tails.append(values)
     _loss_axis(ax, key, np.concatenate(tails))
-    if len(metrics) > 1: ax.legend(frameon=False)
+    if len(metrics) > 1: add_legend(fig, ax)
     sns.despine(ax=ax)
     if title: ax.set_title(title, fontsize=10)
     return fig
@@ -94,7 +94,7 @@ def loss_by_timestep(
         axes[0, 0].stairs(losses[n], edges, color=method_colour(n, i, colours), lw=1.8,
                           label=method_label(n, colours), baseline=None)
     axes[0, 0].set(xlabel="timestep", ylabel=name, yscale="log")
-    if len(losses) > 1: axes[0, 0].legend(frameon=False)
+    if len(losses) > 1: add_legend(fig, axes[0, 0])
     if compared: _change_steps(axes[0, 1], losses, against, edges, colours)
     for ax in axes.flat: sns.despine(ax=ax)
     return fig

@@ -55,7 +55,8 @@ def modern(
     given: Mapping[str, Any],   # dotted key → (value, where it stands), those that were given last win
 ) -> dict[str, Any]: # of today's keys alone
     "Keys of format 1 as those of today. Raises `BadInput` for a method that there is not."
-    old = {key: value for key, value in given.items() if key in older_keys()}
+    older = older_keys()
+    old = {key: value for key, value in given.items() if key in older}
     if not old: return dict(given)
     out = {key: value for key, value in given.items() if key not in old}
     on = active_methods(out)

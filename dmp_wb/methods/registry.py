@@ -9,6 +9,7 @@ __all__ = ['PARTS', 'PLUGINS', 'Entry', 'register_method', 'load_plugin', 'load_
 
 # %% ../../nbs/source/methods/01_registry.ipynb #a1de10e6
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import os
@@ -26,6 +27,11 @@ from dmp_wb.methods.settings import (
 )
 
 # %% ../../nbs/source/methods/01_registry.ipynb #4f51c88b
+@functools.cache   # asked for thousands of times while a few configs are read
+def _types(config: type) -> dict[str, Any]: # setting → type
+    hints = typing.get_type_hints(config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config) if f.init}
+
 @dataclass(frozen=True)
 class Entry:
     "What is known of a method before its class is imported."
@@ -41,8 +47,7 @@ class Entry:
 
     def types(self) -> dict[str, Any]: # setting → type
         "The settings and their types."
-        hints = typing.get_type_hints(self.config)
-        return {f.name: hints[f.name] for f in dataclasses.fields(self.config) if f.init}
+        return dict(_types(self.config))
 
     def made(self, **settings):
         "The settings as an object of their dataclass, checked."

@@ -1,6 +1,11 @@
 "Samples of comparisons are kept in the run folders, and taken only where they are what would be drawn."
+import dataclasses
+import io
 import json
 import shutil
+import subprocess
+import sys
+from threading import Barrier, get_ident
 
 import pytest
 import torch
@@ -13,8 +18,8 @@ from dmp_wb.core.settings import DataConfig
 from dmp_wb.evaluation import draw as room
 from dmp_wb.evaluation.draw import draw, Drawn
 from dmp_wb.evaluation.features import accuracy_of, fashion_classifier, ModuleFeatures
-from dmp_wb.look import compare, tables
-from dmp_wb.store.run import load_model
+from dmp_wb.look import compare, tables, viz
+from dmp_wb.store.run import load_model, open_run
 
 HOW = dict(num_inference_steps=2, batch_size=8, quiet=True)
 
@@ -168,7 +173,8 @@ def test_the_progress_of_a_look_is_by_image_and_ends_whole(runs, monkeypatch):
         def __init__(self, total, unit, **more): self.n, self.total, self.unit, self.words = 0, total, unit, []
         def update(self, n): self.n += n
         def set_postfix_str(self, words): self.words.append(words)
-        def close(self): bars.append(self)
+        def __enter__(self): return self
+        def __exit__(self, *_): bars.append(self)
     monkeypatch.setattr(compare, "progress", lambda **more: Bar(**more))
     shutil.rmtree(runs / "my-digits-dmp" / "patch")
     c = tables.open_compared(["my-digits-base", "my-digits-dmp", "digits-dmp"])
@@ -176,6 +182,45 @@ def test_the_progress_of_a_look_is_by_image_and_ends_whole(runs, monkeypatch):
     compare.look_at(c, 0, 0)
     assert [(b.n, b.total, b.unit) for b in bars] == [(84, 84, "img"), (3, 3, "run")]
     assert bars[0].words == ["my-digits-base", "my-digits-dmp", "digits-dmp"] and "my-digits-dmp" in c.notes[0]
+
+
+@pytest.fixture
+def two_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_small_models_are_looked_at_side_by_side_and_show_the_same(runs, two_cores, monkeypatch):
+    shutil.rmtree(runs / "my-digits-dmp" / "patch")   # a run that can give nothing
+    c = tables.open_compared(["digits-base", "my-digits-dmp", "my-digits-base", "digits-dmp"])
+    how, places, both = dict(num_images=12, num_loss_images=16, num_inference_steps=2, keep=False), set(), Barrier(2)
+    drawing = compare.draw
+
+    def meeting(run, *args, **more):   # the first does not go on before the second has come
+        places.add((get_ident(), torch.get_num_threads()))
+        if run.name.endswith("base"): both.wait(timeout=60)
+        return drawing(run, *args, **more)
+    monkeypatch.setattr(compare, "draw", meeting)
+    beside = compare.look_at(c, **how)
+    assert torch.get_num_threads() == 2 and {cores for _, cores in places} == {1} and len(places) == 2
+    assert get_ident() not in {thread for thread, _ in places} and "no samples, gates or masks" in c.notes[0]
+    assert list(beside.drawn) == list(beside.mse) == ["digits-base", "my-digits-base", "digits-dmp"]
+    monkeypatch.setattr(compare, "draw", drawing)
+    monkeypatch.setattr(compare, "_beside_others", lambda *_: False)
+    alone = compare.look_at(c, **how)
+    assert all(torch.equal(alone.drawn[k].images, beside.drawn[k].images) for k in alone.drawn)
+    assert all(torch.equal(alone.mse[k], beside.mse[k]) for k in alone.mse) and list(beside.gates) == ["digits-dmp"]
+
+
+def test_a_model_that_is_large_or_needs_a_vae_is_looked_at_alone(monkeypatch):
+    model, exp = load_model("digits-base", device="cpu"), open_run("digits-base").experiment
+    assert compare._beside_others(model, exp)
+    latents = dataclasses.replace(exp, data=dataclasses.replace(exp.data, vae="some/vae"))
+    assert not compare._beside_others(model, latents)
+    monkeypatch.setattr(compare, "LARGE", 1000)
+    assert not compare._beside_others(model, exp)
 
 
 def test_the_usual_extractor_follows_from_the_data(monkeypatch):
@@ -214,3 +259,21 @@ def test_a_classifier_says_which_share_of_the_samples_it_reads_as_asked():
         for name in ("brightness", "unnamed"): del registries.EXTRACTORS[name]
     with pytest.raises(BadInput, match="classifies has 3 for extractor x"):
         registries.register_extractor("x", ByBrightness, classifies=[3])
+
+
+def test_runs_are_opened_for_a_comparison_before_torch_is_there(runs):
+    code = ("import sys; from dmp_wb.look.tables import open_compared, differences_table, glance_table; "
+            "c = open_compared(['my-digits-base', 'my-digits-dmp']); differences_table(c), glance_table(c); "
+            "assert len(c.runs) == 2 and not c.notes; sys.exit('torch' in sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_legend_of_many_runs_stands_beside_the_curves(recwarn):
+    curve = {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0]}
+    for count, beside in ((8, 0), (20, 1)):
+        figure = viz.training_curves({f"{i:02d}-a-run-with-a-name": curve for i in range(count)}, "loss")
+        figure.savefig(io.BytesIO(), format="png")
+        ax, = figure.axes
+        assert len(figure.legends) == beside and (ax.get_legend() is None) == bool(beside)
+        assert ax.get_position().height > 0.6 and ax.get_window_extent().width > 400
+    assert not [w for w in recwarn if "constrained_layout" in str(w.message)]
