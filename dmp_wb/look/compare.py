@@ -292,13 +292,16 @@ def look_at(
     resolution: int = 250,        # timesteps of gates and masks
     device: str = "auto",
     keep: bool = True,            # samples in the run folders, and take those that are there already: see `draw`
+    dtype: str = "float32",       # of the samples, as tf32 and compile; see `SamplingConfig`
+    tf32: bool = False,
+    compile: bool = False,
 ) -> Looked:
     """Load the models one after the other and look at them, at several small ones at a time on a CPU;
     what they cannot give is noted in `compared`."""
     out, same_loss = Looked(), comparable(compared, "the loss", SAME_LOSS) if num_loss_images else []
     count, data = _Counted(compared, num_images, num_loss_images, same_loss), None
     how: Any = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed,
-                    quiet=True, keep=keep)
+                    quiet=True, keep=keep, dtype=dtype, tf32=tf32, compile=compile)
 
     def look(label: str, r: RunFacts, backbone: nn.Module, exp: Experiment, data: Source | None):
         if num_images:
