@@ -36,6 +36,7 @@ from ..diffusion.sampling import balanced_labels, sample, usual_sampler
 from ..methods.base import facts_of
 from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs, unwrap_model
+from ..models.computing import multiplies_in_tf32
 from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run, Run
 
@@ -133,11 +134,14 @@ class _Drawing:
         "As `json` reads it back."
         labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
         captions = {"captions": self.texts.fingerprint, "data": self.data} if self.texts else {}
+        device = next(self.backbone.parameters()).device
+        # what the process was told before counts as what is asked for
+        how = dataclasses.replace(self.how, tf32=device.type == "cuda" and (self.how.tf32 or multiplies_in_tf32(device)))
         plain = lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)
         return json.loads(json.dumps({
-            "format": DRAWN_FORMAT, **_facts(self.backbone), "sampling": self.how, "num_images": num_images,
+            "format": DRAWN_FORMAT, **_facts(self.backbone), "sampling": how, "num_images": num_images,
             "class_labels": labels, **captions, "vae": self.decoder, "batch_size": batch_size,
-            "device": next(self.backbone.parameters()).device.type,
+            "device": device.type,
             "versions": {p: version(p) for p in ("torch", "diffusers")}}, default=plain))
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #7d20a8c3

@@ -24,7 +24,7 @@ from ..core.errors import BadInput
 from ..core.bars import progress
 from ..core.registries import classifier_of, EXTRACTORS
 from ..core.seeds import seed_of
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, dtype_name
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables
@@ -292,13 +292,16 @@ def look_at(
     resolution: int = 250,        # timesteps of gates and masks
     device: str = "auto",
     keep: bool = True,            # samples in the run folders, and take those that are there already: see `draw`
+    dtype: str = "float32",       # what the models compute in while they draw; tf32 and compile as of `sample`
+    tf32: bool = False,
+    compile: bool = False,
 ) -> Looked:
     """Load the models one after the other and look at them, at several small ones at a time on a CPU;
     what they cannot give is noted in `compared`."""
     out, same_loss = Looked(), comparable(compared, "the loss", SAME_LOSS) if num_loss_images else []
     count, data = _Counted(compared, num_images, num_loss_images, same_loss), None
     how: Any = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed,
-                    quiet=True, keep=keep)
+                    dtype=dtype_name("dtype", dtype), tf32=tf32, compile=compile, quiet=True, keep=keep)
 
     def look(label: str, r: RunFacts, backbone: nn.Module, exp: Experiment, data: Source | None):
         if num_images:
@@ -324,7 +327,7 @@ def look_at(
             if label in same_loss and data is None:
                 with compared.noting(label, "loss by timestep"): data = load_data(exp.data)
             beside.do(partial(look, label, r, backbone, exp, data if label in same_loss else None),
-                      _beside_others(backbone, exp))
+                      how["dtype"] == "float32" and not compile and _beside_others(backbone, exp))
     # threads end in any order
     for part in (out.drawn, out.mse): part |= {label: part.pop(label) for label in compared.runs if label in part}
     return out
