@@ -73,7 +73,8 @@ def test_a_drawing_that_was_cut_off_goes_on(runs, drawn_now, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     {"num_inference_steps": 3}, {"sampler": "ddim"}, {"guidance_scale": 2.0}, {"seed": 1}, {"num_images": 19},
-    {"batch_size": 5}, {"dtype": "bfloat16"}, {"schedule": "cosine"}, {"guidance_interval": [0, 500]}, {"guidance_channels": 1}],
+    {"batch_size": 5}, {"dtype": "bfloat16"}, {"schedule": "cosine"}, {"guidance_interval": [0, 500]},
+    {"guidance_channels": 1}],
     ids=lambda change: next(iter(change)))
 def test_another_setting_is_drawn_anew(runs, drawn_now, change):
     draw("my-digits-base", 20, keep=True, **HOW)
