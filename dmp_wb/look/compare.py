@@ -264,10 +264,10 @@ class _Counted:
     def __init__(self, compared: Compared, num_images: int, num_loss_images: int, same_loss: Sequence[str]):
         each = {label: num_images + (num_loss_images if label in same_loss else 0) for label in compared.runs}
         self.each, unit = (each, "img") if any(each.values()) else (dict.fromkeys(each, 1), "run")
-        self.done, self.thread = dict.fromkeys(each, 0), get_ident()   # the one that may touch the bar
+        self.done, self.thread = dict.fromkeys(each, 0.0), get_ident()   # the one that may touch the bar
         self.bar = progress(total=sum(self.each.values()), desc="looking at runs", unit=unit)
 
-    def add(self, label: str, count: int):
+    def add(self, label: str, count: float):
         self.done[label] += count
         if get_ident() == self.thread: self.show()
 
