@@ -9,8 +9,8 @@ from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
     "tutorials": ("Tutorials", "Do it once, from the first line to a result",
-                  ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "batch_runs", "cluster",
-                   "pictures", "explore", "digits_base"]),
+                  ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "latent_pipeline",
+                   "batch_runs", "cluster", "pictures", "explore", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
                  ["timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling",
                   "measuring"]),
