@@ -20,7 +20,7 @@ from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _check_measure, _check_runs, _COMPILE, _complete_named, _complete_runs, _drawn,
+    _at_least, _begin, _check_measure, _check_runs, _COMPILE, _complete_named, _complete_runs, _drawn,
     _DTYPE, _TF32, app,
 )
 
@@ -160,14 +160,14 @@ def compare(
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
         num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
+        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
+        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
+        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
         seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
         extractor: Annotated[str,
                              typer.Option(help=f"{extractor_words()}; if not given, the classifier of the data where "
                                           "there is one, else inception.")] = "",
         reference: Annotated[str, typer.Option(help="Real images; what the first run trained on, if not given.")] = "",
-        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
-        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
-        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
         fresh: Annotated[bool, typer.Option("--fresh", help="Draw all samples anew, and keep none. Otherwise they are "
                                             "kept in the run folders, and those that are there are taken if they are "
                                             "the same as would be drawn.")] = False,
@@ -186,9 +186,8 @@ def compare(
     if output.suffix != ".html" or output.is_dir():
         raise BadInput(f"--output is {output}: expected a file that ends in .html")
     _check_runs(runs)
-    computed = _drawn(None, dtype=dtype, tf32=tf32, compiled=compiled)
-    _check_measure(extractor, None, max(num_images, 1), 1, 0, {"num_inference_steps": num_inference_steps})
-    _check_drawn(computed)
+    drawn = _drawn(None, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32, compiled=compiled)
+    _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _begin(f"comparing {', '.join(runs)}")
     import papermill
@@ -199,8 +198,8 @@ def compare(
     # to compare is to read: a notebook that lies about is code
     file = find_notebook(notebook).resolve() if notebook else named_files("runs", project=False)["compare"]
     given = {"runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale,
-             "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor),
-             "reference": _absolute(reference), **computed, **({"keep": False} if fresh else {})}
+             **drawn, "seed": seed, "extractor": _absolute(extractor),
+             "reference": _absolute(reference), **({"keep": False} if fresh else {})}
     with tempfile.TemporaryDirectory() as work:
         page, failed = Path(work) / "compare.html", None
         # a kernel takes modules from its working folder, which may be anybody's

@@ -26,7 +26,7 @@ import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from diffusers.models.embeddings import LabelEmbedding
@@ -182,8 +182,9 @@ def make_accelerator(exp: Experiment, run: Run) -> Accelerator:
     if launched not in ("no", t.mixed_precision):
         raise BadInput(f"accelerate launch was given --mixed_precision {launched}, but train.mixed_precision is "
                        f"{t.mixed_precision!r}: set train.mixed_precision={launched}")
-    # a second run in this process
-    if AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision:
+    # a second run in this process, on another device or in another precision
+    if PartialState._shared_state.get("_cpu", cpu) != cpu: AcceleratorState._reset_state(reset_partial_state=True)
+    elif AcceleratorState._shared_state.get("_mixed_precision", t.mixed_precision) != t.mixed_precision:
         AcceleratorState._reset_state()
     if not cpu: allow_tf32(t.tf32)   # `kept_precision` puts it back
     # every process makes the same buffers

@@ -1,6 +1,6 @@
 """CPU time in which one of several processes draws its batch: `python tools/benchmarks/batches.py [--processes 8]`.
 
-Cached latents, and noise format 1 against 2 in turn, one round after another in one process; before is format 1 with
+Cached latents, and batch format 1 against 2 in turn, one round after another in one process; before is format 1 with
 a read for each image, as dmp_wb 0.1 did both. Quartiles stand beside the medians. A gigabyte in the folder for
 temporary files; no GPU, no network.
 """

@@ -6,9 +6,10 @@ cached, float32 or bfloat16, compiled or not. DiT-S/2 on 256 × 256 images throu
 random weights, which cost the same time.
 `python tools/benchmarks/training.py loop [--rounds 20]`:
 steps of `train` and steps of a bare PyTorch loop, in turn in one process.
-`python tools/benchmarks/training.py reference [--model DiT-S/2] [--batch 4] [--rounds 15] [--profile]`:
+`python tools/benchmarks/training.py reference [--model DiT-S/2] [--batch 4] [--rounds 15] [--precision bf16]
+[--compile] [--profile]`:
 DMP steps of `train` and of the plain loop of `reference.py`, which is built as the paper's code is, in turn in one
-process: CPU time of one thread, on latents of 4 × 32 × 32.
+process: CPU time of one thread, on latents of 4 × 32 × 32; `--precision` of both, `--compile` of ours alone.
 Figures are ratios within one run: these machines are noisy.
 """
 import argparse
@@ -157,7 +158,7 @@ def bare_loop(batch):
             yield loss.item()
 
 
-def against_reference(name, rounds, batch, profile, kind="dmp", per_round=1):
+def against_reference(name, rounds, batch, profile, kind="dmp", precision="no", compiled=False, per_round=1):
     "At every step of `train`, as many of the plain loop's are taken between, and both timed."
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -169,10 +170,12 @@ def against_reference(name, rounds, batch, profile, kind="dmp", per_round=1):
         ours.save_pretrained(f"{d}/base")
         if kind == "dmp": wb.patch(ours)
         if kind == "dtr": wb.route(ours)
-        theirs = plain.steps(plain.Loop(ours, kind), images, labels, batch)
+        theirs = plain.steps(plain.Loop(ours, kind, precision=precision), images, labels, batch)
         given = {"dmp": {"method": "dmp", "base": f"{d}/base"}, "dtr": {"methods": {"dtr": wb.DTRConfig()}}}
         exp = wb.load_experiment(wb.Experiment(name="reference", **given.get(kind, {})),
-                                 stepping.settings(batch, "train.cpu=true", f"model.name={name}"))
+                                 stepping.settings(batch, "train.cpu=true", f"model.name={name}",
+                                                   f"train.compile={compiled}",
+                                                   f"train.mixed_precision={precision}"))
         taken, begun, clock = [], 0.0, time.process_time
 
         def at_step(n):
@@ -186,7 +189,8 @@ def against_reference(name, rounds, batch, profile, kind="dmp", per_round=1):
         with profiled(profile): stepping.take_steps(exp, images, labels, 1000, at_step)
     q = statistics.quantiles([b / a for a, b in taken], n=4)
     own, other = (1000 * statistics.median(x) for x in zip(*taken))
-    print(f"{kind} step of the plain loop against ours, {name}, batch {batch}, one thread: {q[1]:.2f} × ({q[0]:.2f} to "
+    print(f"{kind} step of the plain loop against ours, {name}, batch {batch}, {precision=!s}, "
+          f"{compiled=}, one thread: {q[1]:.2f} × ({q[0]:.2f} to "
           f"{q[2]:.2f}), {own:.0f} ms and {other:.0f} ms of CPU time, {len(taken)} rounds in turn")
 
 
@@ -206,6 +210,8 @@ if __name__ == "__main__":
     parser.add_argument("--model", default="DiT-S/2")
     parser.add_argument("--kind", choices=plain.KINDS, default="dmp")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--precision", choices=["no", "bf16"], default="no")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--steps", type=int, default=9)
@@ -215,5 +221,6 @@ if __name__ == "__main__":
     if args.what == "ingredients": ingredients(args.rounds or 3, args.batch or 8, args.steps)
     elif args.what == "loop": loop(args.rounds or 20, args.batch or 8)
     elif args.what == "reference":
-        against_reference(args.model, args.rounds or 15, args.batch or 4, args.profile, args.kind)
+        against_reference(args.model, args.rounds or 15, args.batch or 4, args.profile, args.kind, args.precision,
+                          args.compile)
     else: one(args.root, args.name, args.batch, args.steps)

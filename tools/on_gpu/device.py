@@ -31,8 +31,6 @@ class Device:
             sys.path.insert(0, str(SECOND_DEVICE))
             import second_device
             self.second = second_device
-            # a module that moves to CUDA keeps its parameters, which the optimiser holds; here only if torch is told so
-            torch.__future__.set_swap_module_params_on_conversion(True)
             # accelerate looks for the kinds of devices that it knows, and takes the CPU otherwise
             PartialState.default_device = property(lambda state: torch.device("emu:0"))
         self.device = torch.device(kind if kind == "cpu" else f"{kind}:0")

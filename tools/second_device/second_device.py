@@ -78,6 +78,8 @@ def _swap_data():
             new = torch.nn.Parameter(value, self.requires_grad) if parameter else value.detach().clone()
             torch.utils.swap_tensors(self, new)
     torch.Tensor.data = property(lambda self: data.__get__(self), put)
+    # a module that moves to CUDA keeps its parameters, which an optimiser holds; here only if torch is told so
+    torch.__future__.set_swap_module_params_on_conversion(True)
 
 
 def _register():
