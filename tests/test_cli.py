@@ -24,7 +24,7 @@ WRONG = ["train digits-dmp optim.lr=x", "train digits-dmp train.epochs=3", "trai
          "evaluate digits-dmp --bootstrap -1",
          "evaluate x.npz", "guidance nosuch", "guidance digits-dmp -- -1", "guidance digits-dmp --sampler x",
          "compare nosuch", "compare digits-dmp --extractor x", "compare digits-dmp label:nosuch",
-         "compare digits-dmp --output x",
+         "compare digits-dmp --output x", "compare digits-dmp --dtype float8",
          "latents d e --vae v --size 0", "latents d e --vae v --size 8 --channels 2",
          "latents d e --vae v --size 8 --dtype x", "list x", "list --folder nosuch"]
 SCRIPT = """

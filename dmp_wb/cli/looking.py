@@ -19,7 +19,10 @@ import typer
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
-from .base import _at_least, _begin, _check_measure, _check_runs, _COMPILE, _complete_named, _complete_runs, _drawn, _DTYPE, _TF32, app
+from dmp_wb.cli.base import (
+    _at_least, _begin, _check_measure, _check_runs, _COMPILE, _complete_named, _complete_runs, _drawn,
+    _DTYPE, _TF32, app,
+)
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
 class _Run(typer.core.TyperCommand):

@@ -13,9 +13,9 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -32,7 +32,7 @@ from ..data.cache_facts import CACHE_FILE, PLAN_FILE
 from ..data.encoders import load_vae
 from ..data.folders import data_path
 from ..data.load import captions_of, load_data
-from ..diffusion.sampling import balanced_labels, sample, usual_sampler
+from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from ..methods.base import facts_of
 from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs, unwrap_model
@@ -109,35 +109,33 @@ def _facts(model: nn.Module) -> dict:
     return {"class": type(model).__name__, "config": config, **facts_of(model), "weights": weights_digest(model)}
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #e3b7f615
-@dataclass
 class _Drawing:
     "All that decides the images of a model."
-    backbone: nn.Module
-    how: SamplingConfig
-    labels: torch.Tensor | None
-    texts: Any
-    decode: Callable | None
-    decoder: str | None          # the fingerprint of what decodes
-    data: DataConfig | None      # whose captions they are, if there are texts
+    def __init__(self, walk: _Walk, decode: Callable | None, decoder: str | None, data: DataConfig | None):
+        # the VAE's fingerprint; the data whose captions the images are of, if there are texts
+        self.walk, self.decode, self.decoder, self.data = walk, decode, decoder, data
 
-    def images(self, numbers: range, batch_size: int, quiet: bool) -> torch.Tensor: # [len(numbers), C, H, W]
-        "Draw the images of these numbers and decode them."
-        labels = None if self.labels is None else self.labels[numbers.start:numbers.stop]
-        x = sample(self.backbone, len(numbers), labels, config=self.how, batch_size=batch_size, quiet=quiet,
-                   clamp=self.decode is None, texts=self.texts, first=numbers.start)
-        if self.decode is None: return x
-        device = next(self.backbone.parameters()).device
-        with torch.no_grad(): return torch.cat([self.decode(z.to(device)).cpu() for z in x.split(16)]).clamp(-1, 1)
+    @torch.no_grad()
+    def images(self, numbers: range, tick: Callable[[], object]) -> torch.Tensor: # [len(numbers), C, H, W]
+        "Draw the images of these numbers as one batch and decode them; tick is called after each step."
+        x = self.walk.finish(numbers, tick=tick)
+        if self.decode is None: x = images = x.clamp(-1, 1).cpu()
+        else: images = torch.cat([self.decode(z).cpu() for z in x.split(16)]).clamp(-1, 1)
+        if (bad := _not_finite(x)) is not None:
+            warnings.warn(f"image {numbers[bad]} is not finite: {self.walk.fault(numbers[bad])}", stacklevel=3)
+        return images
 
     def plan(self, num_images: int, batch_size: int) -> dict:
         "As `json` reads it back."
-        labels = None if self.labels is None else hashlib.sha256(self.labels.numpy().tobytes()).hexdigest()[:16]
-        captions = {"captions": self.texts.fingerprint, "data": self.data} if self.texts else {}
+        walk = self.walk
+        labels = None if walk.labels is None else hashlib.sha256(walk.labels.numpy().tobytes()).hexdigest()[:16]
+        captions = {"captions": walk.texts.fingerprint, "data": self.data} if walk.texts else {}
+        how = dataclasses.replace(walk.config, **walk.numbers())   # with what the process was told before
         plain = lambda v: vars(v) if dataclasses.is_dataclass(v) else str(v)
         return json.loads(json.dumps({
-            "format": DRAWN_FORMAT, **_facts(self.backbone), "sampling": self.how, "num_images": num_images,
+            "format": DRAWN_FORMAT, **_facts(walk.backbone), "sampling": how, "num_images": num_images,
             "class_labels": labels, **captions, "vae": self.decoder, "batch_size": batch_size,
-            "device": next(self.backbone.parameters()).device.type,
+            "device": walk.param.device.type,
             "versions": {p: version(p) for p in ("torch", "diffusers")}}, default=plain))
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #7d20a8c3
@@ -180,7 +178,7 @@ def draw(
         batch_size: int = 64,
         backbone: nn.Module | None = None,   # the loaded model, if it is at hand
         keep: bool = False,   # of a run: in its folder, and take what is there if it is what would be drawn
-        tick: Callable[[int], object] | None = None,   # is told of each batch how many images it had
+        tick: Callable[[float], object] | None = None,   # is told after each step how many images it amounts to
         quiet: bool = False,
         **settings,   # of `SamplingConfig`, before those of config; schedule: in place of the run's
 ) -> Drawn:
@@ -197,20 +195,21 @@ def draw(
     how = SamplingConfig.of(config, **settings)
     how = dataclasses.replace(how, sampler=usual_sampler(objective, how.sampler),
                               prediction_type=objective.prediction_type)
-    drawing = _Drawing(backbone, how, labels, captions_of(backbone, exp.data) if exp else None, decode, decoder,
-                       exp.data if exp else None)
+    walk = _Walk(backbone, how, num_images, labels, texts=captions_of(backbone, exp.data) if exp else None)
+    drawing = _Drawing(walk, decode, decoder, exp.data if exp else None)
     shelf = (_Shelf(own_folder(open_run(model)) / "samples", drawing.plan(num_images, batch_size)) if exp and keep
              else None)
-    if shelf is None and tick is None: return Drawn(drawing.images(range(num_images), batch_size, quiet), labels)
     images = []
-    with progress(total=num_images, desc=f"{how.sampler}-{how.num_inference_steps}", unit="img", disable=quiet) as bar:
+    with progress(total=num_images, desc=f"{how.sampler}-{how.num_inference_steps}", unit="img",
+                  disable=quiet) as bar, walk.ready():
+        tell = lambda count: (bar.update(count), tick and tick(count))
         for start in range(0, num_images, batch_size):
             numbers = range(start, min(start + batch_size, num_images))
             part = shelf.get(numbers) if shelf else None
-            if part is None:
-                part = drawing.images(numbers, batch_size, quiet=True)
+            if part is not None: tell(len(numbers))
+            else:
+                part = drawing.images(numbers, partial(tell, len(numbers) / len(walk)))
                 if shelf: shelf.put(numbers, part)
             images.append(part)
-            bar.update(len(numbers))
-            if tick is not None: tick(len(numbers))
+        bar.n = num_images   # a sum of fractions is none
     return Drawn(torch.cat(images), labels)

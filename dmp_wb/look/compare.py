@@ -24,7 +24,7 @@ from ..core.errors import BadInput
 from ..core.bars import progress
 from ..core.registries import classifier_of, EXTRACTORS
 from ..core.seeds import seed_of
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, dtype_name
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables
@@ -264,10 +264,10 @@ class _Counted:
     def __init__(self, compared: Compared, num_images: int, num_loss_images: int, same_loss: Sequence[str]):
         each = {label: num_images + (num_loss_images if label in same_loss else 0) for label in compared.runs}
         self.each, unit = (each, "img") if any(each.values()) else (dict.fromkeys(each, 1), "run")
-        self.done, self.thread = dict.fromkeys(each, 0), get_ident()   # the one that may touch the bar
+        self.done, self.thread = dict.fromkeys(each, 0.0), get_ident()   # the one that may touch the bar
         self.bar = progress(total=sum(self.each.values()), desc="looking at runs", unit=unit)
 
-    def add(self, label: str, count: int):
+    def add(self, label: str, count: float):
         self.done[label] += count
         if get_ident() == self.thread: self.show()
 
@@ -292,7 +292,7 @@ def look_at(
     resolution: int = 250,        # timesteps of gates and masks
     device: str = "auto",
     keep: bool = True,            # samples in the run folders, and take those that are there already: see `draw`
-    dtype: str = "float32",       # of the samples, as tf32 and compile; see `SamplingConfig`
+    dtype: str = "float32",       # what the models compute in while they draw; tf32 and compile as of `sample`
     tf32: bool = False,
     compile: bool = False,
 ) -> Looked:
@@ -301,7 +301,7 @@ def look_at(
     out, same_loss = Looked(), comparable(compared, "the loss", SAME_LOSS) if num_loss_images else []
     count, data = _Counted(compared, num_images, num_loss_images, same_loss), None
     how: Any = dict(guidance_scale=guidance_scale, sampler=sampler, num_inference_steps=num_inference_steps, seed=seed,
-                    quiet=True, keep=keep, dtype=dtype, tf32=tf32, compile=compile)
+                    dtype=dtype_name("dtype", dtype), tf32=tf32, compile=compile, quiet=True, keep=keep)
 
     def look(label: str, r: RunFacts, backbone: nn.Module, exp: Experiment, data: Source | None):
         if num_images:
@@ -327,7 +327,7 @@ def look_at(
             if label in same_loss and data is None:
                 with compared.noting(label, "loss by timestep"): data = load_data(exp.data)
             beside.do(partial(look, label, r, backbone, exp, data if label in same_loss else None),
-                      _beside_others(backbone, exp))
+                      how["dtype"] == "float32" and not compile and _beside_others(backbone, exp))
     # threads end in any order
     for part in (out.drawn, out.mse): part |= {label: part.pop(label) for label in compared.runs if label in part}
     return out

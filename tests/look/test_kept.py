@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dmp_wb as wb
 from dmp_wb.core import registries
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import assets_folder
@@ -33,12 +34,12 @@ def runs(runs_folder):
 @pytest.fixture
 def drawn_now(monkeypatch):
     "The numbers of the images that the sampler is asked for, in a list that grows."
-    asked, sample = [], room.sample
+    asked, finish = [], room._Walk.finish
 
-    def counting(model, num_images, *args, first=0, **more):
-        asked.extend(range(first, first + num_images))
-        return sample(model, num_images, *args, first=first, **more)
-    monkeypatch.setattr(room, "sample", counting)
+    def counting(walk, numbers, **more):
+        asked.extend(numbers)
+        return finish(walk, numbers, **more)
+    monkeypatch.setattr(room._Walk, "finish", counting)
     return asked
 
 
@@ -57,15 +58,25 @@ def test_a_second_drawing_draws_nothing_and_gives_the_same_bits(runs, drawn_now)
     assert torch.equal(again.images, first.images) and torch.equal(first.images, plain.images)
 
 
-def test_a_drawing_that_was_cut_off_goes_on(runs, drawn_now, monkeypatch):
-    counting = room.sample
+def test_the_images_are_those_that_sample_draws_and_each_step_is_told(runs):
+    model, ticks = load_model("my-digits-dmp"), []
+    plain = wb.sample(model, 20, torch.arange(20) % 10, config="fast", **HOW)
+    drawn = draw("my-digits-dmp", 20, keep=True, tick=ticks.append, **HOW).images
+    assert torch.equal(drawn, plain) and ticks == [4, 4, 4, 4, 2, 2]
+    del ticks[:]
+    draw("my-digits-dmp", 20, keep=True, tick=ticks.append, **HOW)
+    assert ticks == [8, 8, 4]
 
-    def torn(model, num_images, *args, first=0, **more):
-        if first == 16: raise KeyboardInterrupt
-        return counting(model, num_images, *args, first=first, **more)
-    monkeypatch.setattr(room, "sample", torn)
-    with pytest.raises(KeyboardInterrupt): draw("my-digits-base", 20, keep=True, **HOW)
-    monkeypatch.setattr(room, "sample", counting)
+
+def test_a_drawing_that_was_cut_off_goes_on(runs, drawn_now, monkeypatch):
+    counting = room._Walk.finish
+
+    def torn(walk, numbers, **more):
+        if numbers.start == 16: raise KeyboardInterrupt
+        return counting(walk, numbers, **more)
+    with monkeypatch.context() as m:
+        m.setattr(room._Walk, "finish", torn)
+        with pytest.raises(KeyboardInterrupt): draw("my-digits-base", 20, keep=True, **HOW)
     del drawn_now[:]
     whole = draw("my-digits-base", 20, keep=True, **HOW)
     assert drawn_now == [16, 17, 18, 19] and torch.equal(whole.images, draw("my-digits-base", 20, **HOW).images)
@@ -73,8 +84,8 @@ def test_a_drawing_that_was_cut_off_goes_on(runs, drawn_now, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     {"num_inference_steps": 3}, {"sampler": "ddim"}, {"guidance_scale": 2.0}, {"seed": 1}, {"num_images": 19},
-    {"batch_size": 5}, {"schedule": "cosine"}, {"guidance_interval": [0, 500]}, {"guidance_channels": 1},
-    {"dtype": "bfloat16"}],
+    {"batch_size": 5}, {"dtype": "bfloat16"}, {"schedule": "cosine"}, {"guidance_interval": [0, 500]},
+    {"guidance_channels": 1}],
     ids=lambda change: next(iter(change)))
 def test_another_setting_is_drawn_anew(runs, drawn_now, change):
     draw("my-digits-base", 20, keep=True, **HOW)
