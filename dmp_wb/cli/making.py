@@ -20,8 +20,8 @@ from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
 from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _COMPILE, _complete_named, _complete_runs, _drawn, _DTYPE, _named, _one_of, _PRESETS,
-    _TF32, app,
+    _at_least, _begin, _check_drawn, _COMPILE, _complete_named, _complete_runs, _drawn, _DTYPE, _named, _one_of,
+    _PRESETS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665

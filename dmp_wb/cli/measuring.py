@@ -14,7 +14,9 @@ import typer
 from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
-from .base import _at_least, _begin, _check_measure, _COMPILE, _complete_runs, _drawn, _DTYPE, _named, _PRESETS, _TF32, app
+from dmp_wb.cli.base import (
+    _at_least, _begin, _check_measure, _COMPILE, _complete_runs, _drawn, _DTYPE, _named, _PRESETS, _TF32, app,
+)
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
 _METRICS_HELP = f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given."

@@ -125,7 +125,7 @@ class ExtractorEntry:
     make: Any                  # (what is after the colon, or None) → a network
     takes: str | None = None   # what is after the colon, in words; None: nothing is
     ships: bool = False        # whether its weights come with the package
-    classifies: tuple[str, ...] = ()   # the data sets whose classes its logits are, by data.name; (): it is no classifier
+    classifies: tuple[str, ...] = ()   # the data sets whose classes its logits are, by data.name; (): no classifier
 
 EXTRACTORS: dict[str, ExtractorEntry] = {e.name: e for e in (
     ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures", ships=True,

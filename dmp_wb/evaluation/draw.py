@@ -40,7 +40,8 @@ from ..models.backbones import anatomy_of
 from ..store.run import load_model, open_run, Run
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #de17340a
-def _is_cache(data: DataConfig) -> bool: return any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE))
+def _is_cache(data: DataConfig) -> bool:
+    return any((data_path(data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE))
 
 def makes_pixels(data: DataConfig) -> bool:
     "Whether models that are trained on such data make images themselves, which no VAE decodes."
@@ -165,7 +166,8 @@ class _Shelf:
         return images if usable and images.isfinite().all() else None
 
     def put(self, numbers: range, images: torch.Tensor):
-        if images.isfinite().all(): self._write(f"{numbers.start:06d}.safetensors", save({"images": images.contiguous()}))
+        if images.isfinite().all():
+            self._write(f"{numbers.start:06d}.safetensors", save({"images": images.contiguous()}))
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #e4056e05
 def draw(

@@ -230,7 +230,7 @@ def guidance_sweep(
         *,
         # gets each row as soon as it is measured, before it is noted
         tell: Callable[[dict], None] | None = None,
-        # sampler (ddim), num_inference_steps (50), seed (0), dtype (float32), tf32, compile, and preset or config, as of
+        # sampler (ddim), num_inference_steps (50), seed (0), dtype (float32), tf32, compile, preset or config, as of
         # `sample`;
         # sampling: a dict of its
         # further arguments; batch_size (64): images sampled and measured at once; note (True):

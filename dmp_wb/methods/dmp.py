@@ -103,7 +103,8 @@ class OnPasses(Tables):
         the prompts with their gates in them [n, D], made for all blocks at once, and None."""
         shared = len(next(iter(gates.values()))) == 1
         if shared and isinstance(prompts, torch.Tensor):
-            return {i: (added, None) for i, added in zip(self.blocks, (gates[prompts.shape[1]][0, ..., None] * prompts))}
+            products = gates[prompts.shape[1]][0, ..., None] * prompts
+            return {index: (added, None) for index, added in zip(self.blocks, products)}
         found: dict[int, tuple] = {}
         for n, group in self.groups.items():
             for position, gate in zip(group, gates[n][..., None].unbind(1)):

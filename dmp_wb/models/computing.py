@@ -25,7 +25,8 @@ def computes_in(device: torch.device, dtype: str) -> bool:
     "Whether a device multiplies matrices of a dtype, one of `DTYPE_NAMES`, by itself."
     if dtype == "float32": return True
     narrow = getattr(torch, dtype)
-    if device.type == "cuda" and narrow == torch.bfloat16: return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cuda" and narrow == torch.bfloat16:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     try:
         with warnings.catch_warnings(action="error"), torch.autocast(device.type, narrow):   # it warns and does nothing
             square = torch.ones(8, 8, device=device)
@@ -44,9 +45,10 @@ def missing_compiler(device_type: str) -> str | None:
     if device_type not in ("cpu", "cuda"): return None
     if device_type == "cuda" and importlib.util.find_spec("triton") is None:
         return "package triton, which writes for GPUs"
-    names = [os.environ.get("CXX"), "g++", "clang++"] if device_type == "cpu" else [os.environ.get("CC"), "gcc", "clang"]
+    on_cpu = device_type == "cpu"
+    names = [os.environ.get("CXX"), "g++", "clang++"] if on_cpu else [os.environ.get("CC"), "gcc", "clang"]
     if any(name and shutil.which(name) for name in names): return None
-    return "C++ compiler (g++, clang++ or $CXX)" if device_type == "cpu" else "C compiler (gcc, clang or $CC), for triton"
+    return "C++ compiler (g++, clang++ or $CXX)" if on_cpu else "C compiler (gcc, clang or $CC), for triton"
 
 def check_compiler(option: str, device: torch.device):
     "Raises `BadInput`, which names the option, where nothing can compile."

@@ -264,8 +264,8 @@ def check_shared(accelerator: Accelerator, folder: Path, seconds: float = 10.0):
     missing = sorted({m for m in gather_object([None if seen else platform.node()]) if m})
     if main: (folder / mark[0]).unlink()
     if missing:
-        error = BadInput(f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not see the run folder {folder} "
-                         "of process 0: expected a folder that all machines share")
+        error = BadInput(f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not see the run folder "
+                         f"{folder} of process 0: expected a folder that all machines share")
         error.local = os.environ.get("LOCAL_RANK") == "0"   # told once on each machine
         raise error
 

@@ -52,7 +52,7 @@ def method_losses(parts: Parts) -> tuple[dict[str, torch.Tensor], torch.Tensor |
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0003
 def _encoding(parts: Parts) -> contextlib.AbstractContextManager:
-    "What a VAE and a text encoder compute in: bfloat16 where the training does; float16 is too narrow for many of them."
+    "What a VAE and a text encoder compute in: bfloat16 where the training does; float16 is too narrow for many."
     narrow = parts.exp.train.mixed_precision == "bf16" and parts.exp.train.batch_format != 1
     return parts.accelerator.autocast() if narrow else contextlib.nullcontext()
 
