@@ -273,7 +273,9 @@ class _Counted:
 
     def finish(self, label: str): self.done[label] = self.each[label]   # what it could not give is passed over
 
-    def show(self): self.bar.update(sum(self.done.values()) - self.bar.n)
+    def show(self):
+        "In whole images: a sum of fractions would not end at the total."
+        self.bar.update(int(sum(self.done.values()) + 1e-6) - self.bar.n)
 
 def _panels(compared: Compared, label: str, backbone: nn.Module, T: int, resolution: int) -> list[Panel]:
     t, found = torch.linspace(0, T - 1, min(resolution, T)).round().long(), []
