@@ -23,7 +23,7 @@ from safetensors import safe_open, SafetensorError
 from ..core.errors import BadInput, MissingFile
 from ..core.files import open_plain, read_json, sha256_of, write_json
 from ..core.paths import runs_root
-from ..core.processes import locked
+from ..core.processes import clear_leftovers, locked
 from ..core.settings import DataConfig
 from .folders import data_path
 
@@ -188,6 +188,7 @@ def verify_shards(folder: Path, facts: dict, null: dict[str, torch.Tensor]):
     with contextlib.ExitStack() as held:
         with contextlib.suppress(OSError):   # a disk that knows no locks: each process reads for itself
             held.enter_context(locked(notes.with_suffix(".lock"), f"the note on {folder}", math.inf, children=False))
+            clear_leftovers(notes.parent, (notes.name,))
         known = _noted(notes)
         good = {name: stamp for name, stamp in now.items() if known.get(name) == stamp}
         try:
