@@ -62,7 +62,8 @@ def test_only_spans_without_a_colour_go():
 
 def test_a_signature_and_a_word_of_code_keep_their_text():
     page = ('<dt class="sig sig-object py" id="wb.f">\n<span class="sig-name descname">'
-            '<span class="pre">f</span></span><em class="sig-param"><span class="n"><span class="pre">x</span></span><span class="o">'
+            '<span class="pre">f</span></span><em class="sig-param"><span class="n">'
+            '<span class="pre">x</span></span><span class="o">'
             '<span class="pre">=</span></span></em></dt><p>A <code class="xref py py-obj docutils literal notranslate">'
             '<span class="pre">word</span></code> <a href="x.html#k" title="(in torch)">k</a></p>')
     after = lighter.lighter(page, "reference/x.html")
