@@ -67,7 +67,8 @@ class OnPasses(Tables):
         "Gates of this pass: from a table, or of the timesteps [B or 1] that the model was called with."
         self._check_call(call)
         table, load = self.tables.value, None
-        if table is not None and not self.training and table.changes == self.changes(): gates, prompts = table(call.timestep), self(None, 0, False)[2]
+        if table is not None and not self.training and table.changes == self.changes():
+            gates, prompts = table(call.timestep), self(None, 0, False)[2]
         else:
             t = call.timestep.to(call.device)
             # in training every sample has its own noise and its part in the balance

@@ -86,8 +86,8 @@ class Routing(Intervened, Method):
         if not m.requires_grad: state["spread"][alike] = made   # a checkpointed block would not make it again
         return made
 
-    def _as_changed(self, m: torch.Tensor, t: torch.Tensor, channels: int, changes) -> torch.Tensor: # [B or 1, channels]
-        "A mask as interventions have it; a mask of ones does nothing."
+    def _as_changed(self, m: torch.Tensor, t: torch.Tensor, channels: int, changes) -> torch.Tensor:
+        "A mask [B or 1, channels] as interventions have it; one of ones does nothing."
         if not changes: return m
         of = lambda t: self.mask(t, channels)[:, None].float()
         return changed(m[:, None].float(), t, of, [dataclasses.replace(c, blocks=None) for c in changes], [0], 1.0,

@@ -101,7 +101,7 @@ def check_numbers(what: str, asked: tuple[int, ...] | None, there: Sequence[int]
     if wrong := [n for n in asked or () if n not in there]:
         raise BadInput(f"{what} has {wrong[0]}: expected some of {', '.join(map(str, there))}")
 
-# %% ../../nbs/source/methods/03_interventions.ipynb #7da44699
+# %% ../../nbs/source/methods/03_interventions.ipynb #beb3bb6d
 def _whole_numbers(name: str, given, below: int | None, what: str) -> tuple[int, ...] | None:
     if given is None: return None
     numbers = [given] if isinstance(given, int) else list(given)
@@ -122,15 +122,16 @@ def _interval(given, T: int) -> tuple[float, float] | None:
 def _how(gate: str | None, at: float | None, scale: float | None, seed: int, T: int) -> tuple[str, float]:
     "What stands in the gate's place, and its number."
     if sum(v is not None for v in (gate, at, scale)) > 1:
-        raise BadInput("more than one of gate, at and scale is given: expected one; open a second intervene for another")
+        raise BadInput("more than one of gate, at and scale is given: expected one, and a second intervene for another")
     if at is not None:
         if not 0 <= at <= T - 1: raise BadInput(f"at is {at}: expected a timestep in 0 to {T - 1}")
         return "at", float(at)
     if scale is not None:
         if not math.isfinite(scale): raise BadInput(f"scale is {scale}: expected a number")
         return "scale", float(scale)
-    if (gate or "off") not in HOWS: raise unknown("gate", gate, HOWS)
-    return gate or "off", float(seed)
+    gate = gate or "off"
+    if gate not in HOWS: raise unknown("gate", gate, HOWS)
+    return gate, float(seed)
 
 def _acting(backbone: nn.Module, method: str | None) -> list[Any]:
     "The methods that are to be changed."
@@ -139,9 +140,9 @@ def _acting(backbone: nn.Module, method: str | None) -> list[Any]:
         raise BadInput(f"this {type(backbone).__name__} has no method on it: expected one that is patched or routed")
     names = {id(o): {name_of(o), getattr(o, "name", None)} - {None} for o in there}
     found = [o for o in there if method is None or method in names[id(o)]]
-    if not found: raise unknown("method", method, sorted(n for each in names.values() for n in each))
+    if not found: raise unknown("method", str(method), sorted(n for each in names.values() for n in each))
     for o in found:
-        if not isinstance(o, Intervened):
+        if not hasattr(o, "check_intervention"):
             raise BadInput(f"the method {name_of(o)} cannot be intervened in: expected one whose gates or masks can be "
                            "exchanged; method names one of several")
     return found
