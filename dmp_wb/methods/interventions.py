@@ -40,7 +40,7 @@ class Intervention:
         whole = t.floor().clamp(max=T - 1) if t.is_floating_point() else t
         return (whole >= self.timesteps[0]) & (whole <= self.timesteps[1])
 
-# %% ../../nbs/source/methods/03_interventions.ipynb #f22f4be8
+# %% ../../nbs/source/methods/03_interventions.ipynb #eb7cd7d7
 @functools.lru_cache(maxsize=16)
 def _order(seed: int, T: int, device: torch.device) -> torch.Tensor: # [T]
     "A permutation of the timesteps; kept on its device, since a copy in each pass would wait for it."
@@ -53,34 +53,38 @@ def substitute(
     of: Callable[[torch.Tensor], torch.Tensor],   # timesteps [S] in 0…T−1 → values [S, K, n]
     neutral: float,           # the value that does nothing
     T: int,
+    mean: Callable[[], torch.Tensor] | None = None,   # [B or 1, K, n] over all timesteps; of `of` if not given
 ) -> torch.Tensor: # [B or 1, K, n]
     "What an intervention puts in the place of all values."
     if change.how == "off": return torch.full_like(values, neutral)
     if change.how == "scale": return neutral + change.value * (values - neutral)
     if change.how == "uniform": return values.mean(-1, keepdim=True).expand_as(values)
     if change.how == "at": return of(t.new_full((1,), change.value)).to(values)
-    if change.how == "mean": return of(torch.arange(T, device=t.device, dtype=t.dtype)).mean(0, keepdim=True).to(values)
+    if change.how == "mean":
+        over = mean() if mean is not None else of(torch.arange(T, device=t.device, dtype=t.dtype)).mean(0, keepdim=True)
+        return over.to(values)
     whole = t.floor().long().clamp(0, T - 1)
     return of(_order(int(change.value), T, t.device)[whole].to(t.dtype)).to(values)
 
-# %% ../../nbs/source/methods/03_interventions.ipynb #3ba3f9a8
+# %% ../../nbs/source/methods/03_interventions.ipynb #f4753843
 def changed(
     values: torch.Tensor,     # [B or 1, K, n]
     t: torch.Tensor,          # [B or 1] in 0…T
-    of: Callable[[torch.Tensor], torch.Tensor],   # as in `substitute`
+    of: Callable[[torch.Tensor], torch.Tensor],
     changes: Sequence[Intervention],
     blocks: Sequence[int],    # the numbers of the K blocks
     neutral: float,
     T: int,
+    mean: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor: # [B or 1, K, n]
-    "The values of a method as interventions have them."
+    "The values of a method as interventions have them; arguments as in `substitute`."
     for change in changes:
         place = change.inside(t, T)[:, None, None]
         for chosen, all_of_them, dims in ((change.blocks, blocks, 1), (change.prompts, range(values.shape[-1]), 2)):
             if chosen is None: continue
             here = torch.tensor([i in chosen for i in all_of_them], device=values.device)
             place = place & here.view(*([1, -1, 1] if dims == 1 else [1, 1, -1]))
-        values = torch.where(place.to(values.device), substitute(change, values, t, of, neutral, T), values)
+        values = torch.where(place.to(values.device), substitute(change, values, t, of, neutral, T, mean), values)
     return values
 
 class Intervened:

@@ -286,11 +286,16 @@ class Readable(Gating):
         scale, T = anatomy_of(self.model).timestep_scale(self.model), self.config.num_train_timesteps
         t = timestep if scale == 1 else timestep.float() * scale
 
-        def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t) or 1, blocks, n]
+        by_sample = "condition" in self.config.gate_input   # each sample has gates of its own at a timestep
+
+        def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t), blocks, n]
             "Without interventions."
+            if by_sample: t = t.expand(len(gates[n]))
             return self(self._gate_input(model, t if scale == 1 else t / scale, inputs), len(t), False)[0][n]
-        return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T)
-                for n, g in gates.items()}
+
+        def mean(n: int) -> torch.Tensor: return sum(of(n, t.new_full((1,), s)) for s in range(T)) / T
+        return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T,
+                           partial(mean, n) if by_sample else None) for n, g in gates.items()}
 
     def check_intervention(self, change: Intervention):
         check_numbers("blocks", change.blocks, self.blocks)
