@@ -76,6 +76,7 @@ class OnPasses(Tables):
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
             gates = self._as_changed(gates, call.model, t, call.inputs)
         call.state[self.key] = self._by_block(gates, prompts)
+        if self.config.mode == "prepend" and self.changes(): self._leave_out(gates, call)
         self.newest.left = self.threads.here.left = gates, load
         self.newest.by_replica = None if call.model is self.model else (gates, load)
 
@@ -99,6 +100,15 @@ class OnPasses(Tables):
         return BadInput(
             f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for "
             f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
+
+    def _leave_out(self, gates: dict[int, torch.Tensor], call: Call):
+        "A block whose gates an intervention has made zero gets no prompts: tokens of zeros would be attended to."
+        for n, group in self.groups.items():
+            for position, none in zip(group, (gates[n] == 0).all(-1).T.tolist()):
+                if all(none): del call.state[self.key][self.blocks[position]]
+                elif any(none):
+                    raise BadInput("mode is 'prepend', and an intervention takes the prompts from some samples of this "
+                                   "batch: expected all samples at one timestep, or an interval that holds all or none")
 
     def _by_block(self, gates: dict[int, torch.Tensor], prompts: Sequence[torch.Tensor]) -> dict[int, tuple]:
         """By the number of a block: gates [B, n, 1] and prompts [n, D]; where the samples share their timestep,
@@ -148,9 +158,12 @@ class OnBlocks(Adding):
         return self._prepend(index, x, call) if self.config.mode == "prepend" else self._add(index, x, call)
 
     def _prepend(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        if index in self.blocks:
+        if index in call.state[self.key]:
             prompts, gate = self._prompts_of(index, x, call)
             lead: torch.Tensor | None = (prompts if gate is None else gate * prompts).expand(len(x), -1, -1)
+        elif index in self.blocks:
+            lead = None
+            if call.runs(): call.left = None
         else:
             # beyond the depth they go on as the last block left them;
             # a block that a checkpoint runs again gets the same once more

@@ -202,6 +202,21 @@ def test_a_compiled_model_is_changed_too():
     torch.testing.assert_close(answer(compiled), usual)
 
 
+def test_prepended_prompts_that_are_off_are_no_tokens():
+    model, plain = tiny_dit(), answer(tiny_dit())
+    patch = randomise(wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=4, depth=2)), 0.3)
+    usual = answer(model)
+    assert (usual - plain).abs().max() > 1e-3
+    with intervene(model): assert torch.equal(answer(model), plain)
+    with intervene(model, (100, 299)):
+        close(answer(model, T[1:3]), answer(tiny_dit(), T[1:3]))
+        with pytest.raises(BadInput, match="takes the prompts from some samples of this batch"): answer(model)
+    with intervene(model, blocks=0): first = answer(model)
+    with intervene(model, blocks=1): second = answer(model)
+    for one in (first, second): assert (one - plain).abs().max() > 1e-4 and (one - usual).abs().max() > 1e-4
+    assert patch.blocks and torch.equal(answer(model), usual)
+
+
 def test_gradients_reach_the_patch_where_it_acts():
     model = model_with("dmp")
     patch = wb.get_patch(model).train()
