@@ -39,7 +39,7 @@ from dmp_wb.training.machines import (
 )
 from .safety import asked_to_stop
 from dmp_wb.training.setup import (
-    absolute_paths, check_folder, new_run, nothing_to_do, room_for, settle_format, share_of_batch,
+    absolute_paths, check_folder, new_run, nothing_to_do, room_for, share_of_batch,
 )
 
 # %% ../../nbs/source/training/09_launching.ipynb #b56b9376
@@ -272,7 +272,6 @@ def launch(
     """
     exp = absolute_paths(load_experiment(experiment, overrides))
     run = new_run(exp, folder)
-    settle_format(exp, run)
     check_folder(run, exp)
     config_file = None if config_file is None else expanded(config_file)
     machines = machines_of(accelerate_config(config_file)[1], num_machines, machine_rank, main_process_ip,

@@ -265,6 +265,7 @@ def check_folder(
     """
     if run.folder.exists() and not run.folder.is_dir(): raise BadInput(f"{run.folder} is a file: expected a run folder")
     if not (run.folder / "config.yaml").exists(): return {}
+    settle_format(exp, run)
     old, new = flat(dataclasses.asdict(run.experiment)), flat(dataclasses.asdict(exp))
     changed = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k != "name"}
     if differs := [k for k in changed if k not in MAY_CHANGE]:

@@ -31,8 +31,6 @@ class Device:
             sys.path.insert(0, str(SECOND_DEVICE))
             import second_device
             self.second = second_device
-            # accelerate looks for the kinds of devices that it knows, and takes the CPU otherwise
-            PartialState.default_device = property(lambda state: torch.device("emu:0"))
         self.device = torch.device(kind if kind == "cpu" else f"{kind}:0")
         self.name = torch.cuda.get_device_name() if kind == "cuda" else {"cpu": "CPU", "emu": "second device"}[kind]
         self.peak = peak_of(self.name) if kind == "cuda" else None

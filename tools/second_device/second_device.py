@@ -18,6 +18,7 @@ import types
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -96,7 +97,8 @@ def _register():
 
 _extension = _register()
 DEVICE = torch.device("emu:0")
-os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)   # accelerate knows no other devices than those it names itself
+# accelerate looks for the kinds of devices that it knows, and takes the CPU otherwise
+PartialState.default_device = property(lambda state: DEVICE)
 counts, reset, strict = _extension.counts, _extension.reset, _extension.strict
 
 
