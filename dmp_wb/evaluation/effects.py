@@ -66,7 +66,7 @@ def losses_on(model: nn.Module, found: Probe, tables, prediction_type: str) -> t
                                        batch["timesteps"], tables, "constant", prediction_type)["mse"].double().cpu()
                       for batch in found.batches])
 
-# %% ../../nbs/source/evaluation/10_effects.ipynb #8b4741b2
+# %% ../../nbs/source/evaluation/10_effects.ipynb #759e2a0c
 @dataclass
 class Effects:
     """What taking methods away changes, by interval of timesteps and block.
@@ -127,10 +127,8 @@ def effects(
     takes = [("as it is", None), ("without", None), *((kind, b) for b in blocks for kind in ("needed", "alone"))]
     measured: dict[Any, torch.Tensor] = {}
     for kind, block in progress(takes, desc="effects", unit="pass", disable=quiet, leave=None):
-        with contextlib.ExitStack() as stack:
-            if kind in ("without", "alone"): stack.enter_context(intervene(model, method=method))
-            if kind == "alone": stack.enter_context(intervene(model, blocks=block, gate="on", method=method))
-            if kind == "needed": stack.enter_context(intervene(model, blocks=block, method=method))
+        off = {"as it is": [], "without": blocks, "needed": [block], "alone": [b for b in blocks if b != block]}[kind]
+        with intervene(model, blocks=off, method=method) if off else contextlib.nullcontext():
             measured[kind, block] = losses_on(model, found, tables, told.prediction_type).view(-1, intervals).T
     usual, without = measured["as it is", None], measured["without", None]
     return Effects(found.spans, blocks, torch.stack([measured["needed", b] - usual for b in blocks], 1),

@@ -21,8 +21,8 @@ from .hooks import HOOKS_NAME, Operation
 from .registry import name_of
 from ..models.anatomy import unwrap_model
 
-# %% ../../nbs/source/methods/03_interventions.ipynb #e4c4c9db
-HOWS = ("off", "mean", "uniform", "shuffled", "on")
+# %% ../../nbs/source/methods/03_interventions.ipynb #4f00ff64
+HOWS = ("off", "mean", "uniform", "shuffled")
 
 @dataclasses.dataclass(frozen=True)
 class Intervention:
@@ -40,7 +40,7 @@ class Intervention:
         whole = t.floor().clamp(max=T - 1) if t.is_floating_point() else t
         return (whole >= self.timesteps[0]) & (whole <= self.timesteps[1])
 
-# %% ../../nbs/source/methods/03_interventions.ipynb #57f33294
+# %% ../../nbs/source/methods/03_interventions.ipynb #eb7cd7d7
 @functools.lru_cache(maxsize=16)
 def _order(seed: int, T: int, device: torch.device) -> torch.Tensor: # [T]
     "A permutation of the timesteps; kept on its device, since a copy in each pass would wait for it."
@@ -58,7 +58,6 @@ def substitute(
     "What an intervention puts in the place of all values."
     if change.how == "off": return torch.full_like(values, neutral)
     if change.how == "scale": return neutral + change.value * (values - neutral)
-    if change.how == "on": return of(t).to(values)
     if change.how == "uniform": return values.mean(-1, keepdim=True).expand_as(values)
     if change.how == "at": return of(t.new_full((1,), change.value)).to(values)
     if change.how == "mean":
