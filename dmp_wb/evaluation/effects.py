@@ -66,7 +66,7 @@ def losses_on(model: nn.Module, found: Probe, tables, prediction_type: str) -> t
                                        batch["timesteps"], tables, "constant", prediction_type)["mse"].double().cpu()
                       for batch in found.batches])
 
-# %% ../../nbs/source/evaluation/10_effects.ipynb #759e2a0c
+# %% ../../nbs/source/evaluation/10_effects.ipynb #0e37f35d
 @dataclass
 class Effects:
     """What taking methods away changes, by interval of timesteps and block.
@@ -103,6 +103,8 @@ def _prepared(model: nn.Module, data: str | Source, intervals: int, num_images: 
     "The probe of a model, and how it was trained."
     intervals, num_images = whole_number("intervals", intervals, 1), whole_number("num_images", num_images, 2)
     backbone = unwrap_model(model)
+    if not methods_of(backbone):
+        raise BadInput(f"this {type(backbone).__name__} has no method on it: expected one that is patched or routed")
     told = getattr(backbone, "trained_as", None)
     if told is None: raise BadInput("this model does not know how it was trained: expected one that load_model read")
     tables, device = make_tables(told.schedule, told.prediction_type), next(backbone.parameters()).device

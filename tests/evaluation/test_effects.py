@@ -70,12 +70,14 @@ def test_the_loss_is_that_of_the_model_under_each_gate():
     model = wb.load_model("digits-slanted", device="cpu")
     found = transfer(model, "digits-slanted", intervals=4, num_images=16, quiet=True)
     mean = found.change.mean(-1)
-    assert found.change.shape == (4, 4, 16) and mean[3, 0] > 10 * mean[0, 0].abs()
+    assert found.change.shape == (4, 4, 16) and mean[3, 0] > 5 * mean[0, 0].abs()
     assert found.loss.mean(1)[0] > found.loss.mean(1)[3]
 
 
 def test_what_cannot_be_asked_is_one_line():
-    with pytest.raises(BadInput, match="expected one that load_model read"): effects(tiny_dit(), "digits")
+    plain = tiny_dit()
+    wb.patch(plain)
+    with pytest.raises(BadInput, match="expected one that load_model read"): effects(plain, "digits")
     with pytest.raises(BadInput, match="has no method on it"):
         effects(wb.load_model("digits-base", device="cpu"), "digits", intervals=2, num_images=4, quiet=True)
     with pytest.raises(BadInput, match="intervals"): effects(wb.load_model("digits-dmp"), "digits", intervals=0)
