@@ -66,7 +66,7 @@ def losses_on(model: nn.Module, found: Probe, tables, prediction_type: str) -> t
                                        batch["timesteps"], tables, "constant", prediction_type)["mse"].double().cpu()
                       for batch in found.batches])
 
-# %% ../../nbs/source/evaluation/10_effects.ipynb #0e37f35d
+# %% ../../nbs/source/evaluation/10_effects.ipynb #d468c637
 @dataclass
 class Effects:
     """What taking methods away changes, by interval of timesteps and block.
@@ -78,7 +78,7 @@ class Effects:
     blocks: list[int]
     needed: torch.Tensor
     alone: torch.Tensor
-    whole: torch.Tensor      # [intervals, images]: without them in any block less as it is
+    whole: torch.Tensor      # [intervals, images]: without them in any block, less as it is
     loss: torch.Tensor       # [intervals, images]: as it is
 
     def interval(self, what: str = "needed", rounds: int = 1000, seed: int = 0, level: float = 0.95,
@@ -129,7 +129,8 @@ def effects(
     takes = [("as it is", None), ("without", None), *((kind, b) for b in blocks for kind in ("needed", "alone"))]
     measured: dict[Any, torch.Tensor] = {}
     for kind, block in progress(takes, desc="effects", unit="pass", disable=quiet, leave=None):
-        off = {"as it is": [], "without": blocks, "needed": [block], "alone": [b for b in blocks if b != block]}[kind]
+        others = [b for b in blocks if b != block]
+        off = {"as it is": [], "without": blocks, "needed": [block], "alone": others}[kind]
         with intervene(model, blocks=off, method=method) if off else contextlib.nullcontext():
             measured[kind, block] = losses_on(model, found, tables, told.prediction_type).view(-1, intervals).T
     usual, without = measured["as it is", None], measured["without", None]
