@@ -47,6 +47,7 @@ def main() -> int:
     status = sphinx_build(["-q", "-W", "--keep-going", "-n", "-j", "auto", "-c", str(DOCS), "-d",
                            str(PROC / ".doctrees"), "-b", "html", str(PROC), str(OUT)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)   # MyST-NB's copies
+    for source_map in OUT.rglob("*.map"): source_map.unlink()   # of the theme, for those who change it
     status = status or check.main()
     if not status:
         print(f"== built {OUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s: look at it with make serve-docs")

@@ -25,9 +25,11 @@ app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pret
 def _named(registry) -> str: return ", ".join(list(registry)[:-1]) + f" or {list(registry)[-1]}"
 
 _PRESETS = f"How images are drawn: {_named(PRESETS)}; what is given beside it comes first."
-_DTYPE = f"What the model computes in while it draws: {_named(DTYPE_NAMES)}, or bf16, fp16; float32 if not given."
-_TF32 = "On a GPU, float32 matrix products in TF32 while images are drawn."
-_COMPILE = "torch.compile the model that draws; for many images."
+_DType = Annotated[str | None, typer.Option(
+    help=f"What the model computes in while it draws: {_named(DTYPE_NAMES)}, or bf16, fp16; float32 if not given.")]
+_TF32 = Annotated[bool, typer.Option(
+    "--tf32", help="On a GPU, float32 matrix products in TF32 while images are drawn.")]
+_Compile = Annotated[bool, typer.Option("--compile", help="torch.compile the model that draws; for many images.")]
 
 def _version(value: bool):
     from dmp_wb import __version__

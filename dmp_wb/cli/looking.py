@@ -20,8 +20,8 @@ from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _check_runs, _COMPILE, _complete_named, _complete_runs, _drawn,
-    _DTYPE, _TF32, app,
+    _at_least, _begin, _check_measure, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
+    _DType, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
@@ -160,9 +160,9 @@ def compare(
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
         num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
-        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
-        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
-        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
+        dtype: _DType = None,
+        tf32: _TF32 = False,
+        compiled: _Compile = False,
         seed: Annotated[int, typer.Option(help="Of the samples.")] = 0,
         extractor: Annotated[str,
                              typer.Option(help=f"{extractor_words()}; if not given, the classifier of the data where "

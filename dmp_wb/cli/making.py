@@ -20,7 +20,7 @@ from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
 from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _COMPILE, _complete_named, _complete_runs, _drawn, _DTYPE, _named, _one_of,
+    _at_least, _begin, _check_drawn, _Compile, _complete_named, _complete_runs, _drawn, _DType, _named, _one_of,
     _PRESETS, _TF32, app,
 )
 
@@ -171,9 +171,9 @@ def sample(
         guidance_channels: Annotated[int | None, typer.Option(
             help="Guide the first so many channels only, 3 in the original DiT code; all if not given.")] = None,
         seed: Annotated[int, typer.Option(help="Image i has a random stream of its own.")] = 0,
-        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
-        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
-        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
+        dtype: _DType = None,
+        tf32: _TF32 = False,
+        compiled: _Compile = False,
         batch_size: Annotated[int, typer.Option(help="Images drawn at once; another size is another job.")] = 64,
         base: Annotated[bool, typer.Option("--base", help="The run's base, without its patch.")] = False,
         vae: Annotated[str | None,

@@ -15,7 +15,7 @@ from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _COMPILE, _complete_runs, _drawn, _DTYPE, _named, _PRESETS, _TF32, app,
+    _at_least, _begin, _check_measure, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
@@ -36,9 +36,9 @@ def evaluate(
         help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
         sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
         num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
-        dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
-        tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
-        compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
+        dtype: _DType = None,
+        tf32: _TF32 = False,
+        compiled: _Compile = False,
         bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
         seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
         batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,
@@ -82,9 +82,9 @@ def guidance(
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
     sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help=_DTYPE)] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help=_TF32)] = False,
-    compiled: Annotated[bool, typer.Option("--compile", help=_COMPILE)] = False,
+    dtype: _DType = None,
+    tf32: _TF32 = False,
+    compiled: _Compile = False,
     bootstrap: Annotated[int, typer.Option(help="Rounds for the intervals; 0: none.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the images, subsets and resamples.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 64,

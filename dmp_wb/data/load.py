@@ -16,7 +16,7 @@ from torch import nn
 from ..core.errors import BadInput
 from ..core.settings import DataConfig
 from .cache import LatentCache
-from .cache_facts import CACHE_FILE, PLAN_FILE
+from .cache_facts import is_cache
 from .encoders import EncodedImages, load_vae, _text_coder
 from .folders import data_path
 from .sources import Source
@@ -30,9 +30,8 @@ def load_data(
     """The images of a data set, or its latents if `vae` is named or it is a cache.
     Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."""
     config = (data if isinstance(data, DataConfig) else DataConfig(name=data)).check()
-    folder = data_path(config.name)
-    if (folder / CACHE_FILE).is_file() or (folder / PLAN_FILE).is_file():
-        cache = LatentCache(folder, config.conditional)
+    if is_cache(config.name):
+        cache = LatentCache(data_path(config.name), config.conditional)
         cache.check(config)
         return cache
     data = load_images(config)

@@ -31,7 +31,8 @@ from ..diffusion.objectives import diffusion_losses, make_tables
 from ..diffusion.predict import predict
 from ..diffusion.schedules import timestep_intervals
 from ..evaluation.distances import frechet_bootstrap
-from ..evaluation.draw import draw, Drawn, makes_pixels
+from ..data.cache_facts import makes_pixels
+from ..evaluation.draw import draw, Drawn
 from ..evaluation.extractors import load_extractor
 from ..evaluation.features import Extractor
 from ..evaluation.inception import inception_weights

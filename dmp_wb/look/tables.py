@@ -16,19 +16,17 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import Experiment, load_experiment
+from ..config import Experiment
 from ..core.errors import BadInput
-from ..core.files import flat, read_json
+from ..core.files import flat
 from ..methods.registry import method_entry, method_names
 from ..core.paths import expanded
 from ..core.registries import METRICS
-from ..store.listing import ago, find_runs, read_run, run_folder, RunFacts
+from dmp_wb.store.listing import (
+    ago, find_runs, read_experiment, read_run, read_summary, run_folder, RunFacts,
+)
 
 # %% ../../nbs/source/look/06_tables.ipynb #2b2f8189
-def _summary(r: RunFacts) -> dict: # as `Run.summary`, whose room imports torch: runs are compared sooner without
-    file = r.folder / "summary.json"
-    return read_json(file) if file.exists() else {}
-
 def _said(e: Exception) -> str:
     "An error in one line, with its kind where the message may need it."
     return (("" if isinstance(e, (BadInput, OSError)) or type(e) is RuntimeError else f"{type(e).__name__}: ")
@@ -90,7 +88,7 @@ def open_compared(
         try:   # of a config that can be loaded every value has its type
             facts = read_run(folder)
             out.runs[label] = dataclasses.replace(
-                facts, config=flat(dataclasses.asdict(load_experiment(folder / "config.yaml"))))
+                facts, config=flat(dataclasses.asdict(read_experiment(folder))))
         except Exception as e:
             # a folder from somewhere else takes no other down
             out.note(f"{label} is left out: {_said(e)}")
@@ -178,7 +176,7 @@ def glance_table(compared: Compared, colours: Mapping[str, str] | None = None) -
             for k in ("method", "state", "steps", "trained parameters", "loss", "images a second", "last written")}
     for label, r in compared.runs.items():
         with compared.noting(label, "summary"):
-            s = _summary(r)
+            s = read_summary(r.folder)
             rows["method"][label], rows["state"][label], rows["last written"][label] = r.method, r.state, ago(r.when)
             if r.progress: rows["steps"][label] = r.progress
             if r.loss is not None: rows["loss"][label] = f"{r.loss:.4g}"
@@ -194,7 +192,7 @@ def differences_table(compared: Compared, colours: Mapping[str, str] | None = No
     versions = {}
     for label, r in compared.runs.items():
         with compared.noting(label, "versions"):
-            if isinstance(made_with := _summary(r).get("versions", {}), dict): versions[label] = made_with
+            if isinstance(made_with := read_summary(r.folder).get("versions", {}), dict): versions[label] = made_with
     known = [v for v in versions.values() if v]
     for key in dict.fromkeys(k for v in known for k in v):
         if len({v.get(key) for v in known}) > 1:
@@ -226,7 +224,7 @@ def evaluations(compared: Compared, at_least: int = 2) -> dict[str, dict[str, di
     found = {}
     for label, r in compared.runs.items():
         with compared.noting(label, "evaluations"):
-            for row in filter(None, map(_measured, _summary(r).get("evaluations", []))):
+            for row in filter(None, map(_measured, read_summary(r.folder).get("evaluations", []))):
                 words = (f"{_counted(row.get('num_images', 0))} samples against {row.get('num_reference') or 'no'} "
                          f"images of {Path(str(row.get('reference'))).name}, {row.get('extractor')} features; "
                          f"{row.get('sampler')} with {row.get('num_inference_steps')} steps, guidance "

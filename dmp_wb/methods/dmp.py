@@ -34,20 +34,19 @@ from .settings import DMPConfig, PromptTuningConfig
 from .weights import adapter_parameters, fingerprint, other_weights, plain_name
 from ..models.anatomy import Size, unwrap_model
 from ..models.backbones import anatomy_of
+from ..models.computing import Arriving
 
 # %% ../../nbs/source/methods/10_dmp.ipynb #63d07d6d
 class Late:
     "Whole numbers on a device, read once they have arrived: to ask for them at once would wait for the device."
-    def __init__(self): self.coming: tuple[torch.Tensor, torch.Event] | None = None
+    def __init__(self): self.coming: Arriving | None = None
 
     def __call__(self, numbers: torch.Tensor) -> tuple[int, ...] | None: # [n]
         "Send for numbers, and give those of an earlier call that have arrived, or None."
         before = self.coming
-        if before is not None and not before[1].query(): return None
-        copy, event = numbers.to("cpu", non_blocking=True), torch.Event(device=numbers.device)
-        event.record()
-        self.coming = copy, event
-        return None if before is None else tuple(before[0].tolist())
+        if before is not None and not before.there(): return None
+        self.coming = Arriving(numbers)
+        return None if before is None else tuple(before.read().tolist())
 
     def __reduce__(self): return Late, ()   # a copy has sent for nothing
 

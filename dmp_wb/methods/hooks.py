@@ -385,12 +385,12 @@ class BlockHooks(AroundBlocks):
             if module not in around:
                 self.handles.append(module.register_forward_pre_hook(self._before_part, with_kwargs=True))
         for module, steps in around.items():
-            note = partial(self._note_call, anatomy.tokens_argument)
-            before = partial(self._before_block, steps, anatomy.tokens_argument)
-            if not module._forward_pre_hooks:   # with none between them they are one, as each costs microseconds
-                note, before = None, partial(self._note_and_before, steps, anatomy.tokens_argument)
-            else: self.handles.append(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
-            self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            before = self._note_and_before   # one hook where none comes between the two: each costs microseconds
+            if module._forward_pre_hooks:
+                note, before = partial(self._note_call, anatomy.tokens_argument), self._before_block
+                self.handles.append(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
+            self.handles.append(module.register_forward_pre_hook(partial(before, steps, anatomy.tokens_argument),
+                                                                 with_kwargs=True))
             acting = [(i, o) for i, o in reversed(steps) if o.acts_after()]
             if acting:
                 self.handles.append(

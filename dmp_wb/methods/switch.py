@@ -23,6 +23,7 @@ from .masks import SlidingMask
 from .settings import DTRConfig, SwitchConfig
 from ..models.anatomy import check_timesteps
 from ..models.backbones import anatomy_of
+from ..models.computing import Arriving
 
 # %% ../../nbs/source/methods/16_switch.ipynb #29267010
 def keep_largest(p: torch.Tensor, k: int) -> torch.Tensor: # [..., M]
@@ -119,8 +120,7 @@ class Switch(ModuleMethod, Routing):
     Config, excludes = SwitchConfig, ("dtr", "lmask")
     newest: torch.Tensor | None = None      # p [B, L, M] of the newest pass in training, and its timesteps
     newest_t: torch.Tensor | None = None
-    # what each column of the prior would cost each expert, on its way to the CPU, and the event of its arrival
-    coming: tuple[torch.Tensor, torch.Event | None] | None = None
+    coming: Arriving | None = None          # what each column of the prior would cost each expert
 
     def __init__(self, model: nn.Module, config: SwitchConfig):
         config.check()
@@ -162,18 +162,14 @@ class Switch(ModuleMethod, Routing):
         self.coming = self.send_costs(call.model, p.device) if ahead else None
 
     @torch.no_grad()
-    def send_costs(self, model: nn.Module, device: torch.device) -> tuple[torch.Tensor, torch.Event | None]:
+    def send_costs(self, model: nn.Module, device: torch.device) -> Arriving:
         """The costs of the prior's columns, which the assignment needs on the CPU. They are sent for before the blocks
         run: when the loss asks for them they have arrived, and a GPU still has blocks to compute."""
         every = torch.arange(self.config.num_train_timesteps, device=device)
         with torch.autocast(device.type, enabled=False):
             p = self._probabilities(model, every if self.scale == 1 else every / self.scale)
             use = (keep_largest(p, self.config.top_k) > 0).float().flatten(1)
-            cost = distances(use, prior_masks(every, self.blocks, self.config))
-        if device.type == "cpu": return cost, None
-        cost, event = cost.to("cpu", non_blocking=True), torch.Event(device=device)
-        event.record()
-        return cost, event
+            return Arriving(distances(use, prior_masks(every, self.blocks, self.config)))
 
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         "m ⊙ x, with a mask from the tokens themselves; the rest waits for the block's output."
@@ -222,8 +218,7 @@ def prior_loss(switch: Switch) -> torch.Tensor: # scalar
     "The diffusion prior loss of the newest forward pass in training; zero before the first."
     p, t, config = switch.newest, switch.newest_t, switch.config
     if p is None or t is None: return switch.gate.weight.new_zeros(())
-    cost, event = switch.coming or switch.send_costs(switch.model, p.device)
-    if event is not None: event.synchronize()
+    cost = (switch.coming or switch.send_costs(switch.model, p.device)).read()
     rows = prior_masks(t, switch.blocks, config)[:, assigned(cost, p.device)]
     return divergence(p.flatten(1) / switch.blocks, rows / rows.sum(1, keepdim=True)).mean()
 

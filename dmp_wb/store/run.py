@@ -19,20 +19,19 @@ import diffusers
 import torch
 from torch import nn
 
-from ..config import Experiment, load_experiment
+from ..config import Experiment
 from ..core.errors import BadInput, MissingFile, said, writing
 from ..core.files import read_json, read_rows, write_json
 from ..core.paths import expanded, runs_root
 from ..core.processes import locked
 from ..core.settings import ObjectiveConfig, TrainedAs
-from ..data.cache_facts import CACHE_FILE, PLAN_FILE
-from ..data.folders import data_path
+from ..data.cache_facts import makes_pixels
 from ..methods.base import folder_of, restore_methods
 from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.dit import DiT
 from .checkpoints import list_checkpoints, _step
-from .listing import run_folder
+from .listing import read_experiment, read_summary, run_folder
 
 # %% ../../nbs/source/store/02_run.ipynb #dddc237c
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Run:
     @property
     def summary(self) -> dict:
         "The final figures; empty while the run is not finished."
-        return read_json(self.folder / "summary.json") if (self.folder / "summary.json").exists() else {}
+        return read_summary(self.folder)
     @property
     def steps_done(self) -> int:
         "Of a finished run all; of any other those that its newest checkpoint holds."
@@ -55,10 +54,7 @@ class Run:
         checkpoints = list_checkpoints(self.folder)
         return _step(checkpoints[-1]) if checkpoints else 0
     @property
-    def experiment(self) -> Experiment:
-        exp = load_experiment(self.folder / "config.yaml")
-        if exp.train.batch_format is None: exp.train.batch_format = 1   # older than the key
-        return exp
+    def experiment(self) -> Experiment: return read_experiment(self.folder)
 
     def metrics(self) -> dict[str, list[float | None]]:
         "The columns of `metrics.jsonl`; None where a line has no such value."
@@ -176,8 +172,7 @@ def trained_as(model: str | Path) -> TrainedAs | None: # None for what is no run
     inside = expanded(model).name == "model" and (expanded(model).parent / "config.yaml").is_file()
     try: exp = open_run(expanded(model).parent if inside else model).experiment
     except BadInput: return None
-    cached = any((data_path(exp.data.name) / f).is_file() for f in (CACHE_FILE, PLAN_FILE))
-    return TrainedAs(exp.schedule, exp.objective.prediction_type, cached or exp.data.vae is not None)
+    return TrainedAs(exp.schedule, exp.objective.prediction_type, latents=not makes_pixels(exp.data))
 
 # %% ../../nbs/source/store/02_run.ipynb #08280c7a
 def _check_against_weights(folder: Path, config: dict):

@@ -47,7 +47,7 @@ from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.anatomy import input_size, model_inputs
 from ..models.backbones import anatomy_of
-from ..models.computing import allow_tf32, missing_compiler
+from ..models.computing import allow_tf32, computes_in, missing_compiler
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.run import load_model, Run, trained_objective
@@ -156,7 +156,7 @@ def check_device(
     "Raise `BadInput` for a dtype that the device lacks, and for `train.compile` where nothing can compile."
     if device == "cpu" and t.mixed_precision == "fp16":
         raise BadInput("train.mixed_precision is 'fp16': expected 'no' or 'bf16' on a CPU")
-    if device == "cuda" and t.mixed_precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if device == "cuda" and t.mixed_precision == "bf16" and not computes_in(torch.device(device), "bfloat16"):
         raise BadInput(f"train.mixed_precision is 'bf16', which a {torch.cuda.get_device_name()} does not compute in: "
                        "expected 'fp16' or 'no'")
     if t.compile and (missing := missing_compiler(device)):
@@ -265,8 +265,8 @@ def check_folder(
     """
     if run.folder.exists() and not run.folder.is_dir(): raise BadInput(f"{run.folder} is a file: expected a run folder")
     if not (run.folder / "config.yaml").exists(): return {}
-    settle_format(exp, run)
     old, new = flat(dataclasses.asdict(run.experiment)), flat(dataclasses.asdict(exp))
+    if exp.train.batch_format is None: new["train.batch_format"] = old["train.batch_format"]   # as `settle_format`
     changed = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k != "name"}
     if differs := [k for k in changed if k not in MAY_CHANGE]:
         raise BadInput(f"{short(run.folder)} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and "

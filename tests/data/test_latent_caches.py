@@ -335,6 +335,13 @@ def test_what_was_good_before_an_error_is_not_read_again(folder, monkeypatch):
     assert read == ["shard-00000", "shard-00001", "shard-00002", "shard-00002"]
 
 
+def test_half_a_note_of_a_killed_process_is_removed_by_the_next_that_verifies(folder):
+    (folder / ".verified.json").unlink()
+    (folder / "..verified.json.2f6e6f1b.tmp").write_text("{")
+    LatentCache(folder)
+    assert (folder / ".verified.json").exists() and not leftovers(folder)
+
+
 def test_a_cache_of_others_is_verified_once_too(folder, tmp_path, monkeypatch):
     (folder / ".verified.json").unlink()
     monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path / "runs"))

@@ -34,7 +34,8 @@ from dmp_wb.data.cache_facts import CACHE_FILE
 from dmp_wb.evaluation.sample_files import sample_run, SAMPLES_FILE
 
 IMAGES = 160
-NOT_COMPARED = (".lock", ".verified.json")   # who wrote last, and when a shard was last verified
+# who wrote last, and when a shard was last verified
+NOT_COMPARED = (".lock", ".verified.lock", ".verified.json")
 
 
 def make_inputs(folder: Path):
@@ -98,7 +99,7 @@ def drill(name: str, world: int, kills: int, folder: Path,
     life, broken, seen = time.monotonic() - begun, folder / "broken", []
     while len(seen) < kills:
         if (broken / last).exists():   # it was finished between two kills: another one is begun
-            if wrong := difference(folder, broken): return seen, wrong
+            if wrong := ended(job, folder, broken, world): return seen, wrong
             broken = folder / f"broken-{len(seen)}"
         children = start(job, folder, broken, world)
         time.sleep(draw.uniform(0, life if len(seen) % 3 else 0.2 * life))
@@ -107,8 +108,13 @@ def drill(name: str, world: int, kills: int, folder: Path,
             for pid in children: os.kill(pid, signal.SIGKILL)
         for pid in children: os.waitpid(pid, 0)
         seen.append(len(contents(broken)) if broken.exists() else 0)
-    if not wait(start(job, folder, broken, world)): return seen, [(folder / f"{broken.name}.error").read_text()]
-    return seen, difference(folder, broken)
+    return seen, ended(job, folder, broken, world)
+
+
+def ended(job, folder: Path, broken: Path, world: int) -> list[str]:
+    "Start it once more, which removes what killed processes left; what is wrong then."
+    if not wait(start(job, folder, broken, world)): return [(folder / f"{broken.name}.error").read_text()]
+    return difference(folder, broken)
 
 
 def difference(folder: Path, broken: Path) -> list[str]:
