@@ -93,7 +93,7 @@ class Effects:
         low, high = means.quantile(q, dim=-1)
         return low, high
 
-    def certain(self, what: str = "needed", level: float = 0.95, **bootstrap) -> torch.Tensor: # [intervals, blocks] bool
+    def certain(self, what: str = "needed", level: float = 0.95, **bootstrap) -> torch.Tensor: # booleans
         "Which cells exclude 0 when all cells together are to be wrong with probability 1 − level (Bonferroni)."
         cells = getattr(self, what)[..., 0].numel()
         low, high = self.interval(what, level=1 - (1 - level) / cells, rounds=max(1000, 100 * cells), **bootstrap)

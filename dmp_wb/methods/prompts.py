@@ -281,15 +281,11 @@ class Readable(Gating):
     def _as_changed(self, gates: dict[int, torch.Tensor], model: nn.Module, timestep: torch.Tensor,
                     inputs: dict) -> dict[int, torch.Tensor]:
         "As interventions have them; `timestep` [B or 1] as the model takes it."
-        changes = self.changes()
-        if not changes: return gates
+        if not (changes := self.changes()): return gates
         scale, T = anatomy_of(self.model).timestep_scale(self.model), self.config.num_train_timesteps
         t = timestep if scale == 1 else timestep.float() * scale
-
         by_sample = "condition" in self.config.gate_input   # each sample has gates of its own at a timestep
-
-        def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t), blocks, n]
-            "Without interventions."
+        def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t), blocks, n], without interventions
             if by_sample: t = t.expand(len(gates[n]))
             return self(self._gate_input(model, t if scale == 1 else t / scale, inputs), len(t), False)[0][n]
 
