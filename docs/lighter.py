@@ -49,7 +49,7 @@ def prose(text: str) -> str:
     "What stands between blocks of code: no blanks at the start of a line, no wrapper around a word of code."
     text = _SIGNATURE.sub(lambda m: unwrapped(m[0]), text)
     text = re.sub(r'<code class="(?:xref py py-\w+ )?docutils literal notranslate">'
-                  r'<span class="pre">([^<]*)</span></code>', r'<code class="literal pre notranslate">\1</code>', text)
+                  r'<span class="pre">([^<]*)</span></code>', r'<code class="literal notranslate">\1</code>', text)
     text = re.sub(r"\n\s+", "\n", text)
     return without_titles(text)
 

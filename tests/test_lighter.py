@@ -67,7 +67,7 @@ def test_a_signature_and_a_word_of_code_keep_their_text():
             '<span class="pre">=</span></span></em></dt><p>A <code class="xref py py-obj docutils literal notranslate">'
             '<span class="pre">word</span></code> <a href="x.html#k" title="(in torch)">k</a></p>')
     after = lighter.lighter(page, "reference/x.html")
-    assert same(page, after) and "sig-name" in after and 'class="literal pre notranslate">word<' in after
+    assert same(page, after) and "sig-name" in after and 'class="literal notranslate">word<' in after
 
 
 def test_contents_of_scripts_and_text_areas_are_left_alone():

@@ -93,7 +93,7 @@ def wrapped(
     size: float,    # of the letters, in points
 ) -> str:
     "A title on as many lines as its figure's width asks for; a name without blanks is broken where it must be."
-    return "\n".join(textwrap.wrap(text, max(12, int(width * 72 / (0.54 * size))))) or text
+    return "\n".join(textwrap.wrap(text, max(12, int(width * 72 / (0.6 * size))))) or text
 
 def add_legend(fig: Figure, ax):
     "A legend of an axes' lines: in it, or beside the figure, which grows, where it would fill the axes."
@@ -114,19 +114,20 @@ def show_image(ax, image: np.ndarray): # [C, H, W] in [−1, 1]
 # %% ../../nbs/source/look/00_canvas.ipynb #83a235b6
 def panel_grid(
     panels: int,
-    columns: int,                # no more than these side by side
+    columns: int | None,         # no more than these side by side; None: two of up to four, three of up to twelve
     size: tuple[float, float],   # width and height of a panel in inches
     margin: float,               # inches beside the panels, for labels and colour bars
     title: str | None = None,
     **kwargs,                    # for `plt.subplots`
 ) -> tuple[Figure, np.ndarray]: # axes [rows, columns]; those after the last panel are hidden
     "Panels under one title."
-    columns = min(columns, panels)
+    columns = min(columns or (2 if panels <= 4 else 3 if panels <= 12 else 4), panels)
     rows = math.ceil(panels / columns)
-    height = size[1] * rows + (0.4 if title else 0.1)
+    title = wrapped(title or "", size[0] * columns + margin, 11)
+    height = size[1] * rows + 0.1 + 0.2 * (title.count("\n") + 1.5 if title else 0)
     fig, axes = new_figure(rows, columns, size[0] * columns + margin, height, **kwargs)
     for ax in axes.flat[panels:]: ax.set_visible(False)
-    if title: fig.suptitle(wrapped(title, size[0] * columns + margin, 11), fontsize=11)
+    if title: fig.suptitle(title, fontsize=11)
     return fig, axes
 
 def outer_labels(axes: np.ndarray, x: str = "", y: str = ""):

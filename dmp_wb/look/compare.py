@@ -37,6 +37,7 @@ from ..evaluation.extractors import load_extractor
 from ..evaluation.features import Extractor
 from ..evaluation.inception import inception_weights
 from ..evaluation.statistics import reference_statistics
+from .canvas import run_colours
 from .tables import Cell, Compared, config_in_use, html_table, written
 from ..methods.base import methods_of, Panel
 from ..methods.registry import load_plugins

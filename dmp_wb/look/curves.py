@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from ..core.errors import BadInput
 from ..core.registries import lower_is_better as _lower, METRICS
-from .canvas import add_legend, as_array, method_label, new_figure, run_colours, wrapped
+from .canvas import add_legend, as_array, method_label, new_figure, panel_grid, run_colours, wrapped
 
 # %% ../../nbs/source/look/04_curves.ipynb #84e83127
 def running_mean(
@@ -101,7 +101,7 @@ def loss_by_timestep(
         if v.shape != (len(intervals),):
             raise BadInput(f"the losses of {n!r} have shape {v.shape}: expected [{len(intervals)} intervals]")
     compared = against in losses and len(losses) > 1
-    fig, axes = new_figure(1, 1 + compared, 4.1 * (1 + compared), 2.6)
+    fig, axes = new_figure(1, 1 + compared, 4.1 * (1 + compared), 3.2)
     edges = [first for first, _ in intervals] + [intervals[-1][1] + 1]
     for n, colour in run_colours(losses, colours).items():
         axes[0, 0].stairs(losses[n], edges, color=colour, lw=1.8,
@@ -132,8 +132,8 @@ def guidance_curves(
     rows = {name: sorted(r, key=lambda row: row["guidance_scale"]) for name, r in rows.items()}
     shown = [m for m in metrics if all(m in row for r in rows.values() for row in r)]
     extractor = next((row.get("extractor", "inception") for r in rows.values() for row in r), "inception")
-    fig, axes = new_figure(1, max(1, len(shown)), 2.5 * max(1, len(shown)), 2.3)
-    for ax, m in zip(axes[0], shown):
+    fig, axes = panel_grid(max(1, len(shown)), 2, (3.4, 2.5), 0.2)
+    for ax, m in zip(axes.flat, shown):
         for name, colour in run_colours(rows, colours).items():
             _guidance_curve(ax, rows[name], m, colour, method_label(name, colours))
         ax.set_title(metric_title(m, extractor), fontsize=8.5)

@@ -68,15 +68,15 @@ def gate_verdict(
     i, j = np.unravel_index(int(ratio.argmax()), ratio.shape)
     if ratio[i, j] < 1.02: return f"Gates are the same at all timesteps, up to {share.max():.2g} × uniform."
     low, high = sorted((t[share[:, i, j].argmin()], t[share[:, i, j].argmax()]))
-    most = f"{ratio[i, j]:.2f}" if ratio[i, j] < 10 else f"{ratio[i, j]:.0f}" if ratio[i, j] < 500 else "over 500"
-    return (f"Gates change by up to {most} × between t = {low:g} and t = {high:g} "
+    most = f"{ratio[i, j]:.2f}" if ratio[i, j] < 10 else f"{ratio[i, j]:.0f}" if ratio[i, j] < 500 else "500"
+    return (f"Gates change by {'up to' if ratio[i, j] < 500 else 'more than'} {most} × between t = {low:g} and t = {high:g} "
             f"({block_title(int(i), blocks)}, prompt {j}).")
 
 # %% ../../nbs/source/look/02_gates.ipynb #0c3d1e9a
 def gate_heatmaps(
     gates,                      # [timesteps, blocks, prompts], rows sum to 1
     timesteps,                  # [timesteps]
-    columns: int = 4,
+    columns: int | None = None,   # of panels side by side; None: as many as make a picture that is not flat
     title: str | None = None,
     counts: Sequence[int] | None = None,  # prompts of each block, where they differ; the gates are zero beyond
     # the blocks' numbers in the model, or what they are called, as “down 1”; 0, 1, … if None
@@ -88,7 +88,7 @@ def gate_heatmaps(
         raise BadInput(f"gates have shape {gates.shape}: expected [{len(timesteps)} timesteps, blocks, prompts]")
     rel, norm = relative_gates(gates, counts)
     panels = gates.shape[1]
-    fig, axes = panel_grid(panels, columns, (2.3, 2.1), 1.0, title, sharex=True, sharey=counts is None)
+    fig, axes = panel_grid(panels, columns, (2.5, 2.2), 1.0, title, sharex=True, sharey=counts is None)
     for i, ax in enumerate(axes.flat[:panels]):
         n = gates.shape[2] if counts is None else counts[i]
         ax.imshow(rel[:, i, :n].T, aspect="auto", origin="upper", cmap=GATES, norm=norm, interpolation="nearest",
@@ -161,7 +161,7 @@ def gate_entropy(
     "How many prompts a gate uses: exp(entropy), as lines over timesteps and as a map over blocks."
     effective, timesteps = np.exp(as_array(entropy)), as_array(timesteps)
     blocks = effective.shape[1]
-    fig, axes = new_figure(1, 2, 8.2, 2.7 + (0.3 if title else 0))
+    fig, axes = new_figure(1, 2, 8.2, 3.4 + (0.3 if title else 0))
     _entropy_lines(axes[0, 0], effective, timesteps, num_prompts)
     im = axes[0, 1].imshow(effective.T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest",
                            extent=(timesteps[0], timesteps[-1], blocks - 0.5, -0.5))
@@ -186,7 +186,7 @@ def prompt_similarity(
     prompts: Sequence,  # a block's prompts each, [prompts, width]
     gates=None,         # [timesteps, blocks, prompts]: also draws how much each is used
     blocks: Sequence[int | str] | None = None,  # the blocks' numbers or names; 0, 1, … if None
-    columns: int = 4,
+    columns: int | None = None,
     title: str | None = None,
 ) -> Figure:
     "Cosine similarity of the prompts of each block, with their mean gate over timesteps relative to uniform beside it."

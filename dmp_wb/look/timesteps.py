@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..core.errors import BadInput
-from .canvas import MAGNITUDE, ROUTES, as_array, new_figure, outer_labels, panel_grid
+from .canvas import MAGNITUDE, ROUTES, as_array, new_figure, outer_labels, panel_grid, wrapped
 from .gates import gate_heatmaps
 
 # %% ../../nbs/source/look/03_timesteps.ipynb #e2179a8a
 def routing_masks(
     masks: Mapping[str, Sequence],  # title → masks [timesteps, channels], ones and zeros
     timesteps,                      # [timesteps]
-    columns: int = 4,
+    columns: int | None = None,   # of panels side by side; None: as many as make a picture that is not flat
     title: str | None = None,
 ) -> Figure:
     "The channels that each timestep's pathway runs through: a panel for each set of masks."
@@ -33,7 +33,7 @@ def routing_masks(
     for ax, (name, m) in zip(axes.flat, masks.items()):
         ax.imshow(m.T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
                   extent=(t[0], t[-1], m.shape[1] - 0.5, -0.5))
-        ax.set_title(name, fontsize=10)
+        ax.set_title(wrapped(name, 2.5, 10), fontsize=10)
     outer_labels(axes, "timestep", "channel")
     swatches = [Patch(color=ROUTES(1.0), label="through the block"),
                 Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
@@ -110,11 +110,12 @@ def panel_figure(
     title = title or " ".join([panel.title, *([f"({panel.caption})"] if panel.caption else [])])
     if panel.kind == "gates":
         counts = panel.counts if len(set(panel.counts)) > 1 else None
-        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts, blocks=panel.blocks or None)
+        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts,
+                             blocks=panel.names or panel.blocks or None)
     if panel.kind == "mask": return routing_masks({panel.title: panel.values}, panel.timesteps, title=title)
     fig, axes = new_figure(1, 1, 5.5, 2.6)
     ax, t, values = axes[0, 0], as_array(panel.timesteps), as_array(panel.values)
     if panel.kind == "lines": _lines(ax, t, values, panel.names)
     else: _matrix(fig, ax, t, values, panel.names)
-    ax.set(xlabel="timestep", title=title)
+    ax.set(xlabel="timestep", title=wrapped(title, 5.5, 12))
     return fig

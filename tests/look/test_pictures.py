@@ -85,7 +85,7 @@ def test_the_verdict_names_the_largest_change_and_its_timesteps():
     said = viz.gate_verdict(gates(0.4, 0.5, 0.8), [0, 300, 999])
     assert said == "Gates change by up to 3.00 × between t = 0 and t = 999 (block 0, prompt 1)."
     assert "(middle, prompt 1)" in viz.gate_verdict(gates(0.4, 0.8), [0, 9], blocks=["middle"])
-    assert "over 500 ×" in viz.gate_verdict(gates(1.0, 0.0), [0, 9])
+    assert "by more than 500 ×" in viz.gate_verdict(gates(1.0, 0.0), [0, 9])
     assert viz.gate_verdict(gates(0.8, 0.8), [0, 9]) == "Gates are the same at all timesteps, up to 1.6 × uniform."
 
 
