@@ -104,7 +104,7 @@ def time_axis(
 def tick_places(ends: Sequence[float], most: int = 8) -> list[float]: # from the left to the right
     "Round numbers between two ends; whole ones where the ends are more than 2 apart."
     low, high = sorted(ends)
-    found = [v for v in MaxNLocator(most, integer=high - low > 2).tick_values(low, high) if low <= v <= high]
+    found = [float(v) for v in MaxNLocator(most, integer=high - low > 2).tick_values(low, high) if low <= v <= high]
     return found if ends[0] <= ends[-1] else found[::-1]
 
 def draw_time_axis(ax, axis: TimeAxis, ends: tuple[float, float] | None = None, vertical: bool = False):

@@ -60,7 +60,8 @@ def test_pictures_over_timesteps_take_an_axis(axis):
     gates, label = torch.rand(50, 2, 4).softmax(-1), time_axis(axis).label
     mask = wb.routing_mask(t, 16)
     figures = [viz.gate_heatmaps(gates, t, axis=axis), viz.gate_entropy(torch.ones(50, 2), t, 4, axis=axis),
-               viz.routing_masks({"a": mask}, t, axis=axis), viz.timestep_affinities({"m": mask @ mask.T}, t, axis=axis),
+               viz.routing_masks({"a": mask}, t, axis=axis),
+               viz.timestep_affinities({"m": mask @ mask.T}, t, axis=axis),
                viz.affinity_lines(np.ones((1, 2)), [(0, 499), (500, 999)], [(0, 499)], axis=axis),
                viz.loss_by_timestep([(0, 499), (500, 999)], {"base": [1, 2], "dmp": [1, 1.5]}, axis=axis),
                *(viz.panel_figure(Panel(kind, "x", values, t), axis=axis)
