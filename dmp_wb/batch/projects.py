@@ -52,7 +52,8 @@ dmp-wb train digits-dmp name=mine optim.lr=2e-3    # training alone, without a n
 |---|---|
 {experiments}
 
-`dmp-wb new --data FOLDER` looks at a folder of images and writes two experiments that fit it. `dmp-wb --help` lists all commands. `dmp-wb new --add .` adds what a newer version of dmp_wb brings, \
+`dmp-wb new --data FOLDER` looks at a folder of images and writes two experiments that fit it. \
+`dmp-wb --help` lists all commands. `dmp-wb new --add .` adds what a newer version of dmp_wb brings, \
 and changes nothing that is here.
 """
 
@@ -173,12 +174,14 @@ def fit_experiments(
     if path.exists(): data = str(path.resolve())
     short = name or re.sub(r"[^a-z0-9]+", "-", Path(data).name.lower()).strip("-") or "data"
     if not re.fullmatch(r"[\w-]+", short): raise BadInput(f"--name is {short!r}: expected letters, digits, - and _")
-    kinds = sorted((f.stem for f in (assets_folder() / TEMPLATES).glob("*.yaml")), reverse=True)   # the base comes first
+    # the base comes first
+    kinds = sorted((f.stem for f in (assets_folder() / TEMPLATES).glob("*.yaml")), reverse=True)
     files = [root / "nbs" / "experiments" / f"{short}-{kind}.yaml" for kind in kinds]
     found = look_at_data(data)
     inside = path.exists() and path.resolve().is_relative_to(root)
     model, labels = fitted(found), len(found.class_names)
-    facts = {**dataclasses.asdict(model), "data": os.path.basename(data) or data, "images": found.images, "short": short,
+    facts = {**dataclasses.asdict(model),
+             "data": os.path.basename(data) or data, "images": found.images, "short": short,
              "name": json.dumps(path.resolve().relative_to(root).as_posix() if inside else data, ensure_ascii=False),
              "classes": f"{labels} classes" if labels else "no classes",
              "size": "" if found.fixed else f", size: {model.size}, channels: {found.channels}",
