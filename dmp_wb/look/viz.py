@@ -6,13 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/source/look/05_viz.ipynb #fd99c598
+from .axis import AXES, time_axis, TimeAxis
 from dmp_wb.look.canvas import (
-    GATES, MAGNITUDE, ROUTES, TRAINED, as_array, method_colour, method_label, method_words, new_figure, outer_labels,
-    panel_grid, run_colours, show_image, wrapped,
+    GATES, MAGNITUDE, ROUTES, TRAINED, as_array, colour_bar, method_colour, method_label, method_words, new_figure,
+    outer_labels, panel_grid, run_colours, scale_ends, show_image, wrapped,
 )
 from dmp_wb.look.curves import (
     distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
 )
-from .gates import gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, gate_verdict, prompt_similarity, relative_gates
+from dmp_wb.look.gates import (
+    gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, gate_verdict, prompt_similarity, relative_gates,
+)
 from .samples import compare_samples, film_strip, sample_grid, tile_images
 from .timesteps import affinity_lines, panel_figure, routing_masks, timestep_affinities
