@@ -82,10 +82,12 @@ class for_reading(Processor):
             del cell["source"]
             return
         if cell.cell_type != "code": return
+        shows = picture_text(cell.source)
         source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip("\n")
         if re.search(r"\b(nbdev_export|show_doc)\(", source) or not source: del cell["source"]; return
         cell.source = source
-        cell.metadata = {"tags": list(cell.metadata.get("tags", []))}
+        cell.metadata = {"tags": list(cell.metadata.get("tags", [])),
+                         **({"mystnb": {"image": {"alt": shows}}} if shows else {})}
         tags = cell.metadata["tags"]
         for out in cell.get("outputs", []):
             data = out.get("data", {})
@@ -113,6 +115,12 @@ class for_reading(Processor):
                 cells.append(mk_cell(f"{anchors}\n:::{{div}} reference-line\n{links}\n:::", "markdown"))
             cells.append(cell)
         self.nb.cells = cells
+
+
+def picture_text(source: str) -> str:
+    "What a cell's pictures show, for those who do not see them: its line `#| fig-alt: …`."
+    found = re.search(r"^#\| *fig-alt: *(.+?) *$", source, re.M)
+    return found[1].strip("\"'") if found else ""
 
 
 def defined(source: str) -> list[str]:
