@@ -116,8 +116,8 @@ def test_links_lead_from_prose_and_code_to_the_reference_and_back_to_the_source(
     page.locator("article p a.reference:has(code)", has_text="unpatch").first.click()
     page.wait_for_url("**/reference/methods.patches.html#dmp_wb.unpatch")
     entry = page.locator("dl", has=page.locator("[id='dmp_wb.unpatch']"))
-    entry.locator("a", has_text="methods/07_patches").first.click()
-    page.wait_for_url("**/source/methods/07_patches.html#source-methods-patches-unpatch")
+    entry.locator("a", has_text="methods/08_patches").first.click()
+    page.wait_for_url("**/source/methods/08_patches.html#source-methods-patches-unpatch")
     assert page.locator("#source-methods-patches-unpatch").count() == 1
     dit = "article pre a.sphinx-codeautolink-a[href$='reference/models.dit.html#dmp_wb.DiT']:visible"
     page.locator(dit).first.click()
@@ -141,14 +141,14 @@ def test_dark_mode_toggles_and_stays(visit, url):
 
 
 def test_maths_is_typeset_without_a_network(visit):
-    page = visit("concepts/dmp.html" if (SITE / "concepts" / "dmp.html").exists() else "source/methods/06_prompts.html")
+    page = visit("concepts/dmp.html" if (SITE / "concepts" / "dmp.html").exists() else "source/methods/07_prompts.html")
     page.wait_for_selector("mjx-container svg")
     assert page.locator("mjx-container").count() == page.locator(".math").count()
     assert page.locator("mjx-merror").count() == 0
 
 
 def test_phone_has_menu_and_copy_button(visit):
-    page = visit("source/methods/06_prompts.html", "phone")
+    page = visit("source/methods/07_prompts.html", "phone")
     assert not page.locator(".sidebar-drawer").first.evaluate("e => e.getBoundingClientRect().left >= 0")
     page.locator("label[for='__navigation']:visible").first.click()
     page.wait_for_function("document.querySelector('.sidebar-drawer').getBoundingClientRect().left >= 0")

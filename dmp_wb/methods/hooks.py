@@ -342,7 +342,7 @@ class BlockHooks(AroundBlocks):
         argument = anatomy_of(model).timestep_argument
         self.model, self.operations, self.handles = model, [], []
         self.resting: frozenset[str] = frozenset()   # keys of operations that do not act in any thread
-        self.threads = PerThread(_Running)
+        self.threads, self.changes = PerThread(_Running), Scoped()   # what `intervene` changes
         signatures = [list(inspect.signature(vars(cls)["forward"]).parameters)[1:]
                       for cls in type(model).__mro__ if "forward" in vars(cls)]
         # a subclass may take *args
