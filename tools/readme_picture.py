@@ -1,4 +1,4 @@
-"""The picture on README's first screen: digits and clothes of the two shipped bases without and with their patches, from
+"""The picture on README's first screen: digits and clothes of the shipped bases without and with their patches, from
 the same seeds, over the gates of the patch for slanted digits.
 
     python tools/readme_picture.py    # writes nbs/images/slanted-digits.png
