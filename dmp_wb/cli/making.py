@@ -176,6 +176,11 @@ def sample(
         compiled: _Compile = False,
         batch_size: Annotated[int, typer.Option(help="Images drawn at once; another size is another job.")] = 64,
         base: Annotated[bool, typer.Option("--base", help="The run's base, without its patch.")] = False,
+        gate: Annotated[str | None, typer.Option(
+            help="What stands in the gate's or the mask's place: off, mean, uniform, shuffled, at=500 (that of another "
+            "timestep) or scale=0.5 (half as strong).")] = None,
+        patch_interval: Annotated[tuple[int, int] | None, typer.Option(
+            metavar="FIRST LAST", help="The run's methods act in these timesteps only.")] = None,
         vae: Annotated[str | None,
                        typer.Option(help="What decodes latents; what the run was trained with if not given.")] = None,
         npz: Annotated[bool, typer.Option("--npz/--no-npz",
@@ -197,7 +202,8 @@ def sample(
     from dmp_wb.evaluation.sample_files import sample_run
     done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed,
                       batch_size=batch_size, part=(rank, world), guidance_interval=guidance_interval,
-                      guidance_channels=guidance_channels, patched=not base, vae=vae,
+                      guidance_channels=guidance_channels, patched=not base, gate=gate, patch_interval=patch_interval,
+                      vae=vae,
                       device="cpu" if cpu else "auto", npz=npz)
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))
