@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['WHATS', 'SampleEffects', 'sample_effects']
 
-# %% ../../nbs/source/evaluation/11_sample_effects.ipynb #4414af91
+# %% ../../nbs/source/evaluation/11_sample_effects.ipynb #1488804d
 import contextlib
-import dataclasses
 import hashlib
 import json
 import warnings
@@ -35,7 +34,7 @@ from .statistics import Moments, reference_statistics
 from ..methods.base import facts_of, methods_of
 from ..methods.interventions import turned_off
 from ..models.anatomy import unwrap_model
-from ..store.run import load_model, open_run
+from ..store.run import load_model
 
 # %% ../../nbs/source/evaluation/11_sample_effects.ipynb #94baa7a4
 WHATS = ("needed", "alone")

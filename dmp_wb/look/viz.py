@@ -14,5 +14,9 @@ from dmp_wb.look.curves import (
     distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
 )
 from .gates import gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, prompt_similarity, relative_gates
+from dmp_wb.look.needs import (
+    effect_curve, effect_map, effect_maps, interval_samples, sample_effect_curves, sample_effect_maps,
+    transfer_map, verdict,
+)
 from .samples import compare_samples, film_strip, sample_grid, tile_images
 from .timesteps import affinity_lines, panel_figure, routing_masks, timestep_affinities
