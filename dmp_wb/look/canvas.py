@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MAGNITUDE', 'ROUTES', 'TRAINED', 'method_words', 'method_colour', 'method_label', 'run_colours', 'as_array',
-           'new_figure', 'add_legend', 'show_image', 'panel_grid', 'outer_labels']
+           'new_figure', 'add_legend', 'show_image', 'panel_grid', 'outer_labels', 'scale_ends', 'colour_bar']
 
 # %% ../../nbs/source/look/00_canvas.ipynb #94fd663b
 import math
@@ -75,8 +75,9 @@ def new_figure(
     **kwargs,        # for `plt.subplots`
 ) -> tuple[Figure, np.ndarray]: # axes [rows, columns]
     "A white figure that pyplot forgets: the caller shows it, and pyplot must not show it a second time."
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
-                             facecolor="white", **kwargs)
+    with plt.rc_context({"axes.formatter.useoffset": False}):
+        fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False,
+                                 facecolor="white", **kwargs)
     plt.close(fig)
     return fig, axes
 
@@ -118,3 +119,25 @@ def outer_labels(axes: np.ndarray, x: str = "", y: str = ""):
     "Names the axes of a grid at its left and its lower edge."
     for ax in axes[:, 0]: ax.set_ylabel(y)
     for ax in axes[-1]: ax.set_xlabel(x)
+
+# %% ../../nbs/source/look/00_canvas.ipynb #c0b7e002
+def scale_ends(
+    values,               # any shape; what is not finite is left out
+    least: float = 1.25,  # the factor that the ends lie apart at least
+) -> tuple[float, float]:
+    "The ends of a colour scale: the least and the greatest value, or a little more where these are all but equal."
+    values = as_array(values)
+    found = values[np.isfinite(values)]
+    low, high = (float(found.min()), float(found.max())) if found.size else (0.0, 0.0)
+    if high < 0: return tuple(-v for v in reversed(scale_ends(-values, least)))   # type: ignore[return-value]
+    if low > 0 and high < least * low:
+        middle = math.sqrt(low * high)
+        return middle / math.sqrt(least), middle * math.sqrt(least)
+    return (low, high) if low < high else (low - 0.5, high + 0.5)
+
+def colour_bar(fig: Figure, shown, axes, **kwargs): # a matplotlib colour bar
+    "The scale of a map, its ticks in full."
+    bar = fig.colorbar(shown, ax=axes, **kwargs)
+    if hasattr(bar.formatter, "set_useOffset"): bar.formatter.set_useOffset(False)
+    bar.ax.tick_params(labelsize=8)
+    return bar

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator
 from ..core.errors import BadInput
 from ..core.registries import lower_is_better as _lower, METRICS
 from .canvas import add_legend, as_array, method_colour, method_label, new_figure
+from .axis import time_axis, TimeAxis
 
 # %% ../../nbs/source/look/04_curves.ipynb #84e83127
 def running_mean(
@@ -64,7 +65,7 @@ def training_curves(
     return fig
 
 # %% ../../nbs/source/look/04_curves.ipynb #e73c32dd
-def _change_steps(ax, losses: Mapping[str, np.ndarray], against: str, edges: list[int], colours):
+def _change_steps(ax, losses: Mapping[str, np.ndarray], against: str, edges: np.ndarray, colours):
     "The change of each method's loss against one of them, in percent; filled if it is one method."
     others = [n for n in losses if n != against]
     for i, n in enumerate(losses):
@@ -72,7 +73,7 @@ def _change_steps(ax, losses: Mapping[str, np.ndarray], against: str, edges: lis
         ax.stairs(100 * (losses[n] / losses[against] - 1), edges, color=method_colour(n, i, colours), lw=1.8,
                   baseline=0, fill=len(others) == 1, alpha=0.75 if len(others) == 1 else 1)
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(xlabel="timestep", ylabel=f"change against {method_label(against, colours)} (%)")
+    ax.set(ylabel=f"change against {method_label(against, colours)} (%)")
 
 # %% ../../nbs/source/look/04_curves.ipynb #c15b078b
 def loss_by_timestep(
@@ -81,6 +82,7 @@ def loss_by_timestep(
     against: str = "base",
     name: str = "mse",
     colours: Mapping[str, str] | None = None,  # run → colour, as `run_colours` gives; by the names of methods if None
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "Loss over timestep intervals, and beside it the change against one of the methods, in percent."
     losses = {n: as_array(v) for n, v in losses.items()}
@@ -89,14 +91,18 @@ def loss_by_timestep(
             raise BadInput(f"the losses of {n!r} have shape {v.shape}: expected [{len(intervals)} intervals]")
     compared = against in losses and len(losses) > 1
     fig, axes = new_figure(1, 1 + compared, 4.1 * (1 + compared), 2.6)
-    edges = [first for first, _ in intervals] + [intervals[-1][1] + 1]
+    axis = time_axis(axis)
+    edges = axis.of([first for first, _ in intervals] + [intervals[-1][1] + 1])
     for i, n in enumerate(losses):
         axes[0, 0].stairs(losses[n], edges, color=method_colour(n, i, colours), lw=1.8,
                           label=method_label(n, colours), baseline=None)
-    axes[0, 0].set(xlabel="timestep", ylabel=name, yscale="log")
+    axes[0, 0].set(ylabel=name, yscale="log")
     if len(losses) > 1: add_legend(fig, axes[0, 0])
     if compared: _change_steps(axes[0, 1], losses, against, edges, colours)
-    for ax in axes.flat: sns.despine(ax=ax)
+    for ax in axes.flat:
+        ax.set(xlabel=axis.label)
+        if axis.name != "timestep": ax.set_xlim(edges[0], edges[-1])
+        sns.despine(ax=ax)
     return fig
 
 # %% ../../nbs/source/look/04_curves.ipynb #a1199f35

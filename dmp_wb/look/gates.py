@@ -16,18 +16,21 @@ from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from ..core.errors import BadInput
-from .canvas import GATES, MAGNITUDE, as_array, new_figure, outer_labels, panel_grid, show_image
+from .axis import columns_of, time_axis, TimeAxis
+from dmp_wb.look.canvas import (
+    GATES, MAGNITUDE, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends, show_image,
+)
 
 # %% ../../nbs/source/look/02_gates.ipynb #972ceb12
 def relative_gates(
     gates: np.ndarray,    # [timesteps, blocks, prompts]
     counts=None,          # prompts of each block, where they differ; the gates are zero beyond
 ) -> tuple[np.ndarray, Normalize]:
-    "log2 of the gates relative to uniform, and a symmetric scale for it."
+    "log2 of the gates relative to uniform, and a symmetric scale for it, which is never narrower than × 1.25."
     uniform = gates.shape[-1] if counts is None else np.asarray(counts)[:, None]
     rel = np.log2(np.clip(gates * uniform, 2.0**-10, None))
     real = rel if counts is None else rel[:, np.arange(gates.shape[-1]) < uniform]
-    limit = float(np.clip(np.quantile(np.abs(real), 0.99), 0.05, 3))
+    limit = float(np.clip(np.quantile(np.abs(real), 0.99), math.log2(1.25), 3))
     return rel, TwoSlopeNorm(0, -limit, limit)
 
 # %% ../../nbs/source/look/02_gates.ipynb #b2cd1e6a
@@ -35,7 +38,7 @@ def gate_colourbar(fig, norm: Normalize, axes, **kwargs):
     "The scale of gates in words: ÷ 2, uniform, × 2; as many ticks as do not touch."
     bar = fig.colorbar(plt.cm.ScalarMappable(norm, GATES), ax=axes, extend="both", **kwargs)
     steps, top = [], norm.vmax or 0.0
-    for f in (8, 4, 2, 1.5, 1.2, 1.1, 1.05, 1.02):
+    for f in (8, 4, 2, 1.5, 1.25, 1.1, 1.05):
         if 0.25 * top < math.log2(f) <= min([top] + [math.log2(s) - 0.25 * top for s in steps]): steps.insert(0, f)
     bar.set_ticks([-math.log2(f) for f in reversed(steps)] + [0] + [math.log2(f) for f in steps],
                   labels=[f"÷ {f:g}" for f in reversed(steps)] + ["uniform"] + [f"× {f:g}" for f in steps])
@@ -51,20 +54,22 @@ def gate_heatmaps(
     title: str | None = None,
     counts: Sequence[int] | None = None,  # prompts of each block, where they differ; the gates are zero beyond
     blocks: Sequence[int] | None = None,  # the blocks' numbers in the model; 0, 1, … if None
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "A panel for each block: prompts over timesteps."
     gates, timesteps = as_array(gates), as_array(timesteps)
     if gates.ndim != 3 or len(gates) != len(timesteps):
         raise BadInput(f"gates have shape {gates.shape}: expected [{len(timesteps)} timesteps, blocks, prompts]")
     rel, norm = relative_gates(gates, counts)
-    panels = gates.shape[1]
+    axis, panels = time_axis(axis), gates.shape[1]
+    columns_shown = columns_of(axis, timesteps)
     fig, axes = panel_grid(panels, columns, (2.3, 2.1), 1.0, title, sharex=True, sharey=counts is None)
     for i, ax in enumerate(axes.flat[:panels]):
         n = gates.shape[2] if counts is None else counts[i]
-        ax.imshow(rel[:, i, :n].T, aspect="auto", origin="upper", cmap=GATES, norm=norm, interpolation="nearest",
-                  extent=(timesteps[0], timesteps[-1], n - 0.5, -0.5))
+        ax.imshow(rel[columns_shown.rows, i, :n].T, aspect="auto", origin="upper", cmap=GATES, norm=norm, interpolation="nearest",
+                  extent=(*columns_shown.ends, n - 0.5, -0.5))
         ax.set_title(f"block {i if blocks is None else blocks[i]}", fontsize=10)
-    outer_labels(axes, "timestep", "prompt")
+    outer_labels(axes, axis.label, "prompt")
     gate_colourbar(fig, norm, axes, shrink=0.9)
     return fig
 
@@ -104,18 +109,20 @@ def gate_maps(
     return fig
 
 # %% ../../nbs/source/look/02_gates.ipynb #ac46c54f
-def _entropy_lines(ax, effective: np.ndarray, timesteps: np.ndarray, num_prompts: int):
-    "A line for each block below the line of a uniform gate."
-    blocks, low = effective.shape[1], max(1.0, float(effective.min()))
+def _entropy_lines(ax, effective: np.ndarray, timesteps: np.ndarray, num_prompts: int, axis: TimeAxis):
+    "A line for each block below the line of a uniform gate, over a range of at least a factor of 1.25."
+    blocks, low = effective.shape[1], max(1.0, min(float(effective.min()), num_prompts / 1.25))
+    x, ends = axis.of(timesteps), columns_of(axis, timesteps).ends
     for i, colour in enumerate(MAGNITUDE(np.linspace(0.15, 0.8, blocks))):
-        ax.plot(timesteps, effective[:, i], color=colour, lw=1.6, label=f"block {i}")
+        ax.plot(x, effective[:, i], color=colour, lw=1.6, label=f"block {i}")
     ax.axhline(num_prompts, color="grey", lw=0.8, ls=":")
-    ax.annotate(f"uniform: all {num_prompts}", (timesteps[-1], num_prompts), fontsize=8, color="grey", xytext=(-2, 3),
+    ax.annotate(f"uniform: all {num_prompts}", (ends[1], num_prompts), fontsize=8, color="grey", xytext=(-2, 3),
                 textcoords="offset points", ha="right")
     room = num_prompts - low
-    ax.set(xlabel="timestep", ylabel="prompts in use, exp(entropy)", xlim=(timesteps[0], timesteps[-1]),
+    ax.set(xlabel=axis.label, ylabel="prompts in use, exp(entropy)", xlim=ends,
            ylim=(low - 0.1 * room - 0.05, num_prompts + 0.12 * room + 0.05))
-    side = "right" if effective[-1].mean() > effective[0].mean() else "left"
+    falls = (x[-1] - x[0]) * (ends[1] - ends[0]) < 0
+    side = "right" if (effective[-1].mean() > effective[0].mean()) != falls else "left"
     if blocks <= 8: ax.legend(frameon=False, fontsize=8, loc=f"lower {side}")
     sns.despine(ax=ax)
 
@@ -125,16 +132,18 @@ def gate_entropy(
     timesteps,       # [timesteps]
     num_prompts: int,
     title: str | None = None,
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "How many prompts a gate uses: exp(entropy), as lines over timesteps and as a map over blocks."
     effective, timesteps = np.exp(as_array(entropy)), as_array(timesteps)
-    blocks = effective.shape[1]
+    blocks, axis = effective.shape[1], time_axis(axis)
+    columns, (low, high) = columns_of(axis, timesteps), scale_ends(effective)
     fig, axes = new_figure(1, 2, 8.2, 2.7 + (0.3 if title else 0))
-    _entropy_lines(axes[0, 0], effective, timesteps, num_prompts)
-    im = axes[0, 1].imshow(effective.T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest",
-                           extent=(timesteps[0], timesteps[-1], blocks - 0.5, -0.5))
-    axes[0, 1].set(xlabel="timestep", ylabel="block", yticks=range(0, blocks, max(1, blocks // 8)))
-    fig.colorbar(im, ax=axes[0, 1], label="prompts in use")
+    _entropy_lines(axes[0, 0], effective, timesteps, num_prompts, axis)
+    im = axes[0, 1].imshow(effective[columns.rows].T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", vmin=low,
+                           vmax=high, extent=(*columns.ends, blocks - 0.5, -0.5))
+    axes[0, 1].set(xlabel=axis.label, ylabel="block", yticks=range(0, blocks, max(1, blocks // 8)))
+    colour_bar(fig, im, axes[0, 1], label="prompts in use")
     if title: fig.suptitle(title, fontsize=11)
     return fig
 

@@ -14,7 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..core.errors import BadInput
-from .canvas import MAGNITUDE, ROUTES, as_array, new_figure, outer_labels, panel_grid
+from dmp_wb.look.canvas import (
+    MAGNITUDE, ROUTES, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends,
+)
+from .axis import columns_of, time_axis, TimeAxis
 from .gates import gate_heatmaps
 
 # %% ../../nbs/source/look/03_timesteps.ipynb #e2179a8a
@@ -23,18 +26,21 @@ def routing_masks(
     timesteps,                      # [timesteps]
     columns: int = 4,
     title: str | None = None,
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "The channels that each timestep's pathway runs through: a panel for each set of masks."
     masks, t = {k: as_array(m) for k, m in masks.items()}, as_array(timesteps)
     for name, m in masks.items():
         if m.ndim != 2 or len(m) != len(t):
             raise BadInput(f"the masks of {name!r} have shape {m.shape}: expected [{len(t)} timesteps, channels]")
+    axis = time_axis(axis)
+    shown = columns_of(axis, t)
     fig, axes = panel_grid(len(masks), columns, (2.5, 2.1), 0.3, title, sharex=True)
     for ax, (name, m) in zip(axes.flat, masks.items()):
-        ax.imshow(m.T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
-                  extent=(t[0], t[-1], m.shape[1] - 0.5, -0.5))
+        ax.imshow(m[shown.rows].T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
+                  extent=(*shown.ends, m.shape[1] - 0.5, -0.5))
         ax.set_title(name, fontsize=10)
-    outer_labels(axes, "timestep", "channel")
+    outer_labels(axes, axis.label, "channel")
     swatches = [Patch(color=ROUTES(1.0), label="through the block"),
                 Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
     fig.legend(handles=swatches, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -45,20 +51,23 @@ def timestep_affinities(
     matrices: Mapping[str, Sequence],  # title → [n, n] similarities
     timesteps: Mapping[str, Sequence] | Sequence,  # the first and last timestep on the axes, or those of each matrix
     title: str | None = None,
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "Similarity of every two timesteps, one panel a measure, each with a scale of its own."
+    axis = time_axis(axis)
     fig, axes = new_figure(1, len(matrices), 3.3 * len(matrices), 2.9 + (0.3 if title else 0))
     for ax, (name, m) in zip(axes[0], matrices.items()):
         m = as_array(m)
         if m.ndim != 2 or m.shape[0] != m.shape[1]: raise BadInput(f"{name!r} has shape {m.shape}: expected [n, n]")
         ends = timesteps[name] if isinstance(timesteps, Mapping) else timesteps
-        first, last = float(ends[0]), float(ends[-1])
+        shown = columns_of(axis, np.linspace(float(ends[0]), float(ends[-1]), len(m)))
         off = m[~np.eye(len(m), dtype=bool)]   # the diagonal is one and would use up the scale
-        im = ax.imshow(m, cmap=MAGNITUDE, vmin=off.min(), vmax=off.max(), interpolation="nearest", origin="lower",
-                       extent=(first, last, first, last))
-        ax.set(title=name, xlabel="timestep")
-        fig.colorbar(im, ax=ax, shrink=0.85).ax.tick_params(labelsize=8)
-    axes[0, 0].set_ylabel("timestep")
+        low, high = scale_ends(off)
+        im = ax.imshow(m[np.ix_(shown.rows, shown.rows)], cmap=MAGNITUDE, vmin=low, vmax=high, interpolation="nearest",
+                       origin="lower", extent=(*shown.ends, *shown.ends))
+        ax.set(title=name, xlabel=axis.label, aspect="equal")
+        colour_bar(fig, im, ax, shrink=0.85)
+    axes[0, 0].set_ylabel(axis.label)
     if title: fig.suptitle(title, fontsize=11)
     return fig
 
@@ -68,9 +77,11 @@ def affinity_lines(
     groups: Sequence[tuple[int, int]],       # first and last timestep of each
     of: Sequence[tuple[int, int]],           # those of the k groups
     title: str | None = None,
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "The affinity of some groups of timesteps with all others, a line each; a dot marks the group itself."
-    affinity, x = as_array(affinity), np.array([(a + b) / 2 for a, b in groups])
+    axis = time_axis(axis)
+    affinity, x = as_array(affinity), axis.of([(a + b) / 2 for a, b in groups])
     if affinity.shape != (len(of), len(groups)):
         raise BadInput(f"affinity has shape {affinity.shape}: expected [{len(of)}, {len(groups)}]")
     fig, axes = new_figure(1, 1, 6.2, 2.7 + (0.3 if title else 0))
@@ -80,7 +91,8 @@ def affinity_lines(
         ax.plot(x, row, color=colour, lw=1.6, label=f"{span[0]}–{span[1]}")
         ax.plot(x[own], row[own], "o", color=colour, ms=5)
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(xlabel="timestep", ylabel="affinity")
+    ax.set(xlabel=axis.label, ylabel="affinity")
+    if x[0] > x[-1]: ax.invert_xaxis()   # the image at the left, the noise at the right
     ax.legend(title="timesteps", frameon=False, fontsize=8, title_fontsize=8, loc="center left",
               bbox_to_anchor=(1, 0.5))
     sns.despine(ax=ax)
@@ -88,33 +100,38 @@ def affinity_lines(
     return fig
 
 # %% ../../nbs/source/look/03_timesteps.ipynb #5397e345
-def _lines(ax, t: np.ndarray, values: np.ndarray, names):
+def _lines(ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A line for each column of values [timesteps, n]."
     for i, column in enumerate(values.T):
-        ax.plot(t, column, color=MAGNITUDE((i + 0.5) / values.shape[1]), label=names[i] if len(names) else None)
+        ax.plot(axis.of(t), column, color=MAGNITUDE((i + 0.5) / values.shape[1]), label=names[i] if len(names) else None)
+    ax.set_xlim(columns_of(axis, t).ends)
     if 0 < len(names) <= 12: ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
-def _matrix(fig, ax, t: np.ndarray, values: np.ndarray, names):
+def _matrix(fig, ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A row for each column of values [timesteps, n]."
-    extent = (t[0], t[-1], values.shape[1] - 0.5, -0.5)
-    shown = ax.imshow(values.T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", extent=extent)
+    columns, (low, high) = columns_of(axis, t), scale_ends(values)
+    shown = ax.imshow(values[columns.rows].T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", vmin=low, vmax=high,
+                      extent=(*columns.ends, values.shape[1] - 0.5, -0.5))
     if len(names): ax.set_yticks(range(values.shape[1]), names, fontsize=7)
-    fig.colorbar(shown, ax=ax, shrink=0.9)
+    colour_bar(fig, shown, ax, shrink=0.9)
 
 # %% ../../nbs/source/look/03_timesteps.ipynb #pane1c0d
 def panel_figure(
     panel,                      # a `Panel` of a method
     title: str | None = None,   # the panel's own if None
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
     "The figure of a panel."
+    axis = time_axis(axis)
     title = title or " ".join([panel.title, *([f"({panel.caption})"] if panel.caption else [])])
     if panel.kind == "gates":
         counts = panel.counts if len(set(panel.counts)) > 1 else None
-        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts, blocks=panel.blocks or None)
-    if panel.kind == "mask": return routing_masks({panel.title: panel.values}, panel.timesteps, title=title)
+        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts, blocks=panel.blocks or None,
+                             axis=axis)
+    if panel.kind == "mask": return routing_masks({panel.title: panel.values}, panel.timesteps, title=title, axis=axis)
     fig, axes = new_figure(1, 1, 5.5, 2.6)
     ax, t, values = axes[0, 0], as_array(panel.timesteps), as_array(panel.values)
-    if panel.kind == "lines": _lines(ax, t, values, panel.names)
-    else: _matrix(fig, ax, t, values, panel.names)
-    ax.set(xlabel="timestep", title=title)
+    if panel.kind == "lines": _lines(ax, axis, t, values, panel.names)
+    else: _matrix(fig, ax, axis, t, values, panel.names)
+    ax.set(xlabel=axis.label, title=title)
     return fig

@@ -6,9 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/source/look/05_viz.ipynb #fd99c598
+from .axis import AXES, time_axis, TimeAxis
 from dmp_wb.look.canvas import (
-    GATES, MAGNITUDE, ROUTES, TRAINED, as_array, method_colour, method_label, method_words, new_figure, outer_labels,
-    panel_grid, run_colours, show_image,
+    GATES, MAGNITUDE, ROUTES, TRAINED, as_array, colour_bar, method_colour, method_label, method_words, new_figure,
+    outer_labels, panel_grid, run_colours, scale_ends, show_image,
 )
 from dmp_wb.look.curves import (
     distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
