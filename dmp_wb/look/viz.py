@@ -16,7 +16,7 @@ from dmp_wb.look.curves import (
 )
 from .gates import gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, prompt_similarity, relative_gates
 from dmp_wb.look.needs import (
-    effect_curve, effect_map, effect_maps, interval_samples, sample_effect_curves, sample_effect_maps,
+    effect_curve, effect_lines, effect_map, effect_maps, interval_samples, sample_effect_curves, sample_effect_maps,
     transfer_map, verdict,
 )
 from .samples import compare_samples, film_strip, sample_grid, tile_images
