@@ -44,8 +44,9 @@ class SampleEffects:
     """What taking methods away changes in samples, by interval of timesteps and block.
 
     `pixels` and `features`: of "needed" and "alone", and of "without" [1, 1, images], the distance of the two images
-    of each seed [intervals, blocks, images]. `frechet`: the same keys → [intervals][blocks] of what `frechet_bootstrap`
-    says, its difference being to the samples as they are ("alone": without the methods); empty without real images.
+    of each seed [intervals, blocks, images]. `frechet`: the same keys → [intervals][blocks] of what
+    `frechet_bootstrap` says, its difference being to the samples as they are ("alone": without the methods); empty
+    without real images.
     """
     spans: list[tuple[int, int]]
     blocks: list[tuple[int, ...]]
@@ -175,18 +176,18 @@ def sample_effects(
             "num_shown": num_shown, "extractor": extractor if isinstance(extractor, str) else type(extractor).__name__,
             "how": how}
     with progress(total=total, desc="effects on samples", unit="img", disable=quiet) as bar:
-        take = _Taking(model, backbone, num_images, num_shown, None, how, _Cells(Path(folder) if folder else None, plan),
-                       method, lambda count: bar.update(count))
+        cells = _Cells(Path(folder) if folder else None, plan)
+        take = _Taking(model, backbone, num_images, num_shown, None, how, cells, method, bar.update)
         first = take.cell("as-it-is", None, blocks=())
         take.network = _network(extractor, first["images"].shape[1:])
         if take.network is not None and "features" not in first:
             first["features"] = _features(take.network, first["images"])
         without = take.cell("without", None)
-        cells = {"without": [[without | {"pixels": _apart(without["images"], first["images"])}]]}
+        found = {"without": [[without | {"pixels": _apart(without["images"], first["images"])}]]}
         usual = {"needed": first, "alone": without}
-        for what in whats: cells[what] = [*take.map(what, spans, blocks, usual[what]["images"])]
+        for what in whats: found[what] = [*take.map(what, spans, blocks, usual[what]["images"])]
         bar.n = total   # a sum of fractions is none
-    return _gathered(cells, {"without": first, **usual}, spans, blocks, _real(model, reference, take.network, first),
+    return _gathered(found, {"without": first, **usual}, spans, blocks, _real(model, reference, take.network, first),
                      rounds, how)
 
 def _apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor: return (a - b).square().mean((1, 2, 3)).sqrt()

@@ -138,6 +138,7 @@ def test_the_page_of_what_a_run_needs(tmp_path, runs_folder):
     found = json.loads((home / "needs.json").read_text())
     assert len(found["whole"]) == 3 and np.load(home / "needs.npz")["pixels_needed"].shape == (3, 1, 20)
     assert len({*home.rglob("*.safetensors")}) == 2 * (2 + 2 * 3) + 2 * 3 * 3   # a map by block has cells of its own
-    for wrong, message in ((["digits-base"], "has no method on it"), (["digits-slanted", "--intervals", "0"], "intervals is 0")):
+    for wrong, message in ((["digits-base"], "has no method on it"),
+                           (["digits-slanted", "--intervals", "0"], "intervals is 0")):
         failed = subprocess.run([*command[:3], "needs", *wrong], capture_output=True, text=True, cwd=tmp_path)
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
