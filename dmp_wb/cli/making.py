@@ -36,7 +36,8 @@ def new(
             help="A folder of images, or what else data.name may be: write two experiments that fit it, of a base and "
                  "of a patch on it.")] = None,
         name: Annotated[str | None, typer.Option(
-            help="Of the two experiments, which are NAME-pretrain and NAME-dmp; that of the data if not given.")] = None,
+            help="Of the two experiments, which are NAME-pretrain and NAME-dmp; that of the data if not "
+            "given.")] = None,
 ):
     """Make a project: a folder with the run notebooks and experiments to edit.
     In it, and below it, bare names lead to its own files first."""
