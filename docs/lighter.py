@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 PLAIN = {"n", "p", "o", "w", "pre", "default_value", ""}   # classes of a span that no style colours
+FLAT = 2.2   # times as wide as high: too flat for a phone
 _TAG = re.compile(r"(<[^>]+>)")
 _CODE = re.compile(r"(<pre\b.*?</pre>|<textarea\b.*?</textarea>|<script\b.*?</script>)", re.S)
 _SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.S)
@@ -98,8 +99,27 @@ def lighter(text: str, page: str) -> str:
                    for i, piece in enumerate(_CODE.split(text)))
 
 
+def png_size(file: Path) -> tuple[int, int] | None:
+    "Width and height of a PNG, from its first bytes; None for anything else."
+    try: start = file.open("rb").read(24)
+    except OSError: return None
+    if not start.startswith(b"\x89PNG"): return None
+    return int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
+
+
+def sized(text: str, folder: Path) -> str:
+    """Pictures with their width and height, so that text does not jump when they arrive; flat ones are marked: a phone
+    shows them at a height that can be read, to be moved sideways."""
+    def one(m):
+        size = png_size(folder / m[1])
+        if size is None or "width=" in m[0]: return m[0]
+        flat = ' class="flat"' if size[0] > FLAT * size[1] and "class=" not in m[0] else ""
+        return f'{m[0].rstrip("/>")} width="{size[0]}" height="{size[1]}"{flat}/>'
+    return re.sub(r'<img\b[^>]*?src="([^"]+\.png)"[^>]*>', one, text)
+
+
 def lighten(out: Path) -> None:
     "Every page of a built site."
     for page in out.rglob("*.html"):
-        text = page.read_text(encoding="utf-8")
+        text = sized(page.read_text(encoding="utf-8"), page.parent)
         page.write_text(lighter(text, page.relative_to(out).as_posix()), encoding="utf-8")

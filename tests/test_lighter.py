@@ -70,6 +70,16 @@ def test_a_signature_and_a_word_of_code_keep_their_text():
     assert same(page, after) and "sig-name" in after and 'class="literal notranslate">word<' in after
 
 
+def test_pictures_have_their_size_and_flat_ones_are_marked(tmp_path):
+    from PIL import Image
+    for name, size in (("wide", (300, 100)), ("square", (100, 100))):
+        Image.new("L", size).save(tmp_path / f"{name}.png")
+    page = '<img alt="a" src="wide.png"/><img alt="b" src="square.png"/><img alt="c" src="none.png"/>'
+    assert lighter.sized(page, tmp_path) == (
+        '<img alt="a" src="wide.png" width="300" height="100" class="flat"/>'
+        '<img alt="b" src="square.png" width="100" height="100"/><img alt="c" src="none.png"/>')
+
+
 def test_contents_of_scripts_and_text_areas_are_left_alone():
     page = '<script>\n   let a = "<span></span>";\n</script><textarea>\n   x\n</textarea>'
     assert lighter.lighter(page, "index.html") == page

@@ -73,7 +73,8 @@ def gate_verdict(
     if ratio[i, j] < 1.02: return f"Gates are the same at all timesteps, up to {share.max():.2g} × uniform."
     low, high = sorted((t[share[:, i, j].argmin()], t[share[:, i, j].argmax()]))
     most = f"{ratio[i, j]:.2f}" if ratio[i, j] < 10 else f"{ratio[i, j]:.0f}" if ratio[i, j] < 500 else "500"
-    return (f"Gates change by {'up to' if ratio[i, j] < 500 else 'more than'} {most} × between t = {low:g} and t = {high:g} "
+    return (f"Gates change by {'up to' if ratio[i, j] < 500 else 'more than'} {most} × between t = {low:g} and t = "
+            f"{high:g} "
             f"({block_title(int(i), blocks)}, prompt {j}).")
 
 # %% ../../nbs/source/look/02_gates.ipynb #0c3d1e9a

@@ -69,7 +69,8 @@ def run_row(
         ("", "folder"), ("run.ipynb", "notebook"), ("config.yaml", "settings"), ("samples", "samples"),
         ("figures", "figures"))]
     number = lambda v: "–" if v is None else f"{v:.4g}"
-    results = "".join(f"<div>{escape(k)} <b>{number(v)}</b></div>" for k, v in [("loss", run.loss), *run.metrics.items()]
+    results = "".join(f"<div>{escape(k)} <b>{number(v)}</b></div>"
+                      for k, v in [("loss", run.loss), *run.metrics.items()]
                       if v is not None)
     shots = "".join(f'<img loading="lazy" alt="{escape(f"{run.name}: {p.stem}".replace("-", " "))}" src="{url}">'
                     for p in pictures_of(run.folder) if (url := thumbnail(p)))
@@ -113,8 +114,9 @@ def runs_page(
     said = ", ".join(f"{n} {state}" for state, n in count.items() if n) or "None"
     colours = run_colours(r.name for r in runs)
     rows = "\n".join(run_row(r, page, colours[r.name]) for r in runs)
-    table = (f'<table><thead><tr>{"".join(f"<th>{h}</th>" for h in HEADS)}</tr></thead><tbody>\n{rows}\n</tbody></table>'
-             if runs else "<p>No runs yet: <code>dmp-wb train digits-dmp</code> makes one.</p>")
+    table = (
+        f'<table><thead><tr>{"".join(f"<th>{h}</th>" for h in HEADS)}</tr></thead><tbody>\n{rows}\n</tbody></table>'
+        if runs else "<p>No runs yet: <code>dmp-wb train digits-dmp</code> makes one.</p>")
     left_out = "".join(f"<li>{escape(f'{name}: {why}')}</li>" for name, why in (faults or {}).items())
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
     return f"""<!DOCTYPE html>
