@@ -103,15 +103,16 @@ def affinity_lines(
 def _lines(ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A line for each column of values [timesteps, n]."
     for i, column in enumerate(values.T):
-        ax.plot(axis.of(t), column, color=MAGNITUDE((i + 0.5) / values.shape[1]), label=names[i] if len(names) else None)
+        colour = MAGNITUDE((i + 0.5) / values.shape[1])
+        ax.plot(axis.of(t), column, color=colour, label=names[i] if len(names) else None)
     ax.set_xlim(columns_of(axis, t).ends)
     if 0 < len(names) <= 12: ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 def _matrix(fig, ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A row for each column of values [timesteps, n]."
     columns, (low, high) = columns_of(axis, t), scale_ends(values)
-    shown = ax.imshow(values[columns.rows].T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", vmin=low, vmax=high,
-                      extent=(*columns.ends, values.shape[1] - 0.5, -0.5))
+    shown = ax.imshow(values[columns.rows].T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", vmin=low,
+                      vmax=high, extent=(*columns.ends, values.shape[1] - 0.5, -0.5))
     if len(names): ax.set_yticks(range(values.shape[1]), names, fontsize=7)
     colour_bar(fig, shown, ax, shrink=0.9)
 
