@@ -96,11 +96,11 @@ class GateMap:
         ticks = ([((starts[i] + starts[i + 1]) / 2, f"block {blocks[b]}") for i, b in enumerate(which)]
                  if len(which) > 1
                  else [(j + 0.5, str(j)) for j in range(0, counts[chosen], max(1, counts[chosen] // 12))])
-        for start in starts[1:-1]: self.pixels[start - 1:start, 1::2] = 128   # a dotted line between blocks
         some = np.linspace(0, len(names) - 1, min(640, len(names))).round().astype(int)   # a picture has no more rows
         self.rows, self.pixels = self.rows[some], self.pixels[some]
         self.side = Side([f"block {names[i][0]}, prompt {names[i][1]}" for i in some],
-                         [(at / len(names), text) for at, text in ticks])
+                         [(at / len(names), text) for at, text in ticks],
+                         lines=[float(s) / len(names) for s in starts[1:-1]])
         self.height = len(names) * max(1, (320 if chosen < 0 else 240) // len(names)) if len(names) <= 320 else 480
         self.bar = Bar(GATES, -self.limit, self.limit, gate_ticks(self.limit), "factor")
 
@@ -250,7 +250,7 @@ class _GateWords(_GateLooks):
         ask_gates = f"gates = wb.get_patch(model{which_patch}).gates(t{inputs}).detach()"
         some = f"[:, {which}]" if self.block.value >= 0 else ""
         named = f", counts={counts}" if counts else ""
-        return "\\n".join([
+        return "\n".join([
             "import numpy as np, torch", "import dmp_wb as wb", "from dmp_wb.look import viz",
             *looked.code(),
             f"t = torch.as_tensor(np.unique(np.linspace(0, {self.T - 1}, {len(self.grid)}).round().astype(int)))",

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from .axis import Columns, tick_places, TimeAxis
-from .widgets import show
+from .widgets import Picture, show
 
 # %% ../../nbs/source/look/09_maps.ipynb #mp150005
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Side:
     name: str = ""
     slider: str = ""                       # the class of the slider that a drag along it moves
     values: Sequence[int] = ()             # of that slider, for each
+    lines: Sequence[float] = ()            # shares at which a line goes across
 
 def time_side(axis: TimeAxis, columns: Columns, timesteps: np.ndarray, slider: str = "",
               values: Sequence[int] | None = None) -> Side:
@@ -72,7 +73,8 @@ def over_map(
         data |= {"values": base64.b64encode(bytes_).decode(), "low": str(bar.low), "high": str(bar.high),
                  "kind": bar.kind}
     told = " ".join(f'data-{k}="{html.escape(v)}"' for k, v in data.items())
-    return (f"<div>{_ticks(across, 'x', 'left')}{_ticks(down, 'y', 'top')}"
+    lines = "".join(f"<div class='dmp-wb-line' style='top:{100 * share:.2f}%'></div>" for share in down.lines)
+    return (f"<div>{_ticks(across, 'x', 'left')}{_ticks(down, 'y', 'top')}{lines}"
             f"<span class='dmp-wb-name'>{html.escape(across.name)}</span>{_bar(bar) if bar else ''}"
             f"<div class='dmp-wb-glass' {told}></div><span class='dmp-wb-tip'></span></div>")
 
@@ -81,7 +83,7 @@ class Map(widgets.VBox):
     "A picture with sides and a scale. What lies around it is sent when it changes, the picture at every move."
     def __init__(self, title: str, height: int, width: str = "100%"):
         self.title, self.over = widgets.HTML(title), widgets.HTML()
-        self.picture = widgets.Image(format="png", layout=widgets.Layout(width="100%", height=f"{height}px"))
+        self.picture = Picture(format="png", layout=widgets.Layout(width="100%", height=f"{height}px"))
         self.picture.add_class("dmp-wb-pixels")
         self.title.add_class("dmp-wb-title")
         self.over.add_class("dmp-wb-over")

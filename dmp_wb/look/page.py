@@ -12,7 +12,8 @@ import html
 CSS = """
 .dmp-wb-pixels, .dmp-wb-pixels img { image-rendering: pixelated; }
 .dmp-wb-title { font-size: 12px; line-height: 20px; height: 20px; }
-.dmp-wb-map { position: relative; width: 100%; max-width: 1160px; padding: 0 78px 36px 66px; overflow: visible; }
+.dmp-wb-map { position: relative; width: 100%; max-width: 1160px; margin-top: 6px; padding: 0 78px 36px 66px;
+    overflow: visible; }
 .dmp-wb-map > img { width: 100%; margin: 0; object-fit: fill; display: block; max-width: none; }
 .dmp-wb-map > .dmp-wb-over { position: absolute; inset: 0 78px 36px 66px; margin: 0; width: auto; height: auto;
     overflow: visible; }
@@ -21,6 +22,7 @@ CSS = """
 .dmp-wb-glass { position: absolute; inset: 0; cursor: crosshair; touch-action: pan-y; user-select: none; z-index: 1; }
 .dmp-wb-x { bottom: -16px; transform: translateX(-50%); }
 .dmp-wb-x::before { content: ""; position: absolute; left: 50%; top: -3px; height: 3px; border-left: 1px solid; }
+.dmp-wb-line { position: absolute; left: -8px; right: 0; border-top: 1px solid #000; opacity: .6; }
 .dmp-wb-y { right: calc(100% + 5px); transform: translateY(-50%); }
 .dmp-wb-over .dmp-wb-name { bottom: -33px; left: 50%; transform: translateX(-50%); font-size: 12px; }
 .dmp-wb-bar { position: absolute; left: calc(100% + 10px); width: 12px; top: 0; bottom: 0; }

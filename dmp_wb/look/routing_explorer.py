@@ -121,8 +121,8 @@ class RoutingExplorer(_RoutingLooks):
                                    slider("t₂", 0, self.T - 1, self.T // 2, width="300px"))
         self.axis, self.text = axis_choice(axis), widgets.HTML()
         self.over_time, self.between = (
-            Map("channels (down) over timesteps: blue goes through the block, pale past it", 280, "640px"),
-            Map("overlap of two timesteps, pale 1; ○ at t₁, t₂", 280, "430px"))
+            Map("channels (down) over timesteps: blue goes through the block, pale past it", 280, "450px"),
+            Map("overlap of two timesteps, pale 1; ○ at t₁, t₂", 280, "370px"))
         self.masks, self.overlap = self.over_time.picture, self.between.picture
         self._drawn: tuple = (None,)
         super().__init__([self.ratio, self.alpha, self.width, self.first, self.second, self.axis],

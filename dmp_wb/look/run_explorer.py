@@ -19,33 +19,14 @@ from ..core.errors import BadInput
 from ..core.files import read_regular, read_rows
 from ..core.paths import runs_root
 from .curves import training_curves
-from .widgets import choice, Explorer, row, titled
+from .widgets import choice, Explorer, Picture, row, titled
 from ..store.listing import list_runs, newest_metrics, run_name
 from ..store.run import open_run, Run
 
-# %% ../../nbs/source/look/15_run_explorer.ipynb #b53808cd
-class RunExplorer(Explorer):
-    "Curves, samples and figures of runs side by side. A run whose files are gone is named, not drawn."
-    def __init__(
-        self,
-        runs: Sequence[str | Path] | None = None,  # run folders or names; all below `runs/` if None
-    ):
-        if runs is None: runs = [r.folder for r in list_runs()[0] if r.config]
-        self.runs = ({run_name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs)
-                     else {open_run(r).name: open_run(r).folder for r in runs})
-        if not self.runs:
-            raise BadInput(f"there are no runs in {runs_root()}: expected at least one; train one with wb.train")
-        names = list(self.runs)
-        self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))),
-                                             description="runs",
-                                             layout=widgets.Layout(width="300px"))
-        self.column = choice("curve", self._columns() or ["loss"], "240px")
-        self.picture = choice("pictures", ["newest samples", *self._figures()], "240px")
-        self.curves, self.table, self.pictures = (
-            widgets.Image(format="png", layout=widgets.Layout(width="560px", max_width="100%")), widgets.HTML(),
-            widgets.HBox(layout=widgets.Layout(flex_flow="row wrap")))
-        super().__init__([self.chosen, self.column, self.picture],
-                         [row([self.curves, self.table]), self.pictures])
+# %% ../../nbs/source/look/15_run_explorer.ipynb #rx150006
+class _RunFiles(Explorer):
+    "What a run explorer reads of the runs' files."
+    runs: dict[str, Path]
 
     def _columns(self) -> list[str]:
         found = {k for folder in self.runs.values() for row in read_rows(folder / "metrics.jsonl")[-1:]
@@ -72,6 +53,31 @@ class RunExplorer(Explorer):
         try: return Run(folder).curve(column)
         except BadInput: return {}   # no file that can be read
 
+# %% ../../nbs/source/look/15_run_explorer.ipynb #b53808cd
+class RunExplorer(_RunFiles):
+    "Curves, samples and figures of runs side by side. A run whose files are gone is named, not drawn."
+    def __init__(
+        self,
+        runs: Sequence[str | Path] | None = None,  # run folders or names; all below `runs/` if None
+    ):
+        if runs is None: runs = [r.folder for r in list_runs()[0] if r.config]
+        self.runs = ({run_name(r): Path(r) for r in runs} if all(Path(r).is_dir() for r in runs)
+                     else {open_run(r).name: open_run(r).folder for r in runs})
+        if not self.runs:
+            raise BadInput(f"there are no runs in {runs_root()}: expected at least one; train one with wb.train")
+        names = list(self.runs)
+        self.chosen = widgets.SelectMultiple(options=names, value=names[:3], rows=min(8, max(3, len(names))),
+                                             description="runs",
+                                             layout=widgets.Layout(width="300px"))
+        self.column = choice("curve", self._columns() or ["loss"], "240px")
+        self.picture = choice("pictures", ["newest samples", *self._figures()], "240px")
+        self.curves, self.table, self.pictures = (
+            Picture(format="png", layout=widgets.Layout(width="560px", max_width="100%"),
+                          tooltip="Curves of the chosen runs"), widgets.HTML(),
+            widgets.HBox(layout=widgets.Layout(flex_flow="row wrap")))
+        super().__init__([self.chosen, self.column, self.picture],
+                         [row([self.curves, self.table]), self.pictures])
+
     def frame(self):
         found = {name: self._metrics(name) for name in self.chosen.value}
         drawn = {n: m for n, m in found.items() if m}
@@ -89,8 +95,9 @@ class RunExplorer(Explorer):
         self.curves.layout.visibility = "visible" if drawn else "hidden"
         width = "220px" if self.picture.value == "newest samples" else "400px"
         before = self.pictures.children
-        self.pictures.children = [titled(html.escape(f"{name}, {file.stem}"), widgets.Image(
-            value=read_regular(file), format="png", layout=widgets.Layout(width=width, max_width="100%")))
+        self.pictures.children = [titled(html.escape(f"{name}, {file.stem}"), Picture(
+            value=read_regular(file), format="png", tooltip=f"{name}, {file.stem}",
+            layout=widgets.Layout(width=width, max_width="100%")))
                                   for name in found if found[name] is not None and (file := self._picture(name))]
         # the kernel and the browser keep every widget that nobody closes, its layout and style too
         for tile in before:
