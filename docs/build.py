@@ -15,6 +15,7 @@ ROOT = DOCS.parent
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path[:0] = [str(ROOT), str(DOCS)]
 import check  # noqa: E402
+import lighter  # noqa: E402
 import notebooks  # noqa: E402
 import pages  # noqa: E402
 import reference  # noqa: E402
@@ -40,6 +41,16 @@ def process():
     reference.write_pages(PROC / "reference")
 
 
+def add_downloads():
+    "Each notebook beside its page, and a link to it."
+    for source in pages.notebooks():
+        target = OUT / source.relative_to(notebooks.NBS)
+        page = target.with_suffix(".html")
+        if not page.exists(): continue   # a build that has failed
+        target.write_text(notebooks.to_download(source), encoding="utf-8")
+        page.write_text(notebooks.with_download(page.read_text(encoding="utf-8"), target.name), encoding="utf-8")
+
+
 def main() -> int:
     start = time.monotonic()
     process()
@@ -48,6 +59,8 @@ def main() -> int:
                            str(PROC / ".doctrees"), "-b", "html", str(PROC), str(OUT)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)   # MyST-NB's copies
     for source_map in OUT.rglob("*.map"): source_map.unlink()   # of the theme, for those who change it
+    add_downloads()
+    lighter.lighten(OUT)
     status = status or check.main()
     if not status:
         print(f"== built {OUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s: look at it with make serve-docs")

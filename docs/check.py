@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 DOCS = Path(__file__).resolve().parent
 OUT = DOCS.parent / "_docs"
-MAX_SITE, MAX_PAGE = 30 * 2**20, 3 * 2**20   # bytes; a page with the pictures it shows
+MAX_SITE, MAX_PAGE = 24 * 2**20, 3 * 2**20   # bytes; a page with the pictures it shows
 UNREAD = {"genindex", "search", "py-modindex"}   # pages without prose
 
 
@@ -40,6 +40,7 @@ class Page(HTMLParser):
             self.loads.append(a["href"])
         if tag == "img" and a.get("src"):
             self.loads.append(a["src"]); self.pictures.append(a["src"])
+            if not says_something(a.get("alt") or "", a["src"]): self.unnamed.append(a["src"])
         if tag == "article": self._main = True
         if tag in ("pre", "code", "script", "style", "svg"): self._skip += 1
         if "math" in (a.get("class") or "").split(): self._skip += 1; self._tags.append(tag)
@@ -52,6 +53,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self._main and not self._skip: self.words.append(data)
+
+
+def says_something(alt: str, source: str) -> bool:
+    "Whether the text of a picture is one for readers: not empty, no file name, no digest."
+    name = Path(urlsplit(source).path).name
+    return len(alt.split()) >= 2 and name not in alt and not re.search(r"[0-9a-f]{16}", alt)
 
 
 @cache
@@ -105,6 +112,12 @@ def spelling() -> list[str]:
                     [f"codespell: {done.stderr.strip()}"] if done.returncode not in (0, 65) and not done.stdout else [])
 
 
+def descriptions() -> list[str]:
+    "Pictures without a text that says what they show."
+    return [f"{page.relative_to(OUT)} shows {picture} without a text: give its cell a line #| fig-alt: …"
+            for page in pages() for picture in read(page).unnamed]
+
+
 def sizes() -> list[str]:
     "What is larger than it may be."
     site = sum(f.stat().st_size for f in OUT.rglob("*") if f.is_file())
@@ -133,7 +146,7 @@ def remnants() -> list[str]:
 
 
 def main() -> int:
-    faults = [*links(), *spelling(), *sizes(), *remnants()]
+    faults = [*links(), *spelling(), *descriptions(), *sizes(), *remnants()]
     for fault in faults: print(f"error: {fault}", file=sys.stderr)
     return bool(faults)
 

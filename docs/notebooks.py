@@ -1,5 +1,6 @@
 "nbdev processors that make a notebook a page to read: they stand in for those that write for Quarto."
 import ast
+import json
 import re
 from pathlib import Path, PurePosixPath
 
@@ -82,10 +83,12 @@ class for_reading(Processor):
             del cell["source"]
             return
         if cell.cell_type != "code": return
+        shows = picture_text(cell.source)
         source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")).strip("\n")
         if re.search(r"\b(nbdev_export|show_doc)\(", source) or not source: del cell["source"]; return
         cell.source = source
-        cell.metadata = {"tags": list(cell.metadata.get("tags", []))}
+        cell.metadata = {"tags": list(cell.metadata.get("tags", [])),
+                         **({"mystnb": {"image": {"alt": shows}}} if shows else {})}
         tags = cell.metadata["tags"]
         for out in cell.get("outputs", []):
             data = out.get("data", {})
@@ -113,6 +116,29 @@ class for_reading(Processor):
                 cells.append(mk_cell(f"{anchors}\n:::{{div}} reference-line\n{links}\n:::", "markdown"))
             cells.append(cell)
         self.nb.cells = cells
+
+
+def to_download(path: Path) -> str:
+    "A notebook as a reader takes it away: without outputs, and without the lines that are for the site."
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    for cell in nb["cells"]:
+        if cell["cell_type"] != "code": continue
+        cell["outputs"], cell["execution_count"] = [], None
+        cell["source"] = [line for line in cell["source"] if not line.startswith("#| fig-alt")]
+    return json.dumps(nb, ensure_ascii=False, indent=1) + "\n"
+
+
+def with_download(page: str, name: str) -> str:
+    "The HTML of a notebook's page with a link below its title to the notebook, which lies beside it."
+    link = f'<p class="take"><a href="{name}" download="{name}">Download this notebook</a></p>'
+    title = re.compile(r"</h1>\s*(?:<blockquote>.*?</blockquote>)?", re.S)
+    return title.sub(lambda m: f"{m[0]}\n{link}\n", page, count=1)
+
+
+def picture_text(source: str) -> str:
+    "What a cell's pictures show, for those who do not see them: its line `#| fig-alt: …`."
+    found = re.search(r"^#\| *fig-alt: *(.+?) *$", source, re.M)
+    return found[1].strip("\"'") if found else ""
 
 
 def defined(source: str) -> list[str]:

@@ -9,14 +9,14 @@ from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
     "tutorials": ("Tutorials", "Do it once, from the first line to a result",
-                  ["digits", "your_pipeline", "three_pipelines", "route", "image_folder", "latent_pipeline",
-                   "batch_runs", "cluster", "pictures", "explore", "digits_base"]),
+                  ["explore", "pictures", "digits", "your_pipeline", "image_folder", "route", "paper_figure",
+                   "three_pipelines", "latent_pipeline", "batch_runs", "cluster", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
-                 ["timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling",
+                 ["words", "timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling",
                   "measuring"]),
     "howto": ("How-to", "One task a page, for when you know what you want",
-              ["patches", "method", "gate", "backbone", "objective", "metrics", "text", "latents", "run_folder",
-               "resume", "trust", "several_gpus"]),
+              ["troubleshooting", "patches", "sizes", "method", "gate", "backbone", "objective", "metrics", "text",
+               "latents", "run_folder", "resume", "trust", "several_gpus", "completion", "cite"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
              ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
 }

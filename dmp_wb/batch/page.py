@@ -56,6 +56,14 @@ def _in_page(name: str, folders: tuple[Path, ...]) -> str:
         except (OSError, ValueError): continue   # `BadInput` is one
     return ""
 
+def _describe(cell):
+    "The pictures of a cell get the text that its line `#| fig-alt: …` has for those who do not see them."
+    if found := re.search(r"^#\| *fig-alt: *(.+?) *$", cell.source, re.M):
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.setdefault("metadata", {})["image/png"] = {
+                    **output.get("metadata", {}).get("image/png", {}), "alt": found[1]}
+
 def _still(output):
     "An output without what a browser would run, and with its drawing as a picture."
     if (data := output.get("data")) is None: return output
@@ -191,6 +199,7 @@ def write_page(
     banner = failure_banner(notebook, Path(path))
     for cell in notebook.cells:
         if "outputs" in cell:
+            _describe(cell)
             cell.outputs = [still for o in cell.outputs if not done(o) and (still := _still(o)) is not None]
     exporter = HTMLExporter(template_name="basic", exclude_input=not code, exclude_input_prompt=True,
                             exclude_output_prompt=True)

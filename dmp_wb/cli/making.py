@@ -27,19 +27,43 @@ from dmp_wb.cli.base import (
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665
 @app.command()
 def new(
-        folder: Annotated[Path, typer.Argument(help="Is made; or one that is there and empty.")],
+        folder: Annotated[Path | None, typer.Argument(
+            help="Is made; or one that is there and empty. With --data the project that one stands in, if not given.",
+            show_default=False)] = None,
         add: Annotated[bool, typer.Option("--add", help="Into a folder that holds other things: write what is missing, "
                                           "change nothing that is there.")] = False,
+        data: Annotated[str | None, typer.Option(
+            help="A folder of images, or what else data.name may be: write two experiments that fit it, of a base and "
+                 "of a patch on it.")] = None,
+        name: Annotated[str | None, typer.Option(
+            help="Of the two experiments, which are NAME-pretrain and NAME-dmp; that of the data if not given.")] = None,
 ):
     """Make a project: a folder with the run notebooks and experiments to edit.
     In it, and below it, bare names lead to its own files first."""
     from dmp_wb.batch.projects import new_project
+    if folder is None and data is None:
+        raise BadInput("FOLDER is not given: expected a folder to make, or --data with images to write experiments for")
+    if folder is None and add: raise BadInput("--add is given without FOLDER: expected the folder to add to")
+    if data is not None: _begin(f"looking at {data}")
+    if folder is None: return _tell_fitted(data, None, name)
     written, kept = new_project(folder, add)
     print(f"{printable(folder)}: {len(written)} files written"
           + "".join(f"\n  kept as it is: {printable(path)}, which is not the one that ships" for path in kept))
+    if data is not None: return _tell_fitted(data, folder, name)
     print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "")
           + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
+
+def _tell_fitted(data: str | None, folder: Path | None, name: str | None):
+    from dmp_wb.batch.projects import fit_experiments
+    from dmp_wb.core.paths import short
+    base, patch = fit_experiments(data or "", folder, name)
+    print(f"written: {printable(short(base))}\n         {printable(short(patch))}")
+    lines = [] if folder is None or folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
+    lines += [f"dmp-wb train {base.stem}        # a model of these images",
+              f"dmp-wb train {patch.stem}             # a patch on it; the model stays as it is",
+              f"dmp-wb compare {base.stem} {patch.stem}    # both on one page"]
+    print("Next:" + "".join(f"\n  {line}" for line in lines))
 
 # %% ../../nbs/source/cli/01_making.ipynb #a409beae
 @app.command()

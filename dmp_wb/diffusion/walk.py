@@ -127,7 +127,8 @@ def _images_and_labels(backbone: nn.Module, num_images, class_labels, first) -> 
 
 def _checked_seeds(seeds, num_images: int) -> list[int] | None:
     if seeds is None: return None
-    if not hasattr(seeds, "__iter__"): raise BadInput(f"seeds are {said(seeds)}: expected a whole number for each image")
+    if not hasattr(seeds, "__iter__"):
+        raise BadInput(f"seeds are {said(seeds)}: expected a whole number for each image")
     found = [whole_number("seeds", s, 0) for s in seeds]
     if len(found) != num_images: raise BadInput(f"{len(found)} seeds for {num_images} images: expected as many")
     return found

@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from ..core.errors import BadInput
 from dmp_wb.look.canvas import (
-    MAGNITUDE, ROUTES, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends,
+    MAGNITUDE, ROUTES, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends, wrapped,
 )
 from .axis import columns_of, time_axis, TimeAxis
 from .gates import gate_heatmaps
@@ -24,7 +24,7 @@ from .gates import gate_heatmaps
 def routing_masks(
     masks: Mapping[str, Sequence],  # title → masks [timesteps, channels], ones and zeros
     timesteps,                      # [timesteps]
-    columns: int = 4,
+    columns: int | None = None,   # of panels side by side; None: as many as make a picture that is not flat
     title: str | None = None,
     axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
@@ -39,7 +39,7 @@ def routing_masks(
     for ax, (name, m) in zip(axes.flat, masks.items()):
         ax.imshow(m[shown.rows].T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
                   extent=(*shown.ends, m.shape[1] - 0.5, -0.5))
-        ax.set_title(name, fontsize=10)
+        ax.set_title(wrapped(name, 2.5, 10), fontsize=10)
     outer_labels(axes, axis.label, "channel")
     swatches = [Patch(color=ROUTES(1.0), label="through the block"),
                 Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
@@ -103,8 +103,8 @@ def affinity_lines(
 def _lines(ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A line for each column of values [timesteps, n]."
     for i, column in enumerate(values.T):
-        colour = MAGNITUDE((i + 0.5) / values.shape[1])
-        ax.plot(axis.of(t), column, color=colour, label=names[i] if len(names) else None)
+        ax.plot(axis.of(t), column, color=MAGNITUDE((i + 0.5) / values.shape[1]),
+                label=names[i] if len(names) else None)
     ax.set_xlim(columns_of(axis, t).ends)
     if 0 < len(names) <= 12: ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -112,7 +112,8 @@ def _matrix(fig, ax, axis: TimeAxis, t: np.ndarray, values: np.ndarray, names):
     "A row for each column of values [timesteps, n]."
     columns, (low, high) = columns_of(axis, t), scale_ends(values)
     shown = ax.imshow(values[columns.rows].T, aspect="auto", cmap=MAGNITUDE, interpolation="nearest", vmin=low,
-                      vmax=high, extent=(*columns.ends, values.shape[1] - 0.5, -0.5))
+                      vmax=high,
+                      extent=(*columns.ends, values.shape[1] - 0.5, -0.5))
     if len(names): ax.set_yticks(range(values.shape[1]), names, fontsize=7)
     colour_bar(fig, shown, ax, shrink=0.9)
 
@@ -127,12 +128,12 @@ def panel_figure(
     title = title or " ".join([panel.title, *([f"({panel.caption})"] if panel.caption else [])])
     if panel.kind == "gates":
         counts = panel.counts if len(set(panel.counts)) > 1 else None
-        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts, blocks=panel.blocks or None,
-                             axis=axis)
+        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts,
+                             blocks=panel.names or panel.blocks or None, axis=axis)
     if panel.kind == "mask": return routing_masks({panel.title: panel.values}, panel.timesteps, title=title, axis=axis)
     fig, axes = new_figure(1, 1, 5.5, 2.6)
     ax, t, values = axes[0, 0], as_array(panel.timesteps), as_array(panel.values)
     if panel.kind == "lines": _lines(ax, axis, t, values, panel.names)
     else: _matrix(fig, ax, axis, t, values, panel.names)
-    ax.set(xlabel=axis.label, title=title)
+    ax.set(xlabel=axis.label, title=wrapped(title, 5.5, 12))
     return fig

@@ -31,7 +31,7 @@ from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.dit import DiT
 from .checkpoints import list_checkpoints, _step
-from .listing import read_experiment, read_summary, run_folder
+from .listing import bases_of, read_experiment, read_summary, run_folder
 
 # %% ../../nbs/source/store/02_run.ipynb #dddc237c
 @dataclass(frozen=True)
@@ -153,10 +153,12 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None, abo
         raise BadInput(f"run {folder} holds no model yet: it has not finished training")
     here = folder.resolve()
     if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
-    backbone = _load(run.experiment.base or "", True, None, (*above, here))
-    made_on = run.summary.get("base_fingerprint")
-    if made_on and made_on != fingerprint(backbone):
-        raise BadInput(f"the patch of run {folder} was trained on other weights than {run.experiment.base} has now: "
+    made_on, base = run.summary.get("base_fingerprint"), read_experiment(folder, moved=False).base or ""
+    for place in bases_of(folder, base):   # of two runs of one name, one has the weights
+        backbone = _load(place, True, None, (*above, here))
+        if not made_on or made_on == fingerprint(backbone): break
+    else:
+        raise BadInput(f"the patch of run {folder} was trained on other weights than {place} has now: "
                        f"expected the base with fingerprint {made_on}")
     if patched: restore_methods(backbone, methods, folder)
     return backbone

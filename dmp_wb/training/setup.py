@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAY_CHANGE', 'WRITTEN', 'make_model', 'put_methods', 'check_text_inputs', 'trainable', 'param_groups',
            'make_optimizer', 'check_device', 'make_accelerator', 'start_trackers', 'share_of_batch', 'absolute_paths',
-           'new_run', 'settle_format', 'check_folder', 'nothing_to_do', 'versions', 'write_config', 'say_longer',
-           'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
+           'new_run', 'settle_format', 'settle_model', 'check_folder', 'nothing_to_do', 'versions', 'write_config',
+           'say_longer', 'room_for', 'clear_run', 'Parts', 'make_parts', 'add_tasks', 'groups_of']
 
 # %% ../../nbs/source/training/02_setup.ipynb #98973e13
 import contextlib
@@ -36,10 +36,11 @@ from torch import nn
 from ..config import BATCH_FORMAT, Experiment, OptimConfig, to_yaml, TrainConfig
 from ..core.errors import BadInput, system_error, unknown
 from ..core.files import flat, write_atomic
-from ..core.paths import assets_folder, expanded, runs_root, short
+from ..core.paths import assets_folder, expanded, project_root, runs_root, short
 from ..core.processes import clear_leftovers
 from ..core.seeds import git_commit, seed_of
-from ..data.load import load_data
+from ..core.settings import FROM_DATA
+from ..data.load import load_data, sizes_from
 from ..data.sources import DATASETS, EpochOrder, Source
 from ..diffusion.objectives import make_tables, Tables
 from ..methods.base import apply_methods, methods_of
@@ -50,6 +51,7 @@ from ..models.backbones import anatomy_of
 from ..models.computing import allow_tf32, computes_in, missing_compiler
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
+from ..store.listing import read_experiment, whole_base
 from ..store.run import load_model, Run, trained_objective
 from ..tasks.weighting import make_aggregator, make_clusters, UncertaintyWeighting
 from dmp_wb.training.distributed import (
@@ -76,12 +78,13 @@ def make_model(
         raise BadInput(
             f"the model takes {'×'.join(map(str, size))} {kind}, but data {exp.data.name!r} has "
             f"{'×'.join(map(str, data.shape))}: "
-            + ("set model.in_channels and model.sample_size" if exp.base is None else f"{exp.base} does not fit"))
+            + ("leave model.in_channels and model.sample_size null, they then come from the data" if exp.base is None
+               else f"{exp.base} does not fit"))
     classes = anatomy_of(model).num_classes(model)
     # a base with classes learns from data without by its null class
     if classes is not None and (data.num_classes or 0) != classes and (data.num_classes or exp.base is None):
         raise BadInput(f"the model has {classes} classes, but data {exp.data.name!r} has {data.num_classes}: "
-                       + ("set model.num_classes" if exp.base is None
+                       + ("leave model.num_classes null, it then comes from the data" if exp.base is None
                           else f"{exp.base} does not fit; data.conditional=false trains with its null class alone"))
     if data.null: check_text_inputs(model, data, exp)
     put_methods(model, exp)
@@ -228,10 +231,12 @@ def share_of_batch(t: TrainConfig, num_processes: int) -> int:
 # %% ../../nbs/source/training/02_setup.ipynb #65f17d42
 def absolute_paths(exp: Experiment) -> Experiment:
     "The experiment with its files and folders by full path: a run must find them from any folder."
-    for config, key in ((exp, "base"), (exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"),
-                        (exp.multitask, "clusters")):
-        if (value := getattr(config, key)) and value not in DATASETS and Path(value).exists():
-            setattr(config, key, str(Path(value).resolve()))
+    for config, key in ((exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):
+        if not (value := getattr(config, key)) or value in DATASETS: continue
+        # a command may be given in any folder of the project
+        found = next((p for p in (Path(value), project_root() / value) if p.exists()), None)
+        if found is not None: setattr(config, key, str(found.resolve()))
+    if exp.base: exp.base = whole_base(exp.base)
     return exp
 
 def new_run(exp: Experiment, folder: str | Path | None) -> Run:
@@ -246,6 +251,15 @@ def settle_format(exp: Experiment, run: Run):
     if exp.train.batch_format is None:
         goes_on = (run.folder / "config.yaml").exists()
         exp.train.batch_format = run.experiment.train.batch_format if goes_on else BATCH_FORMAT
+
+def settle_model(exp: Experiment, run: Run, data: Source):
+    """Where an experiment leaves a size of a new model open: that of the run which goes on, else that of the data.
+    Raises `BadInput` where the data do not tell it."""
+    left_open = [key for key in FROM_DATA if getattr(exp.model, key) is None]
+    if exp.base is not None or not left_open: return
+    goes_on = (run.folder / "config.yaml").exists()
+    known = dataclasses.asdict(run.experiment.model) if goes_on else sizes_from(data, exp.data.name)
+    for key in left_open: setattr(exp.model, key, known[key])
 
 # %% ../../nbs/source/training/02_setup.ipynb #8f2cc2e5
 # What a run may be resumed with other values of: no weight and no loss depends on it
@@ -266,8 +280,12 @@ def check_folder(
     if run.folder.exists() and not run.folder.is_dir(): raise BadInput(f"{run.folder} is a file: expected a run folder")
     if not (run.folder / "config.yaml").exists(): return {}
     old, new = flat(dataclasses.asdict(run.experiment)), flat(dataclasses.asdict(exp))
-    if exp.train.batch_format is None: new["train.batch_format"] = old["train.batch_format"]   # as `settle_format`
-    changed = {k: (old[k], new[k]) for k in new if old[k] != new[k] and k != "name"}
+    # as `settle_format` and `settle_model`; with a base the sizes say nothing
+    for key in ("train.batch_format", *(f"model.{size}" for size in FROM_DATA)):
+        if new[key] is None: new[key] = old[key]
+    # where the run was written, its data may have had another place
+    recorded = flat(dataclasses.asdict(read_experiment(run.folder, moved=False)))
+    changed = {k: (old[k], new[k]) for k in new if new[k] not in (old[k], recorded[k]) and k != "name"}
     if differs := [k for k in changed if k not in MAY_CHANGE]:
         raise BadInput(f"{short(run.folder)} holds another experiment: {differs[0]} is {old[differs[0]]!r} there and "
                        f"{new[differs[0]]!r} here"
@@ -383,6 +401,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     data = load_data(exp.data)
     run = new_run(exp, folder)
     settle_format(exp, run)
+    settle_model(exp, run, data)
     accelerator = make_accelerator(exp, run)
     share = share_of_batch(exp.train, accelerator.num_processes)
     if exp.multitask.method != "none" and share < exp.multitask.k:
