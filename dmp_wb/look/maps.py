@@ -16,7 +16,7 @@ import ipywidgets as widgets
 import numpy as np
 
 from .axis import Columns, tick_places, TimeAxis
-from .widgets import Picture, show
+from .widgets import Picture, show, WHITE
 
 # %% ../../nbs/source/look/09_maps.ipynb #mp150005
 @dataclass(frozen=True)
@@ -96,12 +96,13 @@ class Map(widgets.VBox):
         "Sets what lies around it; arguments as in `over_map`."
         self.over.value = over_map(across, down, values, bar)
 
-    def show(self, pixels: np.ndarray, words: str, *lines: tuple[int, tuple[int, int, int]], wide: int | None = None):
-        "Pixels [rows, columns, 3], with vertical lines: a column and its colour each. `wide`: pixels of a column."
+    def show(self, pixels: np.ndarray, words: str, palette: bytes, *lines: tuple[int, int], wide: int | None = None):
+        """Levels [rows, columns] of a palette, with vertical lines: a column and its colour each.
+        `wide`: pixels of a column."""
         wide = wide or max(1, round(1000 / pixels.shape[1]))
         drawn = pixels.repeat(wide, 1)
         for column, colour in lines:
             first = wide * column + max(0, wide - 2) // 2
-            drawn[:, max(0, first - 1):first + 3] = 255   # a line shows on dark colours, too
+            drawn[:, max(0, first - 1):first + 3] = WHITE   # a line shows on dark colours, too
             drawn[:, first:first + 2] = colour
-        show(self.picture, drawn, words)
+        show(self.picture, drawn, words, palette=palette)

@@ -55,8 +55,10 @@ SCRIPT = """
     }
     for (const picture of root.querySelectorAll('img.widget-image')) set(picture, 'alt', picture.title);
   };
+  let due = 0;
+  const soon = () => due ||= requestAnimationFrame(() => { due = 0; name(); });
   name();
-  new MutationObserver(name).observe(root, {childList: true, subtree: true, attributes: true,
+  new MutationObserver(soon).observe(root, {childList: true, subtree: true, attributes: true,
                                             attributeFilter: ['title']});
   const read = glass => glass.read ||= {
     x: JSON.parse(glass.dataset.x || '[]'), y: JSON.parse(glass.dataset.y || '[]'),
