@@ -37,6 +37,7 @@ _PUBLIC = {
     "posterior": "diffusion.sampling",
     "evaluate": "evaluation.evaluate", "evaluate_run": "evaluation.evaluate", "guidance_sweep": "evaluation.evaluate",
     "effects": "evaluation.effects", "transfer": "evaluation.effects",
+    "sample_effects": "evaluation.sample_effects",
     "load_extractor": "evaluation.extractors", "reference_statistics": "evaluation.statistics",
     "frechet_distance": "evaluation.distances", "kernel_distance": "evaluation.distances",
     "inception_score": "evaluation.distances", "precision_recall": "evaluation.distances",

@@ -18,7 +18,8 @@ SECTIONS = {
               ["troubleshooting", "patches", "sizes", "method", "gate", "backbone", "objective", "metrics", "text",
                "latents", "run_folder", "resume", "trust", "several_gpus", "completion", "cite"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
-             ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
+             ["pretrain", "patch", "route", "sample", "evaluate", "gates", "needs", "routing", "affinity", "compare",
+              "report"]),
 }
 SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own
 

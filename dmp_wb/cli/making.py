@@ -36,7 +36,8 @@ def new(
             help="A folder of images, or what else data.name may be: write two experiments that fit it, of a base and "
                  "of a patch on it.")] = None,
         name: Annotated[str | None, typer.Option(
-            help="Of the two experiments, which are NAME-pretrain and NAME-dmp; that of the data if not given.")] = None,
+            help="Of the two experiments, which are NAME-pretrain and NAME-dmp; that of the data if not "
+            "given.")] = None,
 ):
     """Make a project: a folder with the run notebooks and experiments to edit.
     In it, and below it, bare names lead to its own files first."""
@@ -200,6 +201,11 @@ def sample(
         compiled: _Compile = False,
         batch_size: Annotated[int, typer.Option(help="Images drawn at once; another size is another job.")] = 64,
         base: Annotated[bool, typer.Option("--base", help="The run's base, without its patch.")] = False,
+        gate: Annotated[str | None, typer.Option(
+            help="What stands in the gate's or the mask's place: off, mean, uniform, shuffled, at=500 (that of another "
+            "timestep) or scale=0.5 (half as strong).")] = None,
+        patch_interval: Annotated[tuple[int, int] | None, typer.Option(
+            metavar="FIRST LAST", help="The run's methods act in these timesteps only.")] = None,
         vae: Annotated[str | None,
                        typer.Option(help="What decodes latents; what the run was trained with if not given.")] = None,
         npz: Annotated[bool, typer.Option("--npz/--no-npz",
@@ -221,7 +227,8 @@ def sample(
     from dmp_wb.evaluation.sample_files import sample_run
     done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed,
                       batch_size=batch_size, part=(rank, world), guidance_interval=guidance_interval,
-                      guidance_channels=guidance_channels, patched=not base, vae=vae,
+                      guidance_channels=guidance_channels, patched=not base, gate=gate, patch_interval=patch_interval,
+                      vae=vae,
                       device="cpu" if cpu else "auto", npz=npz)
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))

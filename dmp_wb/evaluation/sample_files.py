@@ -38,6 +38,7 @@ from ..data.load import captions_of
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from .draw import sample_decoder
 from ..methods.base import facts_of
+from ..methods.interventions import intervened, read_gate
 from ..methods.weights import fingerprint
 from ..models.backbones import anatomy_of
 from ..store.checkpoints import run_lock
@@ -53,6 +54,9 @@ class SampleJob:
     batch_size: int = 64      # another size is another job
     part: Any = None          # this process's number, and how many share the work; None: from $RANK and $WORLD_SIZE
     patched: bool = True      # False: the run's base, without its methods
+    # what stands in the gate's place: off, mean, uniform, shuffled, at=500 or scale=0.5, as `intervene` has it
+    gate: str | None = None
+    patch_interval: Any = None    # the first and the last timestep at which the run's methods act; None: at all
     vae: Any = None           # what decodes latents; None: what the run was trained with
     device: Any = "auto"      # "auto": the GPU if there is one
     npz: bool = True          # at the end, write the .npz that ADM's evaluator reads
@@ -63,7 +67,21 @@ class SampleJob:
         self.part, self.batch_size = _checked_part(self.part), whole_number("batch_size", self.batch_size, 1)
         for name in ("patched", "npz", "quiet"): setattr(self, name, yes_or_no(name, getattr(self, name)))
         _check_path("vae", self.vae)
+        if self.gate is not None: read_gate(str(self.gate))
+        if self.patch_interval is not None:
+            try: self.patch_interval = tuple(whole_number("patch_interval", t, 0) for t in self.patch_interval)
+            except TypeError: self.patch_interval = ()
+            if len(self.patch_interval) != 2: raise BadInput("patch_interval: expected a first and a last timestep")
+        if not self.patched and (self.gate is not None or self.patch_interval is not None):
+            raise BadInput("gate or patch_interval is given, and patched is False: expected one of them, the base has "
+                           "no method to change")
         return self
+
+    @property
+    def words(self) -> str:
+        "What is changed, for the name of a folder."
+        interval = f"-t{'-'.join(map(str, self.patch_interval))}" if self.patch_interval is not None else ""
+        return (f"-{self.gate.replace('=', '')}" if self.gate else "") + interval
 
 def _check_path(name: str, value, needed: bool = False):
     if not (isinstance(value, (str, Path)) or value is None and not needed):
@@ -141,10 +159,10 @@ def _same_images(folder: Path, plan: dict):
     if (folder / SAMPLES_PLAN).exists():
         old = read_json(folder / SAMPLES_PLAN)
         old = COMPUTED_ALWAYS | old if isinstance(old, dict) else {}
-        differs = [k for k in plan if old.get(k) != plan[k]]
+        differs = [k for k in (*plan, "interventions") if old.get(k) != plan.get(k)]
         if differs:
             raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there "
-                           f"and {plan[differs[0]]!r} here; expected the same, or another folder")
+                           f"and {plan.get(differs[0])!r} here; expected the same, or another folder")
     elif images:
         raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one "
                        "of an earlier call")
@@ -259,7 +277,7 @@ def sample_run(
     captions: str | Path | list[str] | None = None,
     # preset (papers: ddpm with 250 steps; flow-euler for flow matching) or config, and what comes before it: sampler,
     # num_inference_steps, guidance_scale (1.5), guidance_interval, guidance_channels, seed, dtype (float32), tf32,
-    # compile; and those of `SampleJob`: batch_size, part, patched, vae, device, npz, quiet
+    # compile; and those of `SampleJob`: batch_size, part, patched, gate, patch_interval, vae, device, npz, quiet
     **settings,
 ) -> Path | None: # the folder; None if other processes are not done yet
     """Write `num_images` images of a run as NNNNNN.png, 8 bits, grey
@@ -280,11 +298,13 @@ def sample_run(
     decode, decoder = sample_decoder(run, walk.shape[0], job.vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
     folder = expanded(folder or home / "samples" / re.sub(
-        r"[^\w.+-]+", "-", f"{how.sampler}-{how.num_inference_steps}-g{how.guidance_scale:g}-{num_images}"))
-    plan = _plan(run, model, walk, job.batch_size, decoder)
+        r"[^\w.+-]+", "-",
+        f"{how.sampler}-{how.num_inference_steps}-g{how.guidance_scale:g}-{num_images}{job.words}"))
     try:
-        _same_images(folder, json.loads(json.dumps(plan, default=str)))
-        _draw(folder, walk, decode, job.batch_size, job.part, job.quiet)
+        with intervened(model, job.gate, job.patch_interval):
+            plan = _plan(run, model, walk, job.batch_size, decoder)
+            _same_images(folder, json.loads(json.dumps(plan, default=str)))
+            _draw(folder, walk, decode, job.batch_size, job.part, job.quiet)
         return _finish(folder, num_images, job.npz) if not _missing(folder, range(num_images)) else None
     except (OSError, zipfile.BadZipFile, zipfile.LargeZipFile) as e:
         if isinstance(e, BadInput): raise

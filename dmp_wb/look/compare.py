@@ -33,6 +33,7 @@ from ..diffusion.schedules import timestep_intervals
 from ..evaluation.distances import frechet_bootstrap
 from ..data.cache_facts import makes_pixels
 from ..evaluation.draw import draw, Drawn
+from ..evaluation.effects import Effects, effects
 from ..evaluation.extractors import load_extractor
 from ..evaluation.features import Extractor
 from ..evaluation.inception import inception_weights
@@ -181,6 +182,7 @@ class Looked:
     mse: dict[str, torch.Tensor] = field(default_factory=dict)         # [intervals]
     spans: list[tuple[int, int]] = field(default_factory=list)         # the intervals
     panels: dict[str, list[Panel]] = field(default_factory=dict)       # what the methods show
+    needs: dict[str, Effects] = field(default_factory=dict)            # what the loss owes to them, by timestep
 
     def _of(self, kind: str) -> dict[str, list[Panel]]:
         found = {label: [p for p in panels if p.kind == kind] for label, panels in self.panels.items()}
@@ -315,6 +317,10 @@ def look_at(
         if data is not None:
             with compared.noting(label, "loss by timestep"):
                 out.spans, out.mse[label] = mse_by_timestep(backbone, exp, data, num_loss_images, seed=seed)
+            if methods_of(backbone):
+                with compared.noting(label, "what its methods do"):
+                    out.needs[label] = effects(backbone, data, "timesteps", len(out.spans), num_loss_images, seed=seed,
+                                               quiet=True)
         count.finish(label)
 
     with count.bar as bar, _SideBySide(len(compared.runs), count.show) as beside:
@@ -333,7 +339,8 @@ def look_at(
             beside.do(partial(look, label, r, backbone, exp, data if label in same_loss else None),
                       how["dtype"] == "float32" and not compile and _beside_others(backbone, exp))
     # threads end in any order
-    for part in (out.drawn, out.mse): part |= {label: part.pop(label) for label in compared.runs if label in part}
+    for part in (out.drawn, out.mse, out.needs):
+        part |= {label: part.pop(label) for label in compared.runs if label in part}
     return out
 
 def colours_of(compared: Compared) -> dict[str, str]: # label → colour

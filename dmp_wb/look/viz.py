@@ -17,5 +17,9 @@ from dmp_wb.look.curves import (
 from dmp_wb.look.gates import (
     gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, gate_verdict, prompt_similarity, relative_gates,
 )
+from dmp_wb.look.needs import (
+    effect_curve, effect_lines, effect_map, effect_maps, interval_samples, sample_effect_curves, sample_effect_maps,
+    transfer_map, verdict,
+)
 from .samples import compare_samples, film_strip, sample_grid, tile_images
 from .timesteps import affinity_lines, panel_figure, routing_masks, timestep_affinities

@@ -308,7 +308,10 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
         group = method_entry(name.split(" ")[0]).formerly if name.split(" ")[0] in method_names() else None
         if group: found[group] = {**(found[group] or {}), **method.facts()}
         else: others[name] = method.facts()
-    return {**found, **({"methods": others} if others else {})}
+    # what is drawn inside `intervene` is not what the model itself draws
+    hooks = getattr(unwrap_model(model), HOOKS_NAME, None)
+    changes = [dataclasses.asdict(c) for c in (hooks.changes.value if hooks else None) or ()]
+    return {**found, **({"methods": others} if others else {}), **({"interventions": changes} if changes else {})}
 
 def folder_of(name: str) -> str:
     "Where the files of a method are in a run folder."

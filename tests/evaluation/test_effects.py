@@ -52,7 +52,7 @@ def test_a_patch_that_learned_in_one_place_is_needed_there_and_nowhere_else(know
         assert torch.equal(found.certain(what), there)
         low, high = found.interval(what)
         assert low[1, 1] > 0 and (low <= values.mean(-1)).all() and (values.mean(-1) <= high).all()
-    assert torch.equal(found.whole[1], found.needed[1, 1]) and found.blocks == [0, 1, 2, 3]
+    assert torch.equal(found.whole[1], found.needed[1, 1]) and found.blocks == [(0,), (1,), (2,), (3,)]
 
 
 def test_needed_and_alone_differ_where_blocks_work_together():

@@ -226,7 +226,7 @@ def test_the_page_from_the_command_line(made, tmp_path, runs_folder, request):
             and [p.name for p in tmp_path.iterdir() if p.suffix] == ["page.html"])
     for text in ("difference to digits-base", "pretrain + dtr", "holds no model yet", "optim.<wbr>lr"):
         assert text in html
-    assert html.count("<img") == 6   # distances, samples, curve, loss by timestep, gates, masks
+    assert html.count("<img") == 7   # distances, samples, curve, loss and needs by timestep, gates, masks
     assert not re.findall(r"https?://(?!www\.w3\.org)", re.sub(r'src="data:[^"]*"', "", html)) and "<script" not in html
     if CHROMIUM: look_in_a_browser(request.getfixturevalue("browser"), tmp_path / "page.html", tmp_path)
     failed = subprocess.run([sys.executable, "-m", "dmp_wb", "compare", "digits-base", "routd"], capture_output=True,
