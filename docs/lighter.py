@@ -3,6 +3,7 @@
 Sphinx wraps each word of code in elements of its own, and writes the whole tree of pages into every page.
 Nothing that is read, searched, clicked or linked to goes: `tests/test_lighter.py` compares before and after.
 """
+import io
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ FLAT = 2.2   # times as wide as high: too flat for a phone
 _TAG = re.compile(r"(<[^>]+>)")
 _CODE = re.compile(r"(<pre\b.*?</pre>|<textarea\b.*?</textarea>|<script\b.*?</script>)", re.S)
 _SIGNATURE = re.compile(r'<dt class="sig.*?</dt>', re.S)
+_STYLE = re.compile(r"<style>(\s*body \{\s*--color-.*?)</style>", re.S)   # furo's, the same on each page
 _TREE = re.compile(r'(?<=<div class="sidebar-tree">).*?(?=</div>)', re.S)
 
 
@@ -94,7 +96,8 @@ def _end_of_list(tree: str, start: int) -> int:
 def lighter(text: str, page: str) -> str:
     "The HTML of a page of the site. `page`: its path in the site."
     text = re.sub(r'<symbol id="svg-(?:pencil|eye)".*?</symbol>\n?', "", text, flags=re.S)
-    text = _TREE.sub(lambda m: branch(m[0], page), text, count=1)
+    text = _TREE.sub(lambda m: branch(m[0], page).replace('class="reference internal"', 'class="reference"'), text,
+                     count=1)
     return "".join(code_block(piece) if piece.startswith("<pre") else piece if i % 2 else prose(piece)
                    for i, piece in enumerate(_CODE.split(text)))
 
@@ -118,8 +121,29 @@ def sized(text: str, folder: Path) -> str:
     return re.sub(r'<img\b[^>]*?src="([^"]+\.png)"[^>]*>', one, text)
 
 
+def smaller_png(data: bytes) -> bytes:
+    "The same pixels in fewer bytes: without a channel that is opaque everywhere, with a palette where one holds all."
+    from PIL import Image
+    image = Image.open(io.BytesIO(data))
+    if image.mode == "RGBA" and image.getextrema()[3] == (255, 255): image = image.convert("RGB")
+    found = [data]
+    for other in (image, *([image.quantize(len(n))] if image.mode == "RGB" and (n := image.getcolors(256)) else [])):
+        if other.convert(image.mode).tobytes() != image.tobytes(): continue
+        buffer = io.BytesIO()
+        other.save(buffer, "PNG", optimize=True)
+        found.append(buffer.getvalue())
+    return min(found, key=len)
+
+
 def lighten(out: Path) -> None:
-    "Every page of a built site."
+    "Every page and picture of a built site; the colours of the theme, which every page repeats, go into one file."
+    styles = set()
     for page in out.rglob("*.html"):
         text = sized(page.read_text(encoding="utf-8"), page.parent)
+        if found := _STYLE.search(text):
+            styles.add(found[1])
+            text = text.replace(found[0], "")
         page.write_text(lighter(text, page.relative_to(out).as_posix()), encoding="utf-8")
+    if len(styles) > 1: raise ValueError("pages have other colours: expected the theme's in each")
+    with (out / "_static" / "site.css").open("a", encoding="utf-8") as f: f.writelines(styles)
+    for picture in (out / "_images").glob("*.png"): picture.write_bytes(smaller_png(picture.read_bytes()))

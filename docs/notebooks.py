@@ -125,7 +125,7 @@ def to_download(path: Path) -> str:
         if cell["cell_type"] != "code": continue
         cell["outputs"], cell["execution_count"] = [], None
         cell["source"] = [line for line in cell["source"] if not line.startswith("#| fig-alt")]
-    return json.dumps(nb, ensure_ascii=False, indent=1) + "\n"
+    return json.dumps(nb, ensure_ascii=False) + "\n"
 
 
 def with_download(page: str, name: str) -> str:

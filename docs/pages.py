@@ -9,7 +9,7 @@ from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
     "tutorials": ("Tutorials", "Do it once, from the first line to a result",
-                  ["explore", "pictures", "digits", "your_pipeline", "image_folder", "route", "paper_figure",
+                  ["needs", "explore", "pictures", "digits", "your_pipeline", "image_folder", "route", "paper_figure",
                    "three_pipelines", "latent_pipeline", "batch_runs", "cluster", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
                  ["words", "timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling",
@@ -18,7 +18,8 @@ SECTIONS = {
               ["troubleshooting", "patches", "sizes", "method", "gate", "backbone", "objective", "metrics", "text",
                "latents", "run_folder", "resume", "trust", "several_gpus", "completion", "cite"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
-             ["pretrain", "patch", "route", "sample", "evaluate", "gates", "routing", "affinity", "compare", "report"]),
+             ["pretrain", "patch", "route", "sample", "evaluate", "gates", "needs", "routing", "affinity", "compare",
+              "report"]),
 }
 SINGLE = ["results", "coming_from_papers"]   # notebooks of nbs/ that are pages of their own
 

@@ -80,6 +80,33 @@ def test_pictures_have_their_size_and_flat_ones_are_marked(tmp_path):
         '<img alt="b" src="square.png" width="100" height="100"/><img alt="c" src="none.png"/>')
 
 
+def test_pictures_keep_their_pixels():
+    import io
+
+    from PIL import Image
+    flat = Image.new("RGBA", (60, 40), (10, 20, 30, 255))
+    flat.paste((200, 10, 10, 255), (5, 5, 30, 30))
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    half = Image.new("RGBA", (20, 20), (1, 2, 3, 100))
+    for image in (flat, noise, half):
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        after = lighter.smaller_png(buffer.getvalue())
+        assert len(after) <= len(buffer.getvalue())
+        assert Image.open(io.BytesIO(after)).convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
+
+
+def test_the_colours_of_the_theme_are_in_one_file(tmp_path):
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_images").mkdir()
+    (tmp_path / "_static" / "site.css").write_text("p { color: red }\n")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.html").write_text("<head><style>\n body {\n --color-x: #fff; }</style></head><p>x</p>")
+    lighter.lighten(tmp_path)
+    assert "--color" not in (tmp_path / "a.html").read_text()
+    assert (tmp_path / "_static" / "site.css").read_text().count("--color-x: #fff") == 1
+
+
 def test_contents_of_scripts_and_text_areas_are_left_alone():
     page = '<script>\n   let a = "<span></span>";\n</script><textarea>\n   x\n</textarea>'
     assert lighter.lighter(page, "index.html") == page

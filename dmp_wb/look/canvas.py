@@ -98,12 +98,12 @@ def wrapped(
     return "\n".join(textwrap.wrap(text, max(12, int(width * 72 / (0.6 * size))))) or text
 
 def add_legend(fig: Figure, ax):
-    "A legend of an axes' lines: in it, or beside the figure, which grows, where it would fill the axes."
+    "A legend of an axes' lines: in it, or beside the figure, which grows, where it would hide the lines."
     handles, labels = ax.get_legend_handles_labels()
-    if len(labels) < 9: return ax.legend(frameon=False)
+    if len(labels) * max(map(len, labels), default=0) <= 60: return ax.legend(frameon=False)
     width, height = fig.get_size_inches()
     columns = math.ceil(len(labels) / (6.5 * height))
-    fig.set_size_inches(width + columns * (0.4 + 0.07 * max(map(len, labels))), height)
+    fig.set_size_inches(width + columns * (0.5 + 0.07 * max(map(len, labels))), height)
     return fig.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=7, ncols=columns)
 
 def show_image(ax, image: np.ndarray): # [C, H, W] in [−1, 1]
