@@ -78,7 +78,8 @@ def test_no_room_outside_methods_names_a_method(wing):
 
 
 ALLOWED = {
-    "look.explore": "an explorer of gates and one of routes, which a person opens for that method",
+    "look.gate_explorer": "an explorer of gates, which a person opens for that method",
+    "look.routing_explorer": "an explorer of routes, likewise",
     "models.weights": "tensors that the released codes add to a DiT's state dict",
     "models.dit": "the table of masks in a checkpoint that the code of DTR wrote",
 }

@@ -79,7 +79,7 @@ def _as_trained(model, given: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": told.schedule, "prediction_type": told.prediction_type,
             **({"sampler": "flow-euler"} if flow else {})}
 
-_INPUTS = ("first", "conditions", "null_conditions", "texts")   # what a walk needs beside a SamplingConfig
+_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds")   # what a walk needs beside a SamplingConfig
 
 def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
     "From keywords; raises `BadInput` for one that there is not, with the nearest."
@@ -132,6 +132,7 @@ def sample(
         # in `SamplingConfig`, and before it; without one, schedule and prediction_type
         # are those that a model of `load_model` was trained with.
         # first (0): number of the first image, whose stream that is;
+        # seeds: one for each image in place of one for all, so that images share their noise or are drawn anew;
         # conditions and null_conditions: further inputs of the model by name,
         # [num_images, …] each, and what guidance leaves out of them;
         # texts: captions in their place, embedded batch by batch;

@@ -125,6 +125,14 @@ def _images_and_labels(backbone: nn.Module, num_images, class_labels, first) -> 
     first = whole_number("first", first, 0)
     return num_images, labels if labels is not None else balanced_labels(num_images, classes, first), first, classes
 
+def _checked_seeds(seeds, num_images: int) -> list[int] | None:
+    if seeds is None: return None
+    if not hasattr(seeds, "__iter__"):
+        raise BadInput(f"seeds are {said(seeds)}: expected a whole number for each image")
+    found = [whole_number("seeds", s, 0) for s in seeds]
+    if len(found) != num_images: raise BadInput(f"{len(found)} seeds for {num_images} images: expected as many")
+    return found
+
 def _check_channels(channels: int | None, most: int):
     if channels is not None and not 1 <= channels <= most:
         raise BadInput(f"guidance_channels is {channels}: expected 1 to {most}, or None for all")
@@ -179,7 +187,7 @@ def _ddim_moves(scheduler) -> list[_Move] | None:
 class _Checked:
     "The checked settings of a walk."
     def __init__(self, model, config: SamplingConfig, num_images=None, class_labels=None, *, first=0, conditions=None,
-                 null_conditions=None, texts=None):
+                 null_conditions=None, texts=None, seeds=None):
         if isinstance(model, (str, Path)):
             raise BadInput(
                 f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
@@ -189,6 +197,7 @@ class _Checked:
         self.num_images, self.labels, self.first, self.classes = _images_and_labels(backbone, num_images, class_labels,
                                                                                     first)
         self.config = dataclasses.replace(config).check()
+        self.seeds = _checked_seeds(seeds, self.num_images)
         if not (texts is None or hasattr(texts, "of")):
             raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
         self.texts = texts
@@ -236,10 +245,10 @@ class _Checked:
 class _Batch:
     "Where the walk of some images stands, as one batch. All that a step needs is on the device before the first."
     def __init__(self, walk: "_Walk", numbers: range):
-        c, device = walk.config, walk.param.device
+        device = walk.param.device
         self.walk, self.scheduler = walk, walk.make_scheduler()
         self.timesteps = self.scheduler.timesteps.unbind()   # on the CPU, where schedulers look things up
-        streams = [torch.Generator().manual_seed(seed_of(c.seed, "image", walk.first + i)) for i in numbers]
+        streams = [torch.Generator().manual_seed(walk.seed_of(i)) for i in numbers]
         # float32; only the model may be narrower
         self.x = randn_tensor((len(numbers), *walk.shape), generator=streams).to(device) * getattr(
             self.scheduler, "init_noise_sigma", 1.0)
@@ -281,6 +290,11 @@ class _Batch:
 class _Walk(_Checked):
     "The walks of images, by their numbers."
     def __len__(self) -> int: return len(self.timesteps)   # calls of the model, S
+
+    def seed_of(self, i: int) -> int:
+        "The seed of an image's noise: by its number; of a seed of its own, that of the first image."
+        if self.seeds is None: return seed_of(self.config.seed, "image", self.first + i)
+        return seed_of(self.seeds[i], "image", self.first)
 
     @property
     def wanted(self) -> int | None:

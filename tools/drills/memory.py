@@ -61,7 +61,7 @@ def main() -> int:
     parser.add_argument("--moves", type=int, default=500)
     a = parser.parse_args()
     warnings.simplefilter("ignore")
-    look_explore.live = lambda: True   # they draw at each move, as in JupyterLab
+    os.environ["DMP_WB_EXPLORE"] = "live"   # they draw at each move, as in JupyterLab
     faults = 0
 
     def tell(name: str, what: str, first: float, last: float, begun: float):
