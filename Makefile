@@ -38,7 +38,7 @@ demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gate
 	@echo "== 5/7 the gates across timesteps"
 	@$(PAPERMILL)/gates.ipynb $(DEMO)/gates/gates.ipynb -p model $(DEMO)/dmp
 	@echo "== 6/7 real images: clothes, without and with a patch that ships"
-	@$(PAPERMILL)/sample.ipynb $(DEMO)/clothes/sample.ipynb -p models "base:fashion-base patched:fashion-faded" -p reference fashion-faded -p num_images 200 -p num_shown 20 -p num_inference_steps 15
+	@$(PAPERMILL)/sample.ipynb $(DEMO)/clothes/sample.ipynb -p models "base:fashion-base patched:fashion-faded" -p reference fashion-faded -p num_images 200 -p num_shown 24 -p num_inference_steps 15
 	@echo "== 7/7 one page of it all"
 	@$(PAPERMILL)/report.ipynb $(DEMO)/report.ipynb
 	@$(BIN)/python -m dmp_wb.batch.notebook $(DEMO)/sample

@@ -9,7 +9,7 @@ from notebooks import NBS, PAGES, ROOT, relinked, rooms_of, wings
 # folder of nbs/ → title, summary, and the pages that come first; others follow by name
 SECTIONS = {
     "tutorials": ("Tutorials", "Do it once, from the first line to a result",
-                  ["explore", "pictures", "digits", "your_pipeline", "image_folder", "route", "paper_figure",
+                  ["needs", "explore", "pictures", "digits", "your_pipeline", "image_folder", "route", "paper_figure",
                    "three_pipelines", "latent_pipeline", "batch_runs", "cluster", "digits_base"]),
     "concepts": ("Concepts", "What the methods do, with the equations and drawings of what really happens",
                  ["words", "timesteps_as_tasks", "dmp", "dtr", "learned_mask", "switch", "tlora", "losses", "sampling",

@@ -131,7 +131,7 @@ EXTRACTORS: dict[str, ExtractorEntry] = {e.name: e for e in (
     ExtractorEntry("digits", "dmp_wb.evaluation.features:DigitFeatures", ships=True,
                    classifies=("digits", "digits-slanted")),
     ExtractorEntry("fashion", "dmp_wb.evaluation.features:FashionFeatures", ships=True,
-                   classifies=("fashion-mnist", "zalando-datasets/fashion_mnist")),
+                   classifies=("fashion-mnist", "fashion-faded", "zalando-datasets/fashion_mnist")),
     ExtractorEntry("inception", "dmp_wb.evaluation.inception:InceptionFeatures", "file"),
     ExtractorEntry("dinov2", "dmp_wb.evaluation.extractors:dinov2", "folder or hub id"),
     ExtractorEntry("clip", "dmp_wb.evaluation.extractors:clip", "folder or hub id"))}
