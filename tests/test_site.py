@@ -92,6 +92,33 @@ def test_every_page_fits_and_its_pictures_load(visit, url, size):
     assert len(PAGES) > 40 and pictures > 40
 
 
+def test_a_page_of_a_notebook_has_it_to_download_and_pictures_with_words(visit, url):
+    page = visit("tutorials/pictures.html")
+    link = page.locator("p.take a")
+    assert link.count() == 1 and link.get_attribute("download") == "pictures.ipynb"
+    with page.expect_download() as got: link.click()
+    assert '"cells"' in Path(got.value.path()).read_text(encoding="utf-8")
+    alts = page.locator("article .cell_output img").evaluate_all("all => all.map(i => i.alt)")
+    assert len(alts) > 5 and all(len(alt.split()) > 3 for alt in alts)
+
+
+def test_a_block_of_code_is_reached_with_the_keyboard(visit):
+    page = visit("source/look/02_gates.html", "phone")
+    blocks = page.locator("article pre")
+    wide = blocks.evaluate_all("all => all.findIndex(e => e.scrollWidth > e.clientWidth)")
+    assert wide >= 0, "no block is wider than a phone"
+    blocks.nth(wide).focus()
+    assert blocks.nth(wide).evaluate("e => e === document.activeElement")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.activeElement.scrollLeft > 0")
+
+
+def test_a_flat_picture_is_high_enough_on_a_phone(visit):
+    page = visit("source/look/02_gates.html", "phone")
+    heights = page.locator("article img.flat").evaluate_all("all => all.map(i => i.getBoundingClientRect().height)")
+    assert heights and min(heights) > 150
+
+
 def test_search_finds_names_and_words(visit):
     page = visit()
     page.fill("input[name=q]", "load_patch")

@@ -209,3 +209,16 @@ def test_the_page_of_a_failed_run_opens_with_what_failed_and_how_to_try_again(tm
     assert "Failed in" not in page() and "Never ran" in page()
     nb.cells[3].outputs = []
     assert "Failed in" not in page() and "Never ran" in page()
+
+
+def test_a_picture_on_a_page_has_the_text_of_its_cell(tmp_path):
+    import nbformat
+
+    from dmp_wb.batch.page import write_page
+    png = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+    output = nbformat.v4.new_output("display_data", {"image/png": png}, metadata={"image/png": {"alt": "gates"}})
+    cell = nbformat.v4.new_code_cell('#| fig-alt: Gates of four blocks <now>\nplot()', outputs=[output])
+    page = write_page(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "run.html").read_text(encoding="utf-8")
+    alt = re.search(r'<img[^>]*alt="([^"]*)"', page)[1]
+    assert alt == "Gates of four blocks &lt;now&gt;", alt
+    assert cell.outputs[0]["metadata"] == {"image/png": {"alt": "gates"}}, "the notebook is as it was"
