@@ -169,7 +169,8 @@ class _DenoiseFrames(_DenoiseLooks):
         for slot, line in self.lines.items(): line.layout.display = None if self.choices[slot].value else "none"
         for slot, name in self._chosen().items(): self._show(slot, name, n, *found[name])
         self._place(times, change)
-        words = self.time_axis().words(times[n]) if times[n] >= 0 else "finished"
+        axis = self.time_axis() if self.axis.value != "step" else time_axis()   # the step is said already
+        words = axis.words(times[n]) if times[n] >= 0 else "finished"
         self.text.value = f"<div style='font-size:13px'>step {n} of {last}, {words}</div>"
         for part in (self.beside, self.strip): part.layout.display = None if change is not None else "none"
         if change is None: return

@@ -39,11 +39,11 @@ class Side:
     lines: Sequence[float] = ()            # shares at which a line goes across
 
 def time_side(axis: TimeAxis, columns: Columns, timesteps: np.ndarray, slider: str = "",
-              values: Sequence[int] | None = None) -> Side:
+              values: Sequence[int] | None = None, ticks: int = 10) -> Side:
     "The side of a map that is a time axis; `values` are those of the slider at the timesteps, these if None."
     values = timesteps if values is None else np.asarray(values)
     return Side([axis.words(timesteps[r]) for r in columns.rows],
-                [(columns.share(p), f"{p:g}") for p in tick_places(columns.ends, 10)], axis.label, slider,
+                [(columns.share(p), f"{p:g}") for p in tick_places(columns.ends, ticks)], axis.label, slider,
                 [int(values[r]) for r in columns.rows])
 
 # %% ../../nbs/source/look/09_maps.ipynb #mp150006

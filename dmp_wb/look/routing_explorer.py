@@ -50,7 +50,7 @@ class _RoutingLooks(Explorer):
             mask, tall, channels = self._mask(self.grid).astype(np.float32)[columns.rows], 280, self.width.value
             rows = np.arange(tall) * channels // tall
             shared = mask_overlap(torch.from_numpy(mask)).numpy()
-            across = lambda label: time_side(axis, columns, t, drive_class(label))
+            across = lambda label: time_side(axis, columns, t, drive_class(label), ticks=5)
             every = [(share, f"{share * channels:.0f}") for share in (0, 0.25, 0.5, 0.75, 1)]
             self.over_time.around(across("t₂"), Side([f"channel {c}" for c in rows], every, ""))
             side = across("t₁")

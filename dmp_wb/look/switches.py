@@ -13,10 +13,12 @@ import ipywidgets as widgets
 from torch import nn
 
 from .axis import AXES
+from .gates import block_title
 from .widgets import choice, slider
 from ..methods.base import methods_of
 from ..methods.interventions import HOWS, intervene
 from ..methods.patches import patches_of
+from ..models.backbones import anatomy_of
 
 # %% ../../nbs/source/look/11_switches.ipynb #sw150005
 def axis_choice(value: str = "timestep") -> widgets.Dropdown:
@@ -33,6 +35,7 @@ class Switches:
     def __init__(self, model: nn.Module, continuous: bool = True):
         T = min(o.config.num_train_timesteps for o in methods_of(model).values() if hasattr(o, "check_intervention"))
         blocks = sorted({b for p in patches_of(model).values() for b in p.blocks})
+        names = anatomy_of(model).names_of(model, blocks) or blocks
         self.T, often = T, {"continuous_update": continuous}
         self.how = choice("change", [("nothing", ""), *((h, h) for h in HOWS), ("gate of a timestep", "at"),
                                      ("strength", "scale")], "230px")
@@ -42,7 +45,7 @@ class Switches:
         self.within = widgets.IntRangeSlider(value=(0, T - 1), min=0, max=T - 1, description="in timesteps", **often,
                                              style={"description_width": "initial"},
                                              layout=widgets.Layout(width="360px"))
-        self.blocks = widgets.SelectMultiple(options=[(f"block {b}", b) for b in blocks], rows=3,
+        self.blocks = widgets.SelectMultiple(options=[(block_title(i, names), b) for i, b in enumerate(blocks)], rows=3,
                                              description="in blocks (none: all)",
                                              style={"description_width": "initial"},
                                              layout=widgets.Layout(width="240px"))

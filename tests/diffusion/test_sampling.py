@@ -484,3 +484,15 @@ def test_a_model_of_flow_has_its_sampler_and_latents_are_not_cut_off():
     model.trained_as = TrainedAs(ScheduleConfig(), "flow_prediction")
     flow = wb.sample(model, 2, sampler="flow-euler", **FAST)
     for known in ({}, {"preset": "fast"}): assert wb.sample(model, 2, **known, **FAST, guidance_scale=1.5).equal(flow)
+
+
+def test_each_image_may_have_a_seed_of_its_own():
+    model = tiny_dit()
+    draw = lambda **settings: wb.sample(model, num_inference_steps=3, quiet=True, **settings)
+    both = draw(class_labels=[1, 2, 2], seeds=[5, 5, 8])
+    for i, (label, seed) in enumerate(((1, 5), (2, 5), (2, 8))):
+        assert torch.allclose(both[i], draw(class_labels=[label], seed=seed)[0], atol=1e-5)
+    with pytest.raises(BadInput, match="2 seeds for 3 images: expected as many"):
+        draw(class_labels=[1, 2, 2], seeds=[5, 5])
+    with pytest.raises(BadInput, match="seeds are 5: expected a whole number for each image"):
+        draw(class_labels=[1], seeds=5)
