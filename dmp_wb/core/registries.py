@@ -162,4 +162,4 @@ def classifier_of(
 def extractor_words() -> str:
     "The extractors in a sentence, for the help of commands."
     words = [e.name + (f"[:{e.takes}]" if e.takes else "") for e in EXTRACTORS.values()]
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return f"{', '.join(words[:-1])} or {words[-1]}; or FILE.py:NAME, a function of yours that makes a network"

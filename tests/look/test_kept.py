@@ -237,7 +237,7 @@ def test_a_model_that_is_large_or_needs_a_vae_is_looked_at_alone(monkeypatch):
 
 def test_the_usual_extractor_follows_from_the_data(monkeypatch):
     usual = compare.usual_extractor
-    monkeypatch.setattr(compare, "inception_weights", lambda: None)
+    monkeypatch.setattr(extractors, "inception_weights", lambda: None)
     assert usual((1, 28, 28), "fashion-mnist") == usual((1, 28, 28), DataConfig(name="fashion-mnist")) == "fashion"
     assert usual((1, 28, 28), "mnist") == usual((1, 28, 28)) == usual((3, 32, 32), "fashion-mnist") == "inception"
     assert usual((1, 8, 8)) == usual((1, 8, 8), "some/folder") == usual((1, 8, 8), "digits-slanted") == "digits"
