@@ -92,7 +92,7 @@ def register_metric(
     return enter(METRICS, "metric", name, Metric(name, measure, label or name, better == "lower", needs, compares,
                                                  interval, None, check))
 
-_LOWER = ("frechet", "loss", "mse")   # columns that are no metrics
+_LOWER = ("frechet", "loss", "mse", "validation_loss", "validation_mse")   # columns that are no metrics
 
 def lower_is_better(
     column: str,   # a metric, or another column of results

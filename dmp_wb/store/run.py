@@ -60,6 +60,7 @@ class Run:
         "The columns of `metrics.jsonl`; None where a line has no such value."
         file = self.folder / "metrics.jsonl"
         rows = read_rows(file)
+        # the last line has all columns: what is measured now and then is measured at the end
         return {k: [row.get(k) for row in rows] for k in (rows[-1] if rows else {})}
 
     def curve(self, column: str) -> dict[str, list[float]]:

@@ -16,7 +16,7 @@ from dmp_wb.core import registries
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import assets_folder
 from dmp_wb.core.settings import DataConfig
-from dmp_wb.evaluation import draw as room
+from dmp_wb.evaluation import draw as room, extractors
 from dmp_wb.evaluation.draw import draw, Drawn
 from dmp_wb.evaluation.features import accuracy_of, fashion_classifier, ModuleFeatures
 from dmp_wb.look import compare, tables, viz
