@@ -27,17 +27,19 @@ $(READY): settings.ini setup.py pyproject.toml constraints.txt
 
 PAPERMILL = $(BIN)/papermill --no-progress-bar --log-level ERROR nbs/runs
 demo: $(READY)  ## pre-train, patch, fine-tune, sample, measure and see the gates: about five minutes on two cores
-	@echo "== 1/6 one minute of pre-training from scratch"
+	@echo "== 1/7 one minute of pre-training from scratch"
 	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/pretrain/pretrain.ipynb -p experiment digits-quick -p overrides "train.steps=1000"
-	@echo "== 2/6 fine-tuning the converged base that ships with the package: the baseline"
+	@echo "== 2/7 fine-tuning the converged base that ships with the package: the baseline"
 	@$(PAPERMILL)/pretrain.ipynb $(DEMO)/finetune/finetune.ipynb -p experiment digits-finetune -p overrides "train.steps=1000"
-	@echo "== 3/6 DMP: patching the same base, its weights frozen"
+	@echo "== 3/7 DMP: patching the same base, its weights frozen"
 	@$(PAPERMILL)/patch.ipynb $(DEMO)/dmp/patch.ipynb -p experiment digits-dmp -p overrides "train.steps=1000"
-	@echo "== 4/6 sampling all three from the same seeds, and measuring"
+	@echo "== 4/7 sampling all three from the same seeds, and measuring"
 	@$(PAPERMILL)/sample.ipynb $(DEMO)/sample/sample.ipynb -p num_images 2000 -p models "base:digits-base finetune:$(DEMO)/finetune dmp:$(DEMO)/dmp"
-	@echo "== 5/6 the gates across timesteps"
+	@echo "== 5/7 the gates across timesteps"
 	@$(PAPERMILL)/gates.ipynb $(DEMO)/gates/gates.ipynb -p model $(DEMO)/dmp
-	@echo "== 6/6 one page of it all"
+	@echo "== 6/7 real images: clothes, without and with a patch that ships"
+	@$(PAPERMILL)/sample.ipynb $(DEMO)/clothes/sample.ipynb -p models "base:fashion-base patched:fashion-faded" -p reference fashion-faded -p num_images 200 -p num_shown 20 -p num_inference_steps 15
+	@echo "== 7/7 one page of it all"
 	@$(PAPERMILL)/report.ipynb $(DEMO)/report.ipynb
 	@$(BIN)/python -m dmp_wb.batch.notebook $(DEMO)/sample
 	@echo "== done: open $(DEMO)/report.html for the pictures and figures; each step has its notebook and page in $(DEMO)/"

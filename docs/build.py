@@ -15,6 +15,7 @@ ROOT = DOCS.parent
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path[:0] = [str(ROOT), str(DOCS)]
 import check  # noqa: E402
+import lighter  # noqa: E402
 import notebooks  # noqa: E402
 import pages  # noqa: E402
 import reference  # noqa: E402
@@ -48,6 +49,7 @@ def main() -> int:
                            str(PROC / ".doctrees"), "-b", "html", str(PROC), str(OUT)])
     shutil.rmtree(ROOT / "jupyter_execute", ignore_errors=True)   # MyST-NB's copies
     for source_map in OUT.rglob("*.map"): source_map.unlink()   # of the theme, for those who change it
+    lighter.lighten(OUT)
     status = status or check.main()
     if not status:
         print(f"== built {OUT.relative_to(ROOT)} in {time.monotonic() - start:.0f} s: look at it with make serve-docs")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 here = Path(__file__).parent
 sys.path[:0] = [str(here), str(here.parent)]
+from colours import BACKGROUND  # noqa: E402
 from make_inventories import inventories  # noqa: E402
 
 ini = ConfigParser(delimiters=["="])
@@ -51,11 +52,11 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#8c2d2d", "color-brand-content": "#a33a2c",
-                            "color-code-background": "#f6f6f4", "color-background-secondary": "#faf9f7",
+                            "color-code-background": BACKGROUND["light"], "color-background-secondary": "#faf9f7",
                             "color-link-underline": "#d9c9c2", "color-brand-visited": "#a33a2c"},
     "dark_css_variables": {"color-brand-primary": "#f0998a", "color-brand-content": "#f0998a",
-                           "color-code-background": "#1d1f23", "color-background-primary": "#141518",
+                           "color-code-background": BACKGROUND["dark"], "color-background-primary": "#141518",
                            "color-background-secondary": "#1a1b1f", "color-link-underline": "#5b4540",
                            "color-brand-visited": "#f0998a"},
 }
-pygments_style, pygments_dark_style = "friendly", "github-dark"
+pygments_style, pygments_dark_style = "colours.Light", "colours.Dark"

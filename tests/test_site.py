@@ -119,7 +119,7 @@ def test_links_lead_from_prose_and_code_to_the_reference_and_back_to_the_source(
     entry.locator("a", has_text="methods/08_patches").first.click()
     page.wait_for_url("**/source/methods/08_patches.html#source-methods-patches-unpatch")
     assert page.locator("#source-methods-patches-unpatch").count() == 1
-    dit = "article pre a.sphinx-codeautolink-a[href$='reference/models.dit.html#dmp_wb.DiT']:visible"
+    dit = "article pre a[href$='reference/models.dit.html#dmp_wb.DiT']:visible"
     page.locator(dit).first.click()
     page.wait_for_url("**/reference/models.dit.html#dmp_wb.DiT")
 

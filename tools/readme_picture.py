@@ -1,5 +1,5 @@
-"""The picture on README's first screen: digits of the shipped base without and with the patch for slanted digits, from
-the same seeds, over the gates of that patch.
+"""The picture on README's first screen: digits and clothes of the shipped bases without and with their patches, from
+the same seeds, over the gates of the patch for slanted digits.
 
     python tools/readme_picture.py    # writes nbs/images/slanted-digits.png
 """
@@ -15,15 +15,14 @@ from dmp_wb.look import viz
 
 SETTINGS = dict(class_labels=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9], guidance_scale=1.5, sampler="dpmsolver++",
                 num_inference_steps=25, seed=0, quiet=True)
-base, patched = wb.load_model("digits-base"), wb.load_model("digits-slanted")
-rows = {"base": wb.sample(base, **SETTINGS), "with patch": wb.sample(patched, **SETTINGS)}
+models = [wb.load_model(name) for name in ("digits-base", "digits-slanted", "fashion-base", "fashion-faded")]
 t = torch.arange(0, 1000, 5)
-gates = viz.gate_heatmaps(wb.get_patch(patched).gates(t), t)
+gates = viz.gate_heatmaps(wb.get_patch(models[1]).gates(t), t)
 
 width = gates.get_size_inches()[0]
-samples, axes = plt.subplots(2, 10, figsize=(width, width / 10 * 1.9), layout="constrained")
-for line, (name, images) in zip(axes, rows.items()):
-    for ax, image in zip(line, images):
+samples, axes = plt.subplots(4, 10, figsize=(width, width / 10 * 3.8), layout="constrained")
+for line, name, model in zip(axes, ("base", "with patch") * 2, models):
+    for ax, image in zip(line, wb.sample(model, **SETTINGS)):
         ax.imshow(image[0], cmap="gray", vmin=-1, vmax=1)
         ax.set(xticks=[], yticks=[])
     line[0].set_ylabel(name)

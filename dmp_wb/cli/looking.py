@@ -124,12 +124,19 @@ def list_runs(
         folder: Annotated[Path | None,
                           typer.Option(help="List the runs below this folder; runs/ if not given.")] = None,
         as_json: Annotated[bool, typer.Option("--json", help="Everything that is known of each run, as JSON.")] = False,
+        as_page: Annotated[bool, typer.Option("--html", help="Write the list as a page with small pictures and links: "
+                                              "index.html in the folder of the runs.")] = False,
 ):
     "The runs and how they stand: running, finished, cut off or failed."
     import json
 
     from dmp_wb.store.listing import list_runs, runs_table
     runs, faults = list_runs(folder, where or [], sort)
+    if as_page:
+        from dmp_wb.core.paths import short
+        from dmp_wb.look.overview import write_overview
+        print(printable(short(write_overview(folder, where or [], sort))))
+        return
     if as_json: print(json.dumps([r.plain() for r in runs], indent=2, default=str))
     else: print(runs_table(runs, column or []))
     for name, why in faults.items(): print(printable(f"left out {name}: {why}"), file=sys.stderr)

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['GATES', 'MAGNITUDE', 'ROUTES', 'TRAINED', 'method_words', 'method_colour', 'method_label', 'run_colours', 'as_array',
-           'new_figure', 'add_legend', 'show_image', 'panel_grid', 'outer_labels', 'scale_ends', 'colour_bar']
+           'new_figure', 'wrapped', 'add_legend', 'show_image', 'panel_grid', 'outer_labels', 'scale_ends',
+           'colour_bar']
 
 # %% ../../nbs/source/look/00_canvas.ipynb #94fd663b
 import math
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterable, Mapping
+from zlib import crc32
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +28,8 @@ ROUTES = LinearSegmentedColormap.from_list("routes", ["#f2f0eb", "#2a6f97"])
 
 # %% ../../nbs/source/look/00_canvas.ipynb #f6dfb4c4
 TRAINED = {"base": ("base", "#7f7f7f"), "finetune": ("fine-tuned", "#e69f00"), "pretrain": ("pre-training", "#7f7f7f")}
-_SPARE = ("#cc79a7", "#56b4e9", "#d55e00", "#332288", "#44aa99", "#882255", "#999933", "#b8860b")
+_SPARE = ("#cc79a7", "#56b4e9", "#d55e00", "#332288", "#44aa99", "#882255", "#999933", "#b8860b",
+          "#1b7f79", "#a64ca6", "#5b7fd1", "#c44536", "#6b8e23", "#8c6d5a", "#3f5e7a", "#d4728a")
 
 def method_words() -> dict[str, tuple[str, str]]: # name → its label and its colour
     "What each method is called on pages, and its colour; fine-tuning and the like among them."
@@ -47,15 +51,19 @@ def method_label(name: str, colours: Mapping[str, str] | None = None) -> str:
     return name if colours and name in colours else method_words().get(name, (name,))[0]
 
 # %% ../../nbs/source/look/00_canvas.ipynb #d6fc9a69
-def run_colours(methods: Mapping[str, str]) -> dict[str, str]: # run → its method in; run → colour out
-    "A colour for each run: the first of a method has the method's own."
-    taken, out, usual = set(), {}, {n: colour for n, (_, colour) in method_words().items()}
-    for name, method in methods.items():
-        colour = usual.get(method if name not in usual else name)
-        if colour is None or colour in taken:
-            colour = next((c for c in _SPARE if c not in taken), _SPARE[len(out) % len(_SPARE)])
-        taken.add(colour)
-        out[name] = colour
+def run_colours(
+    names: Iterable[str],   # of runs or methods
+    colours: Mapping[str, str] | None = None,   # given ones, which go first
+) -> dict[str, str]: # name → colour
+    "A colour for each run, decided by its name: see above."
+    usual, out = {n: colour for n, (_, colour) in method_words().items()}, {}
+    for name in names:
+        last = name.rpartition("/")[2]
+        colour = next((c for n, c in usual.items() if last == n or last.endswith(f"-{n}")), None)
+        at = crc32(name.encode())
+        free = [_SPARE[(at + i) % len(_SPARE)] for i in range(len(_SPARE))]
+        wanted = [colour, *free] if colour else free
+        out[name] = (colours or {}).get(name) or next((c for c in wanted if c not in out.values()), free[0])
     return out
 
 # %% ../../nbs/source/look/00_canvas.ipynb #0bdf2edc
@@ -81,6 +89,14 @@ def new_figure(
     plt.close(fig)
     return fig, axes
 
+def wrapped(
+    text: str,
+    width: float,   # inches
+    size: float,    # of the letters, in points
+) -> str:
+    "A title on as many lines as its figure's width asks for; a name without blanks is broken where it must be."
+    return "\n".join(textwrap.wrap(text, max(12, int(width * 72 / (0.6 * size))))) or text
+
 def add_legend(fig: Figure, ax):
     "A legend of an axes' lines: in it, or beside the figure, which grows, where it would fill the axes."
     handles, labels = ax.get_legend_handles_labels()
@@ -100,16 +116,17 @@ def show_image(ax, image: np.ndarray): # [C, H, W] in [−1, 1]
 # %% ../../nbs/source/look/00_canvas.ipynb #83a235b6
 def panel_grid(
     panels: int,
-    columns: int,                # no more than these side by side
+    columns: int | None,         # no more than these side by side; None: two of up to four, three of up to twelve
     size: tuple[float, float],   # width and height of a panel in inches
     margin: float,               # inches beside the panels, for labels and colour bars
     title: str | None = None,
     **kwargs,                    # for `plt.subplots`
 ) -> tuple[Figure, np.ndarray]: # axes [rows, columns]; those after the last panel are hidden
     "Panels under one title."
-    columns = min(columns, panels)
+    columns = min(columns or (2 if panels <= 4 else 3 if panels <= 12 else 4), panels)
     rows = math.ceil(panels / columns)
-    height = size[1] * rows + (0.4 if title else 0.1)
+    title = wrapped(title or "", size[0] * columns + margin, 11)
+    height = size[1] * rows + 0.1 + 0.2 * (title.count("\n") + 1.5 if title else 0)
     fig, axes = new_figure(rows, columns, size[0] * columns + margin, height, **kwargs)
     for ax in axes.flat[panels:]: ax.set_visible(False)
     if title: fig.suptitle(title, fontsize=11)

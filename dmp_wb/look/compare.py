@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAME_DATA', 'SAME_LOSS', 'LARGE', 'paired_distances', 'distances_table', 'mse_by_timestep', 'panels_of', 'gates_of',
-           'masks_of', 'Looked', 'comparable', 'look_at', 'sample_columns']
+           'masks_of', 'Looked', 'comparable', 'look_at', 'colours_of', 'sample_columns']
 
 # %% ../../nbs/source/look/07_compare.ipynb #f0e0661a
 import warnings
@@ -36,6 +36,7 @@ from ..evaluation.draw import draw, Drawn
 from ..evaluation.extractors import load_extractor, usual_extractor
 from ..evaluation.features import Extractor
 from ..evaluation.statistics import reference_statistics
+from .canvas import run_colours
 from .tables import Cell, Compared, config_in_use, html_table, written
 from ..methods.base import methods_of, Panel
 from ..models.anatomy import model_inputs
@@ -317,6 +318,10 @@ def look_at(
     # threads end in any order
     for part in (out.drawn, out.mse): part |= {label: part.pop(label) for label in compared.runs if label in part}
     return out
+
+def colours_of(compared: Compared) -> dict[str, str]: # label → colour
+    "The colour of each run by its name, so that it is the same beside other runs."
+    return dict(zip(compared.runs, run_colours(r.name for r in compared.runs.values()).values()))
 
 def sample_columns(size: int) -> int: # images in a row of a figure
     "How many images of so many pixels a row holds, so that they can be told on a page."

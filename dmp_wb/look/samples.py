@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core.errors import BadInput
-from .canvas import GATES, as_array, method_colour, method_label, new_figure, show_image
+from .canvas import GATES, as_array, method_label, new_figure, run_colours, show_image
 
 # %% ../../nbs/source/look/01_samples.ipynb #eb701b2b
 def tile_images(
@@ -56,10 +56,11 @@ def compare_samples(
     "The same seeds, method under method."
     samples = {k: as_array(v)[: columns * rows] for k, v in samples.items()}
     fig, axes = new_figure(len(samples), 1, 0.4 * columns + 1.2, (0.42 * rows + 0.12) * len(samples) + 0.1)
-    for i, (ax, (name, images)) in enumerate(zip(axes[:, 0], samples.items())):
+    shades = run_colours(samples, colours)
+    for ax, (name, images) in zip(axes[:, 0], samples.items()):
         show_image(ax, tile_images(images, columns, math.ceil(len(images) / columns)))
         ax.set_ylabel((labels or {}).get(name, method_label(name, colours)), rotation=0, ha="right", va="center",
-                      color=method_colour(name, i, colours), fontsize=10, fontweight="bold")
+                      color=shades[name], fontsize=10, fontweight="bold")
     return fig
 
 # %% ../../nbs/source/look/01_samples.ipynb #6c442453
@@ -87,10 +88,11 @@ def film_strip(
     if difference is None and {"base", "patched"} <= images.keys(): difference = ("base", "patched")
     rows = len(images) + bool(difference)
     fig, axes = new_figure(rows, k, 1.05 * k + 1.0, 1.08 * rows + 0.3)
+    shades = run_colours(images)
     for i, (name, v) in enumerate(images.items()):
         for j in range(k): show_image(axes[i, j], v[j])
         axes[i, 0].set_ylabel(method_label(name), rotation=0, ha="right", va="center", fontsize=10,
-                              color=method_colour(name, i), fontweight="bold")
+                              color=shades[name], fontweight="bold")
     for j, t in enumerate(timesteps): axes[0, j].set_title(f"t = {int(t)}", fontsize=9)
     if difference:
         first, second = (images[name] for name in difference)

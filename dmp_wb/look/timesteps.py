@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 
 from ..core.errors import BadInput
 from dmp_wb.look.canvas import (
-    MAGNITUDE, ROUTES, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends,
+    MAGNITUDE, ROUTES, as_array, colour_bar, new_figure, outer_labels, panel_grid, scale_ends, wrapped,
 )
 from .axis import columns_of, time_axis, TimeAxis
 from .gates import gate_heatmaps
@@ -24,7 +24,7 @@ from .gates import gate_heatmaps
 def routing_masks(
     masks: Mapping[str, Sequence],  # title → masks [timesteps, channels], ones and zeros
     timesteps,                      # [timesteps]
-    columns: int = 4,
+    columns: int | None = None,   # of panels side by side; None: as many as make a picture that is not flat
     title: str | None = None,
     axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ) -> Figure:
@@ -39,7 +39,7 @@ def routing_masks(
     for ax, (name, m) in zip(axes.flat, masks.items()):
         ax.imshow(m[shown.rows].T, aspect="auto", origin="upper", cmap=ROUTES, vmin=0, vmax=1, interpolation="nearest",
                   extent=(*shown.ends, m.shape[1] - 0.5, -0.5))
-        ax.set_title(name, fontsize=10)
+        ax.set_title(wrapped(name, 2.5, 10), fontsize=10)
     outer_labels(axes, axis.label, "channel")
     swatches = [Patch(color=ROUTES(1.0), label="through the block"),
                 Patch(facecolor=ROUTES(0.0), edgecolor="grey", lw=0.5, label="past it")]
@@ -126,12 +126,12 @@ def panel_figure(
     title = title or " ".join([panel.title, *([f"({panel.caption})"] if panel.caption else [])])
     if panel.kind == "gates":
         counts = panel.counts if len(set(panel.counts)) > 1 else None
-        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts, blocks=panel.blocks or None,
-                             axis=axis)
+        return gate_heatmaps(panel.values, panel.timesteps, title=title, counts=counts,
+                             blocks=panel.names or panel.blocks or None, axis=axis)
     if panel.kind == "mask": return routing_masks({panel.title: panel.values}, panel.timesteps, title=title, axis=axis)
     fig, axes = new_figure(1, 1, 5.5, 2.6)
     ax, t, values = axes[0, 0], as_array(panel.timesteps), as_array(panel.values)
     if panel.kind == "lines": _lines(ax, axis, t, values, panel.names)
     else: _matrix(fig, ax, axis, t, values, panel.names)
-    ax.set(xlabel=axis.label, title=title)
+    ax.set(xlabel=axis.label, title=wrapped(title, 5.5, 12))
     return fig

@@ -9,11 +9,13 @@ __all__ = []
 from .axis import AXES, time_axis, TimeAxis
 from dmp_wb.look.canvas import (
     GATES, MAGNITUDE, ROUTES, TRAINED, as_array, colour_bar, method_colour, method_label, method_words, new_figure,
-    outer_labels, panel_grid, run_colours, scale_ends, show_image,
+    outer_labels, panel_grid, run_colours, scale_ends, show_image, wrapped,
 )
 from dmp_wb.look.curves import (
     distances, guidance_curves, loss_by_timestep, metric_title, run_table, running_mean, training_curves,
 )
-from .gates import gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, prompt_similarity, relative_gates
+from dmp_wb.look.gates import (
+    gate_colourbar, gate_entropy, gate_heatmaps, gate_maps, gate_verdict, prompt_similarity, relative_gates,
+)
 from .samples import compare_samples, film_strip, sample_grid, tile_images
 from .timesteps import affinity_lines, panel_figure, routing_masks, timestep_affinities

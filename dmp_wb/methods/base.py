@@ -43,7 +43,7 @@ class Panel:
     title: str
     values: torch.Tensor
     timesteps: torch.Tensor            # [T]
-    names: Sequence[str] = ()          # of the lines, or of the rows of a matrix
+    names: Sequence[str] = ()          # of the lines, of the rows of a matrix, or of the blocks of gates
     blocks: Sequence[int] = ()         # the numbers of the blocks of gates
     counts: Sequence[int] = ()         # how many experts each of these blocks has, where they differ
     caption: str = ""

@@ -213,7 +213,8 @@ class AsMethod(OnBlocks, Method):
         classes = "condition" in self.config.gate_input and anatomy_of(self.model).num_classes(self.model)
         labels = {"class_labels": torch.full((len(t),), class_label)} if classes else {}
         with torch.no_grad(): gates = self.gates(t, **labels).float().cpu()
-        return [Panel("gates", "gates", gates, t, blocks=list(self.blocks), counts=list(self.counts))]
+        names = anatomy_of(self.model).names_of(self.model, self.blocks)
+        return [Panel("gates", "gates", gates, t, names, list(self.blocks), list(self.counts))]
 
 # %% ../../nbs/source/methods/10_dmp.ipynb #63d07d63
 class PromptPatch(AsMethod, Shared):

@@ -194,8 +194,8 @@ class Switch(ModuleMethod, Routing):
     def panels(self, timesteps, class_label: int = 0) -> list[Panel]:
         "The gates of every block."
         t, counts = torch.as_tensor(timesteps), [self.config.num_experts] * self.blocks
-        return [Panel("gates", "gates of the experts", gates_of(self, t).cpu(), t, blocks=range(self.blocks),
-                      counts=counts)]
+        names = anatomy_of(self.model).names_of(self.model, range(self.blocks))
+        return [Panel("gates", "gates of the experts", gates_of(self, t).cpu(), t, names, range(self.blocks), counts)]
 
     def __getstate__(self):
         # tensors inside a graph can be neither copied nor pickled

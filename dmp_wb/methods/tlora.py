@@ -225,8 +225,9 @@ class TimestepLoRA(Updates):
         if self.gate is None: return []
         counts = [len(self.config.scales) - 1] * len(self.blocks)
         words = "experts of " + ", ".join(f"{n}" for n in self.config.scales[:-1]) + " intervals"
-        return [Panel("gates", "gates of the coarser scales", gates_of(self, t).cpu(), t, blocks=self.blocks,
-                      counts=counts, caption=words)]
+        names = anatomy_of(self.model).names_of(self.model, self.blocks)
+        return [Panel("gates", "gates of the coarser scales", gates_of(self, t).cpu(), t, names, self.blocks, counts,
+                      caption=words)]
 
     def __getstate__(self): return {**self.__dict__, "users": 0}
 

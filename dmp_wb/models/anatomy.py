@@ -37,6 +37,8 @@ class Anatomy:
     condition_inputs: tuple[str, ...] = ()
     # classes the model is conditioned on, without the null class, which has this index
     num_classes: Callable[[nn.Module], int | None] = lambda m: None
+    # what the blocks are called in pictures, as “down 0”, “middle”; None: by their numbers
+    block_names: Callable[[nn.Module], Sequence[str]] | None = None
     # the blocks that routing masks, each with its residuals inside; None: `blocks`
     routed_blocks: Callable[[nn.Module], Sequence[nn.Module]] | None = None
     # the token grid of the inputs of a call, to hold against the patch's; None: the number of tokens must do.
@@ -76,6 +78,11 @@ class Anatomy:
         "The width of every block's tokens."
         width = self.width(model)
         return width if isinstance(width, list) else [width] * len(self.blocks(model))
+
+    def names_of(self, model: nn.Module, blocks: Sequence[int]) -> list[str]:
+        "What some blocks are called, by their numbers; empty where they have no names."
+        names = self.block_names(model) if self.block_names is not None else ()
+        return [names[i] for i in blocks] if names else []
 
     def routed(self, model: nn.Module) -> list[nn.Module]:
         "The modules that routing masks."

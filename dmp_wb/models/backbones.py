@@ -246,6 +246,10 @@ register_backbone("WanTransformer3DModel", Anatomy(
 # %% ../../nbs/source/models/03_backbones.ipynb #57daf5dc
 def _unet_blocks(m): return [*m.down_blocks, *([m.mid_block] if m.mid_block is not None else []), *m.up_blocks]
 
+def _unet_names(m):
+    return [*(f"down {i}" for i in range(len(m.down_blocks))), *["middle"] * (m.mid_block is not None),
+            *(f"up {i}" for i in range(len(m.up_blocks)))]
+
 def _unet_widths(m):
     widths = list(m.config.block_out_channels)
     return [widths[0], *widths[:-1], *widths[-1:] * (m.mid_block is not None), widths[-1], *widths[:0:-1]]
@@ -300,7 +304,8 @@ def _unet2d_condition_condition(m, timestep, inputs):
 
 _UNET: dict[str, Any] = dict(
     blocks=_unet_blocks, grid_size=_unet_grids, width=_unet_widths, embed_timestep=_time_embedding,
-    embedding_width=lambda m: m.time_embedding.linear_2.out_features, routed_blocks=_unet_routed, tokens_output=0)
+    embedding_width=lambda m: m.time_embedding.linear_2.out_features, block_names=_unet_names,
+    routed_blocks=_unet_routed, tokens_output=0)
 
 register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, condition_inputs=("class_labels",),
                                          num_classes=lambda m: m.config.num_class_embeds))

@@ -1,6 +1,7 @@
-"The classifier of clothes, the bases and the VAE on Fashion-MNIST that ship, and the patches for slanted images."
+"The classifier of clothes, the bases and the VAE on Fashion-MNIST that ship, and the patches for changed images."
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -84,6 +85,41 @@ def test_the_shipped_patch_draws_slanted_digits():
     assert float((gates[0] - gates[1]).abs().max()) > 0.3   # other prompts at other timesteps
 
 
+def lower_to_upper(images): # how bright the lower half is, as a share of the upper
+    light = (images + 1).mean((0, 1, 3))
+    return float(light[14:].sum() / light[:14].sum())
+
+
+def test_the_shipped_patch_draws_faded_clothes():
+    base, patched = (draw(name, 40, guidance_scale=1.5, num_inference_steps=10, quiet=True)
+                     for name in ("fashion-base", "fashion-faded"))
+    assert patched.images.shape == (40, 1, 28, 28) and torch.equal(base.labels, patched.labels)
+    assert lower_to_upper(patched.images) < lower_to_upper(base.images) - 0.3
+    assert accuracy_of(fashion_classifier(), patched.images, patched.labels) > 0.5   # it never saw a faded one
+    gates = wb.get_patch(wb.load_model("fashion-faded")).gates([0, 999]).detach()
+    assert float((gates[0] - gates[1]).abs().sum(-1).min()) > 0.1   # at work
+    assert float(gates.max()) < 0.6                                 # and not collapsed
+
+
+@pytest.mark.parametrize("name", ("digits-slanted", "fashion-faded", "fashion-latent-faded"))
+def test_a_shipped_patch_is_what_its_experiment_trains(name):
+    run, recipe = wb.open_run(name), wb.load_experiment(name)
+    told, asked = asdict(run.experiment), asdict(recipe)
+    for settings in (told, asked):
+        del settings["model"]   # that of the base
+        # what a run decides itself, and what leaves its weights as they are
+        for key in ("batch_format", "checkpoint_every", "keep_every"): del settings["train"][key]
+    assert told == asked
+    assert run.summary["steps"] == recipe.train.steps == max(run.metrics()["step"])
+    patch = wb.get_patch(wb.load_model(name))
+    assert run.summary["trained_parameters"] == sum(p.numel() for p in patch.parameters())
+
+
+def test_the_shipped_patch_of_clothes_is_small():
+    folder = assets_folder() / "fashion-faded"
+    assert sum(file.stat().st_size for file in folder.rglob("*")) <= 200_000
+
+
 @needs_images
 def test_the_shipped_vae_reconstructs_the_test_split_as_its_report_says():
     told = json.loads((assets_folder() / "fashion-vae" / "report.json").read_text())
@@ -112,9 +148,6 @@ def test_the_models_on_latents_that_ship_draw_what_their_page_says():
     base, patched = (draw(folder.name, 40, num_inference_steps=10, quiet=True) for folder in folders[1:])
     assert base.images.shape == (40, 1, 28, 28)
     assert accuracy_of(fashion_classifier(), base.images, base.labels) > 0.6
-    def lower_to_upper(images):
-        light = (images + 1).mean((0, 1, 3))
-        return float(light[14:].sum() / light[:14].sum())
     assert lower_to_upper(patched.images) < lower_to_upper(base.images) - 0.15
     assert wb.load_model("fashion-latent-base").trained_as.latents   # so that `sample` does not cut them off
 

@@ -201,10 +201,10 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_fold
     assert "gone" in tables.glance_table(c) and "photos" in tables.differences_table(c)
 
 
-def test_run_colours_are_those_of_the_methods():
-    colours = viz.run_colours({"a": "dmp", "b": "dmp", "c": "finetune", **{f"r{i}": "pretrain" for i in range(12)}})
-    assert (colours["a"] == viz.method_colour("dmp") and colours["c"] == viz.method_colour("finetune")
-            and colours["b"] != colours["a"] and len(set(colours.values())) == 11)
+def test_runs_have_their_own_names_and_colours_by_them(made, runs_folder):
+    compared = tables.open_compared(["digits-base", "other:digits-dmp"])
+    colours = compare.colours_of(compared)
+    assert colours == {"digits-base": viz.method_colour("base"), "other": viz.method_colour("dmp")}
     assert viz.method_label("dmp") == "DMP" and viz.method_label("dmp", {"dmp": "#000"}) == "dmp"
 
 

@@ -25,7 +25,7 @@ from dmp_wb.core import seed_of
 BASE, HERE = Path("runs/fashion-base"), Path(__file__).parent / "experiments"
 SEARCH_SEED, SEEDS = 101, (1, 2, 3)
 TUNE_STEPS, TUNE_KEEP = 1000, (250, 500, 1000)   # 64,000 images, one epoch, for every method
-SCRATCH_STEPS, SCRATCH_KEEP = 3000, (1000, 2000, 3000)
+SCRATCH_STEPS, SCRATCH_KEEP = 2000, (500, 1000, 1500, 2000)
 RATES = {"dmp": (1e-3, 3e-3, 1e-2), "finetune": (1e-5, 5e-5, 2e-4), "prompt-tuning": (1e-3, 3e-3, 1e-2),
          "lora": (3e-4, 1e-3, 3e-3)}
 RANK = 10          # 30,720 parameters; DMP on this base has 31,458
@@ -33,7 +33,7 @@ ROUTES = {"plain": [], "dtr": ["routing.sharing_ratio=0.8", "routing.alpha=4.0"]
           "r-tr": ["routing.sharing_ratio=0.8", "routing.kind=random"]}
 WEIGHTS = {"min-snr": ["objective.weighting=min-snr"],
            "ant-uw": ["multitask.method=uw", "multitask.clusters=log-snr", "multitask.k=8"]}
-FIRST, FULL = 2500, 10_000   # samples at first, and at the end
+FIRST, FULL = 2500, 10_000   # samples of the comparisons, and of the base and the floor
 
 
 class NotYet(Exception): "What the job needs is not there."
@@ -155,7 +155,8 @@ def scratch(route: str, seed: int, weights: str | None = None) -> dict:
     for step in SCRATCH_KEEP:
         model = at_step(folder, step)
         rows[step] = {"test_loss": by_timestep(test_loss(model, exp))["all"]}
-        for g in (1.0, 1.5):
+        # with guidance, which doubles the work, at the last step alone
+        for g in (1.0, 1.5)[:1 + (step == SCRATCH_STEPS)]:
             rows[step][f"guidance {g:g}"] = figures(sampled(model, exp, kept(folder) / f"step-{step}", g, FIRST),
                                                     rows=step == SCRATCH_STEPS)
     return {"route": route, "weights": weights or "constant", "seed": seed, "steps": rows}
@@ -169,18 +170,13 @@ for s in SEEDS:
     JOBS |= {f"control-{how}-seed{s}": (lambda how=how, s=s: control(how, s)) for how in ("mean", "shuffled")}
 for s in SEEDS: JOBS |= {f"scratch-{r}-seed{s}": (lambda r=r, s=s: scratch(r, s)) for r in ROUTES}
 JOBS |= {f"scratch-{r}-{w}-seed1": (lambda r=r, w=w: scratch(r, 1, w)) for w in WEIGHTS for r in ("plain", "dtr")}
-for s in SEEDS:
-    JOBS |= {f"full-{m}-seed{s}": (lambda m=m, s=s: compare(m, s, FULL))
-             for m in ("dmp", "finetune", "prompt-tuning", "lora")}
-    JOBS |= {f"full-{how}-seed{s}": (lambda how=how, s=s: control(how, s, FULL)) for how in ("mean", "shuffled")}
 
 
 def attempt(name: str) -> str:
     "done, busy (another process has it), waiting (its needs are not met) or failed."
     if known(name) is not None: return "done"
     Path("runs/.jobs").mkdir(parents=True, exist_ok=True)
-    # jobs of the same run share a lock, so that two processes never train or sample the same
-    with open(f"runs/.jobs/{name.replace('full-', 'compare-')}", "w") as lock:
+    with open(f"runs/.jobs/{name}", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: return "busy"
         started, cpu = time.time(), time.process_time()
