@@ -47,6 +47,7 @@ def test_it_is_measured_at_checkpoints_and_at_the_end(whole):
     assert [row["step"] for row in found] == [3, 4, 6, 8]   # lines of the log stay where they are
     assert whole.summary["validation_loss"] == found[-1]["validation_loss"] > 0
     assert list(whole.curve("validation_mse")["step"]) == [4, 8]
+    assert [v == v for v in whole.curve("loss")["validation_loss"]] == [False, True, False, True]
 
 
 def test_measuring_more_often_changes_no_weight(whole, tmp_path):
