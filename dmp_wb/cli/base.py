@@ -81,7 +81,10 @@ def _check_measure(extractor: str, metrics: str | None, num_images: int, batch_s
     from dmp_wb.core.registries import EXTRACTORS, METRICS
     from dmp_wb.methods.registry import load_plugins
     load_plugins()
-    if extractor: _one_of("extractor", extractor.partition(":")[0], EXTRACTORS)
+    file = next((f for f in (extractor, extractor.rpartition(":")[0]) if f.endswith(".py")), None)
+    if file is not None and not expanded(file).is_file():
+        raise BadInput(f"extractor is {extractor!r}: expected FILE.py:NAME, and there is no file {file}")
+    if extractor and file is None: _one_of("extractor", extractor.partition(":")[0], EXTRACTORS)
     for metric in (metrics or "").replace(",", " ").split(): _one_of("metric", metric, METRICS)
     _at_least(1, num_images=num_images, batch_size=batch_size,
               **{k: v for k, v in drawn.items() if k == "num_inference_steps"})

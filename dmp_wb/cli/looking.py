@@ -19,9 +19,10 @@ import typer
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
+from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
     _at_least, _begin, _check_measure, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
-    _DType, _TF32, app,
+    _DType, _named, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
@@ -142,8 +143,9 @@ def list_runs(
 
 # %% ../../nbs/source/cli/03_looking.ipynb #59cfc87a
 def _absolute(given: str) -> str:
-    "What is given as a path by its full path, after a colon (label:run, extractor:file) as well."
+    "What is given as a path by its full path, after a colon (label:run, extractor:file) or before (file.py:name) as well."
     start, colon, path = given.rpartition(":") if not Path(given).exists() else ("", "", given)
+    if start.endswith(".py") and Path(start).exists(): return f"{Path(start).resolve()}:{path}"
     return f"{start}{colon}{Path(path).resolve()}" if path and Path(path).exists() else given
 
 @contextlib.contextmanager
@@ -199,6 +201,7 @@ def compare(
                           typer.Option(help="The page: one HTML file that needs nothing else.")] = Path("compare.html"),
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
+        sampler: Annotated[str, typer.Option(help=f"{_named(SAMPLERS)}; flow-euler for flow matching.")] = "dpmsolver++",
         num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
         dtype: _DType = None,
         tf32: _TF32 = False,
@@ -221,7 +224,7 @@ def compare(
     from dmp_wb.batch.plan import find_notebook
     output = _html_file(output)
     _check_runs(runs)
-    drawn = _drawn(None, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32, compiled=compiled)
+    drawn = _drawn(None, sampler=sampler, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32, compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _begin(f"comparing {', '.join(runs)}")

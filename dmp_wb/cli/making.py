@@ -187,7 +187,8 @@ def sample(
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
         sampler: Annotated[str | None, typer.Option(
             help=f"{_named(SAMPLERS)}; ddpm if not given, and flow-euler for flow matching.")] = None,
-        steps: Annotated[str | None, typer.Option(
+        num_inference_steps: Annotated[str | None, typer.Option(
+            "--num-inference-steps", "--steps",
             help="Of the sampler, 250 if not given; ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
         guidance_scale: Annotated[float | None, typer.Option(
             help="At least 0; 1 is no guidance. 1.5 if not given.")] = None,
@@ -220,7 +221,7 @@ def sample(
     _at_least(1, num_images=num_images, batch_size=batch_size)
     _at_least(0, guidance_scale=guidance_scale)
     drawn = _drawn(preset, dtype=dtype, tf32=tf32, compiled=compiled, sampler=sampler, guidance_scale=guidance_scale,
-                   num_inference_steps=int(steps) if steps and steps.isdecimal() else steps)
+                   num_inference_steps=int(n) if (n := num_inference_steps) and n.isdecimal() else n)
     _check_drawn(drawn)
     _begin(f"{home.name}: {num_images:,} images")
     if num_processes > 1 and world == 1: return _in_parallel(num_processes)   # whoever finishes last says so

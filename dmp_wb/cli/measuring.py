@@ -7,7 +7,7 @@ __all__ = ['evaluate', 'guidance']
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #023f512d
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,8 @@ from dmp_wb.cli.base import (
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
 _METRICS_HELP = f"Of {_named(METRICS)}, separated by commas; all that can be had, if not given."
 
+_EXTRACTOR_HELP = (f"{extractor_words()}. If not given, the classifier of the data where there is one, else inception.")
+
 @app.command()
 def evaluate(
         samples: Annotated[str, typer.Argument(help="A run to sample from, a folder of images, or an .npz with arr_0.",
@@ -28,7 +30,10 @@ def evaluate(
         reference: Annotated[str | None,
                              typer.Option(help="Real images: a data set, a folder, an .npz of images or of mu and "
                                           "sigma. For a run: what it trained on, if not given.")] = None,
-        extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+        extractor: Annotated[str, typer.Option(help=_EXTRACTOR_HELP)] = "",
+        drawn_before: Annotated[str | None, typer.Option(
+            "--samples", help="Of a run: measure images that dmp-wb sample has drawn, in place of new ones: latest, or "
+            "the name of a folder in its samples/.")] = None,
         metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
         num_images: Annotated[int, typer.Option(help="Of a run: images to sample.")] = 1000,
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
@@ -56,16 +61,22 @@ def evaluate(
     if files and reference is None:
         raise BadInput("--reference is not given: expected the real images that samples are compared with")
     home = given if files else run_folder(samples)
-    _begin(f"{home.name}: measuring" if files else f"{home.name}: {num_images:,} images to draw and measure")
+    if drawn_before is not None and (files or drawn or guidance_scale is not None):
+        raise BadInput("--samples is given with " + ("a folder or file of images" if files else "options that draw")
+                       + ": expected a run, whose images are drawn already")
+    _begin(f"{home.name}: measuring" if files or drawn_before is not None
+           else f"{home.name}: {num_images:,} images to draw and measure")
     from dmp_wb.store.run import open_run
-    from dmp_wb.evaluation.evaluate import evaluate, evaluate_run, note_evaluation
-    if files:
-        row = evaluate(given, reference, extractor, metrics, bootstrap=bootstrap, seed=seed, batch_size=batch_size)
+    from dmp_wb.evaluation.evaluate import evaluate, evaluate_run, evaluate_samples, note_evaluation
+    measuring: dict[str, Any] = {"bootstrap": bootstrap, "seed": seed, "batch_size": batch_size}
+    if files: row = evaluate(given, reference, extractor, metrics, **measuring)
+    elif drawn_before is not None:
+        run = open_run(home)
+        row = evaluate_samples(run.folder, drawn_before, reference, extractor, metrics, note=False, **measuring)
     else:
         run = open_run(home)
         row = evaluate_run(run.folder, num_images, reference, extractor, metrics, guidance_scale=guidance_scale,
-                           **drawn,
-                           bootstrap=bootstrap, seed=seed, batch_size=batch_size, note=False)
+                           **drawn, **measuring, note=False)
     print(json.dumps(row, indent=2), flush=True)   # before anything can go wrong with the note
     if run is not None: note_evaluation(run, row)
 
@@ -76,7 +87,7 @@ def guidance(
     scales: Annotated[list[float] | None, typer.Argument(
         help="Guidance scales; 1 is none. Default: 1 1.25 1.5 2 3 4.")] = None,
     reference: Annotated[str | None, typer.Option(help="Real images; what the run trained on, if not given.")] = None,
-    extractor: Annotated[str, typer.Option(help=f"{extractor_words()}.")] = "digits",
+    extractor: Annotated[str, typer.Option(help=_EXTRACTOR_HELP)] = "",
     metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
     num_images: Annotated[int, typer.Option(help="Images at each scale, from the same seeds.")] = 1000,
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,

@@ -92,7 +92,7 @@ def register_metric(
     return enter(METRICS, "metric", name, Metric(name, measure, label or name, better == "lower", needs, compares,
                                                  interval, None, check))
 
-_LOWER = ("frechet", "loss", "mse")   # columns that are no metrics
+_LOWER = ("frechet", "loss", "mse", "validation_loss", "validation_mse")   # columns that are no metrics
 
 def lower_is_better(
     column: str,   # a metric, or another column of results
@@ -162,4 +162,4 @@ def classifier_of(
 def extractor_words() -> str:
     "The extractors in a sentence, for the help of commands."
     words = [e.name + (f"[:{e.takes}]" if e.takes else "") for e in EXTRACTORS.values()]
-    return f"{', '.join(words[:-1])} or {words[-1]}"
+    return f"{', '.join(words[:-1])} or {words[-1]}; or FILE.py:NAME, a function of yours that makes a network"

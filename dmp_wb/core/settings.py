@@ -159,6 +159,9 @@ class DataConfig:
     name: str = "digits"
     # of a data set, or a folder, that has splits; all: every image, whatever its split
     split: str = "train"
+    # held out, for the loss on images that are not trained on: the name of another split, or a share of this one, as
+    # 0.05; null: none
+    validation: str | float | None = None
     # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
     size: int | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
@@ -182,6 +185,10 @@ class DataConfig:
         plain_fields(self)
         if self.size is not None and self.size < 1:
             raise BadInput(f"data.size is {self.size}: expected the side in pixels")
+        v = self.validation
+        if v is not None and (isinstance(v, float) and not 0 < v < 1 or v == self.split or v in ("", "all")):
+            raise BadInput(f"data.validation is {v!r}: expected a share between 0 and 1, or the name of another split "
+                           f"than data.split, {self.split!r}")
         if self.channels not in (1, 3): raise BadInput(f"data.channels is {self.channels}: expected 1 or 3")
         if self.max_bad_images < 0: raise BadInput(f"data.max_bad_images is {self.max_bad_images}: expected 0 or more")
         if self.num_workers is not None and self.num_workers < 0:

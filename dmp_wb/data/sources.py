@@ -251,10 +251,12 @@ class EpochOrder:
         num_images: int,
         batch_size: int,   # images a step, over all processes
         seed: int,
+        kept: torch.Tensor | None = None,   # [num_images] which images of the data; None: all
     ):
         if num_images < batch_size:
-            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images")
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images"
+                           + ("" if kept is None else " beside those that are held out"))
+        self.num_images, self.batch_size, self.seed, self.kept = num_images, batch_size, seed, kept
         self._epochs: dict[int, torch.Tensor] = {}
 
     def _epoch(self, epoch: int) -> torch.Tensor:
@@ -271,4 +273,4 @@ class EpochOrder:
         indices = self._epoch(epoch)[offset:offset + self.batch_size]
         if len(indices) < self.batch_size:
             indices = torch.cat([indices, self._epoch(epoch + 1)[:self.batch_size - len(indices)]])
-        return indices
+        return indices if self.kept is None else self.kept[indices]

@@ -59,7 +59,7 @@ def training_curves(
     title: str | None = None,
     colours: Mapping[str, str] | None = None,  # run → colour, as `run_colours` gives; by the names of methods if None
 ) -> Figure:
-    "A loss over optimiser steps, averaged, over its raw values."
+    "A loss over optimiser steps, averaged, over its raw values; and, where it was measured, on held-out images."
     fig, axes = new_figure(1, 1, 6.2, 3.1 + (0.3 if title else 0))
     ax, tails, shades = axes[0, 0], [], run_colours(metrics, colours)
     for name, m in metrics.items():
@@ -71,8 +71,14 @@ def training_curves(
         ax.plot(m["step"], average, color=colour, lw=1.8, marker="o" if alone else None, ms=3.5,
                 label=method_label(name, colours))
         tails.append(values)
+        held_out = as_array([np.nan if v is None else v for v in m.get(f"validation_{key}", ())]).astype(float)
+        if len(held_out) == len(values) and np.isfinite(held_out).any():   # measured at some of the steps
+            there = np.isfinite(held_out)
+            ax.plot(as_array(m["step"])[there], held_out[there], "o--", color=colour, ms=4, lw=1, mec="white",
+                    label=f"{method_label(name, colours)}, held out")
+            tails.append(held_out[there])
     _loss_axis(ax, key, np.concatenate(tails))
-    if len(metrics) > 1: add_legend(fig, ax)
+    if len(ax.get_legend_handles_labels()[0]) > 1: add_legend(fig, ax)
     sns.despine(ax=ax)
     if title: ax.set_title(wrapped(title, 6.2, 10), fontsize=10)
     return fig

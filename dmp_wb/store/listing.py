@@ -252,6 +252,8 @@ def read_run(
     step = _typed(summary, "steps", int, "a whole number", "summary.json",
                   _typed(row, "step", int, "a whole number", "metrics.jsonl"))
     metrics = newest_metrics(summary if trains else _json(folder / "evaluation.json"))
+    if (held_out := _finite(summary.get("validation_loss", row.get("validation_loss")))) is not None:
+        metrics = {"validation_loss": held_out, **metrics}
     return RunFacts(run_name(folder, root), folder, method, state, step, config.get("train.steps"),
                     _finite(summary.get("loss", row.get("loss"))), metrics, when,
                     " ".join(str(error).split())[:300] if state == "failed" else None, config)

@@ -60,15 +60,20 @@ class Run:
         "The columns of `metrics.jsonl`; None where a line has no such value."
         file = self.folder / "metrics.jsonl"
         rows = read_rows(file)
+        # the last line has all columns: what is measured now and then is measured at the end
         return {k: [row.get(k) for row in rows] for k in (rows[-1] if rows else {})}
 
     def curve(self, column: str) -> dict[str, list[float]]:
-        "`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none."
+        """`step` and a column of `metrics.jsonl`, where it has a value; empty if it has none.
+        Beside it, where there is one, the same on held-out images, nan where it was not measured."""
         # a file may hold anything; nan is a hole in the curve
         number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and not abs(v) > 1e300
-        lines = [(row["step"], row[column]) for row in read_rows(self.folder / "metrics.jsonl")
+        lines = [row for row in read_rows(self.folder / "metrics.jsonl")
                  if number(row.get(column)) and number(row.get("step"))]
-        return {"step": [s for s, _ in lines], column: [v for _, v in lines]} if lines else {}
+        if not lines: return {}
+        held_out = [v if number(v := row.get(f"validation_{column}")) else math.nan for row in lines]
+        return {"step": [row["step"] for row in lines], column: [row[column] for row in lines],
+                **({f"validation_{column}": held_out} if any(v == v for v in held_out) else {})}
 
     def note(self, **figures):
         "Add figures to the summary, atomically."

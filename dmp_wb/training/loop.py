@@ -9,6 +9,7 @@ __all__ = ['method_losses', 'accumulate', 'log', 'log_samples', 'Taken', 'Books'
 # %% ../../nbs/source/training/06_loop.ipynb #b3c1cb80
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from ..tasks.weighting import balanced_backward
 from .batches import places_of, Reader, Steps
 from .distributed import await_main, check_shared, splits_weights, whole
 from dmp_wb.training.record import (
-    append_row, count_skipped, export, gradient_norm, memory_gib, note_skipped, summarise, write_samples,
+    append_row, count_skipped, encoding, export, gradient_norm, held_out_losses, memory_gib, note_skipped, summarise,
+    write_samples,
 )
 from .safety import Asked, asked_to_stop, NonFinite, stop_at_nonfinite, Told
 from dmp_wb.training.setup import (
@@ -51,11 +53,6 @@ def method_losses(parts: Parts) -> tuple[dict[str, torch.Tensor], torch.Tensor |
     return {name: value for name, (value, _) in found.items()}, sum(weighted[1:], weighted[0]) if weighted else 0.0
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0003
-def _encoding(parts: Parts) -> contextlib.AbstractContextManager:
-    "What a VAE and a text encoder compute in: bfloat16 where the training does; float16 is too narrow for many."
-    narrow = parts.exp.train.mixed_precision == "bf16" and parts.exp.train.batch_format != 1
-    return parts.accelerator.autocast() if narrow else contextlib.nullcontext()
-
 def accumulate(
     parts: Parts,
     state: TrainState,
@@ -64,7 +61,7 @@ def accumulate(
     "Add the gradients of these images to those that are there."
     accelerator, objective = parts.accelerator, parts.exp.objective
     batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in share.items()}
-    with _encoding(parts): batch = parts.data.encode(batch)
+    with encoding(parts): batch = parts.data.encode(batch)
     # an aggregator averages over processes itself
     with accelerator.no_sync(state.model) if state.aggregator else accelerator.accumulate(state.model):
         with accelerator.autocast(): output = predict(state.model, batch, parts.tables, parts.inputs)
@@ -86,13 +83,18 @@ def _combine(parts: Parts, state: TrainState, tasks: torch.Tensor):
     balanced_backward(tasks, list(state.params.values()), state.aggregator, reduce=reduce)
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0008
-def log(parts: Parts, state: TrainState, trackers: list, *, lr: float, grad_norm: torch.Tensor) -> dict:
-    "Write the means since the last line, and what this step learned at. Every process must call it."
+def log(parts: Parts, state: TrainState, trackers: list, *, lr: float, grad_norm: torch.Tensor,
+        validates: bool = False) -> dict:
+    """Write the means since the last line, what this step learned at, and the loss on held-out images if it is to be
+    measured. Every process must call it."""
     t, backbone = parts.exp.train, parts.backbone
     statistics = {k: v for method in methods_of(backbone).values() for k, v in method.statistics().items()}
     row = {"step": state.step, **state.meter.means(t.batch_size, statistics), "lr": lr, "grad_norm": float(grad_norm),
            "memory_gib": memory_gib(parts.accelerator.device)}
     if t.on_nonfinite == "skip": row["skipped"] = state.nonfinite
+    if validates:
+        with averaged(state), state.frozen.wide(): row |= held_out_losses(parts)
+        state.meter.since = time.perf_counter()   # the rate is that of training
     if parts.accelerator.is_main_process: append_row(parts.run, row)
     values = {k: v for k, v in row.items() if k != "step" and v is not None}
     for tracker in trackers: tracker.log(values, step=state.step)
@@ -189,7 +191,9 @@ def take_steps(
 
             # 3. step the optimiser and the average, unless the step is not finite
             on, last = books.take(batch, measured), state.step == t.steps
-            logs, draws, saves = due(t.log_every) or last, due(t.sample_every), due(t.checkpoint_every) or last
+            validates = parts.held_out is not None and (due(t.validation_every or t.checkpoint_every) or last)
+            logs = due(t.log_every) or validates or last
+            draws, saves = due(t.sample_every), due(t.checkpoint_every) or last
             if on and (logs or draws or saves or books.stop): on = books.settle()
             if not on:
                 reader.seek(state.step)
@@ -198,7 +202,8 @@ def take_steps(
             bar.update()
 
             # 4. a line of metrics, a grid of samples, a checkpoint
-            if logs: _show(bar, log(parts, state, trackers, lr=books.lr, grad_norm=books.grad_norm))
+            if logs:
+                _show(bar, log(parts, state, trackers, lr=books.lr, grad_norm=books.grad_norm, validates=validates))
             if draws: log_samples(parts, state, trackers)
             if saves or books.stop:
                 save(state, run, t)
@@ -225,7 +230,9 @@ def _bar(parts: Parts, state: TrainState):
     return progress(total=exp.train.steps, initial=state.step, desc=exp.name, unit="step", disable=not main)
 
 def _show(bar, row: dict):
-    if row.get("loss") is not None: bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
+    if row.get("loss") is None: return
+    held_out = f", held out {row['validation_loss']:.4f}" if "validation_loss" in row else ""
+    bar.set_postfix_str(f"loss {row['loss']:.4f}{held_out}", refresh=False)
 
 # %% ../../nbs/source/training/06_loop.ipynb #100b0012
 def take_folder(parts: Parts, changed: dict, held: contextlib.ExitStack) -> Asked:

@@ -40,7 +40,7 @@ from ..core.paths import assets_folder, expanded, project_root, runs_root, short
 from ..core.processes import clear_leftovers
 from ..core.seeds import git_commit, seed_of
 from ..core.settings import FROM_DATA
-from ..data.load import load_data, sizes_from
+from ..data.load import HeldOut, hold_out, load_data, sizes_from
 from ..data.sources import DATASETS, EpochOrder, Source
 from ..diffusion.objectives import make_tables, Tables
 from ..methods.base import apply_methods, methods_of
@@ -266,7 +266,8 @@ def settle_model(exp: Experiment, run: Run, data: Source):
 MAY_CHANGE = frozenset(("data.num_workers", "data.max_bad_images", *(f"train.{key}" for key in (
     "steps", "cpu", "log_with", "log_every", "checkpoint_every", "keep_last", "keep_every", "keep_best", "on_nonfinite",
     "nonfinite_limit",
-    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale", "cast_frozen", "timeout_minutes"))))
+    "sample_every", "sample_images", "sample_steps", "sample_guidance_scale", "validation_every", "validation_images",
+    "cast_frozen", "timeout_minutes"))))
 
 def check_folder(
     run: Run,
@@ -383,6 +384,7 @@ class Parts:
     run: Run
     data: Source
     order: EpochOrder             # of its images
+    held_out: HeldOut | None      # images that are not trained on
     accelerator: Accelerator
     share: int                    # images that a process takes at once
     backbone: nn.Module           # with its methods, not wrapped by accelerate
@@ -407,17 +409,19 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     if exp.multitask.method != "none" and share < exp.multitask.k:
         raise BadInput(
             f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
-    order = EpochOrder(len(data), exp.train.batch_size, exp.seed)
+    kept, held_out = hold_out(exp.data, data)
+    order = EpochOrder(len(data) if kept is None else len(kept), exp.train.batch_size, exp.seed, kept)
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     frozen = any(method_entry(name).freezes for name in exp.methods)
     facts = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
-    parts = Parts(exp, run, data, order=order, accelerator=accelerator, share=share, backbone=backbone,
+    parts = Parts(exp, run, data, order=order, held_out=held_out, accelerator=accelerator, share=share, backbone=backbone,
                   inputs=model_inputs(backbone),
                   null_class=anatomy_of(backbone).num_classes(backbone), tables=tables, facts=facts)
     add_tasks(parts)
     if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
     tables.to(accelerator.device), data.to(accelerator.device)
+    if held_out is not None: held_out.source.to(accelerator.device)
     if exp.train.compile: data.compile()
     return parts
 

@@ -100,9 +100,7 @@ def test_keys_of_an_experiment_become_overrides():
     first, second = plan("patch", {"train.steps": 5, "overrides": "seed=1"}, {"optim.lr": [1e-4, 2e-4]})
     assert (first.name, second.name) == ("lr=0.0001", "lr=0.0002")
     assert first.parameters == {"overrides": ["seed=1", "train.steps=5", "optim.lr=0.0001"]}
-    # the notebook's own stay
-    assert plan("patch", {"seed": 3})[0].parameters == {
-        "overrides": ["train.steps=200", "name=digits-dmp-quick", "seed=3"]}
+    assert plan("patch", {"seed": 3})[0].parameters == {"overrides": ["seed=3"]}
     clash = plan("pretrain", None, {"train.steps": [1, 2], "train.sample_steps": [1, 2]})
     assert clash[0].name == "steps=1,sample_steps=1"
     assert plan("patch", None,

@@ -16,7 +16,7 @@ from dmp_wb.core import registries
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.paths import assets_folder
 from dmp_wb.core.settings import DataConfig
-from dmp_wb.evaluation import draw as room
+from dmp_wb.evaluation import draw as room, extractors
 from dmp_wb.evaluation.draw import draw, Drawn
 from dmp_wb.evaluation.features import accuracy_of, fashion_classifier, ModuleFeatures
 from dmp_wb.look import compare, tables, viz
@@ -237,7 +237,7 @@ def test_a_model_that_is_large_or_needs_a_vae_is_looked_at_alone(monkeypatch):
 
 def test_the_usual_extractor_follows_from_the_data(monkeypatch):
     usual = compare.usual_extractor
-    monkeypatch.setattr(compare, "inception_weights", lambda: None)
+    monkeypatch.setattr(extractors, "inception_weights", lambda: None)
     assert usual((1, 28, 28), "fashion-mnist") == usual((1, 28, 28), DataConfig(name="fashion-mnist")) == "fashion"
     assert usual((1, 28, 28), "fashion-faded") == "fashion"
     assert usual((1, 28, 28), "mnist") == usual((1, 28, 28)) == usual((3, 32, 32), "fashion-mnist") == "inception"
