@@ -143,7 +143,8 @@ def list_runs(
 
 # %% ../../nbs/source/cli/03_looking.ipynb #59cfc87a
 def _absolute(given: str) -> str:
-    "What is given as a path by its full path, after a colon (label:run, extractor:file) or before (file.py:name) as well."
+    """What is given as a path by its full path, after a colon
+    (label:run, extractor:file) or before (file.py:name) as well."""
     start, colon, path = given.rpartition(":") if not Path(given).exists() else ("", "", given)
     if start.endswith(".py") and Path(start).exists(): return f"{Path(start).resolve()}:{path}"
     return f"{start}{colon}{Path(path).resolve()}" if path and Path(path).exists() else given
@@ -224,7 +225,8 @@ def compare(
     from dmp_wb.batch.plan import find_notebook
     output = _html_file(output)
     _check_runs(runs)
-    drawn = _drawn(None, sampler=sampler, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32, compiled=compiled)
+    drawn = _drawn(None, sampler=sampler, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32,
+                   compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _begin(f"comparing {', '.join(runs)}")

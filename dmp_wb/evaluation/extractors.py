@@ -87,7 +87,8 @@ def own_network(
     Raises `BadInput` for a file that fails, and for what is no network."""
     file, colon, name = extractor.rpartition(":")
     if extractor.endswith(".py"):
-        raise BadInput(f"extractor is {extractor!r}: expected {extractor}:NAME, the function in it that makes a network")
+        raise BadInput(
+            f"extractor is {extractor!r}: expected {extractor}:NAME, the function in it that makes a network")
     if not colon or not file.endswith(".py"): return None
     module = load_plugin(file)
     made = getattr(module, name, None)
@@ -95,7 +96,8 @@ def own_network(
         raise BadInput(f"extractor is {extractor!r}, "
                        + str(unknown("name", name, [n for n in vars(module) if not n.startswith("_")])))
     if not isinstance(made, nn.Module):
-        if not callable(made): raise BadInput(f"extractor {extractor} is {said(made)}: expected a function or a network")
+        if not callable(made):
+            raise BadInput(f"extractor {extractor} is {said(made)}: expected a function or a network")
         try: made = made()
         except Exception as e:   # whatever a file of one's own raises
             raise BadInput(f"extractor {extractor} cannot be made: {type(e).__name__}: "
