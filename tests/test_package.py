@@ -108,7 +108,7 @@ def test_a_project_is_looked_up_first(shell):
         "cd study" in said and "dmp-wb run patch" in said
         and {p.relative_to(study).as_posix() for p in study.rglob("*") if p.is_file()} == set(project_files("study")))
     assert "study is not empty" in shell("dmp-wb", "new", "study", status=2)
-    (study / "nbs/experiments/digits-dmp.yaml").write_text("# Mine.\nmethod: dmp\n")
+    (study / "nbs/experiments/digits-dmp-quick.yaml").write_text("# Mine.\nmethod: dmp\n")
     nb = json.loads((study / "nbs/runs/patch.ipynb").read_text())
     opening, parameters, code = nb["cells"][:3]
     code["source"] = [

@@ -202,7 +202,8 @@ def compare(
                           typer.Option(help="The page: one HTML file that needs nothing else.")] = Path("compare.html"),
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
-        sampler: Annotated[str, typer.Option(help=f"{_named(SAMPLERS)}; flow-euler for flow matching.")] = "dpmsolver++",
+        sampler: Annotated[str, typer.Option(
+            help=f"{_named(SAMPLERS)}; flow-euler for flow matching.")] = "dpmsolver++",
         num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
         dtype: _DType = None,
         tf32: _TF32 = False,

@@ -416,8 +416,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     frozen = any(method_entry(name).freezes for name in exp.methods)
     facts = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
     parts = Parts(exp, run, data, order=order, held_out=held_out, accelerator=accelerator, share=share,
-                  backbone=backbone,
-                  inputs=model_inputs(backbone),
+                  backbone=backbone, inputs=model_inputs(backbone),
                   null_class=anatomy_of(backbone).num_classes(backbone), tables=tables, facts=facts)
     add_tasks(parts)
     if exp.train.sample_every: data.decode(torch.zeros(1, *data.shape))   # a VAE that is gone is told now
