@@ -23,6 +23,7 @@ from torch import nn
 from ..core.bars import progress
 from ..core.errors import BadInput, whole_number
 from ..core.files import read_json, read_regular, write_atomic, write_json
+from ..core.paths import expanded
 from ..core.settings import DataConfig
 from ..diffusion.schedules import timestep_intervals
 from .distances import frechet_bootstrap
@@ -128,6 +129,14 @@ class _Taking:
                              but=what == "alone") for b in blocks]
 
 # %% ../../nbs/source/evaluation/11_sample_effects.ipynb #0d0bf416
+def _of_own(extractor: str | nn.Module | None) -> dict[str, str]:
+    "What tells a network of one's own from another of its name: features of two are not compared."
+    file = extractor.rpartition(":")[0] if isinstance(extractor, str) else ""
+    if extractor is None or isinstance(extractor, str) and not file.endswith(".py"): return {}
+    digest = hashlib.sha256(weights_digest(load_extractor(extractor)).encode())
+    if file: digest.update(read_regular(expanded(file)))
+    return {"extractor_digest": digest.hexdigest()}
+
 def _network(extractor: str | nn.Module | None, shape: Sequence[int]) -> Extractor | None:
     if extractor is None: return None
     network = load_extractor(extractor)
@@ -174,7 +183,7 @@ def sample_effects(
     total = (2 + len(whats) * len(spans) * len(blocks)) * num_images
     plan = {**facts_of(backbone), "weights": weights_digest(backbone), "num_images": num_images, "method": method,
             "num_shown": num_shown, "extractor": extractor if isinstance(extractor, str) else type(extractor).__name__,
-            "how": how}
+            **_of_own(extractor), "how": how}
     with progress(total=total, desc="effects on samples", unit="img", disable=quiet) as bar:
         cells = _Cells(Path(folder) if folder else None, plan)
         take = _Taking(model, backbone, num_images, num_shown, None, how, cells, method, bar.update)

@@ -27,7 +27,7 @@ from dmp_wb.methods.gates import (
     _autocasts, make_gate, NOISE_FLOOR, probability_in_top_k, squared_variation, top_k_softmax, _wide,
 )
 from .hooks import is_offloaded, PerThread, Scoped, weights_loaded
-from .interventions import changed, check_numbers, Intervened, Intervention
+from .interventions import changed, check_numbers, Intervened, Intervention, mean_one_by_one
 from .settings import DMPConfig
 from ..models.anatomy import check_timesteps, Size, unwrap_model
 from ..models.backbones import anatomy_of
@@ -289,9 +289,8 @@ class Readable(Gating):
             if by_sample: t = t.expand(len(gates[n]))
             return self(self._gate_input(model, t if scale == 1 else t / scale, inputs), len(t), False)[0][n]
 
-        def mean(n: int) -> torch.Tensor: return sum(of(n, t.new_full((1,), s)) for s in range(T)) / T
         return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T,
-                           partial(mean, n) if by_sample else None) for n, g in gates.items()}
+                           partial(mean_one_by_one, partial(of, n), t, T) if by_sample else None) for n, g in gates.items()}
 
     def check_intervention(self, change: Intervention):
         check_numbers("blocks", change.blocks, self.blocks)

@@ -59,6 +59,30 @@ def test_a_map_that_was_cut_off_goes_on_and_another_one_begins_anew(slanted, tmp
     assert len(drawn) == 2 + 12
 
 
+class Net(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((64, 4), float(weight)))
+
+    def forward(self, x): return x.flatten(1) @ self.weight
+
+
+NET = "import torch\ndef net(): return torch.nn.Sequential(torch.nn.{}(2), torch.nn.Flatten())\n"
+
+
+def test_features_of_another_network_of_the_same_name_are_not_taken(slanted, tmp_path):
+    ask = lambda extractor, name: sample_effects("digits-slanted", "timesteps", 1, 4, backbone=slanted, num_shown=1,
+                                                 extractor=extractor, folder=tmp_path / name, **HOW).features["needed"]
+    first = ask(Net(1), "cells")
+    assert torch.equal(ask(Net(1), "cells"), first) and len(list((tmp_path / "cells").iterdir())) == 1
+    assert torch.equal(ask(Net(2), "cells"), ask(Net(2), "fresh")) and not torch.equal(ask(Net(2), "cells"), first)
+    file = tmp_path / "own_net.py"
+    for n, layer in enumerate(("AvgPool2d", "MaxPool2d")):
+        file.write_text(NET.format(layer))
+        ask(f"{file}:net", "of a file")
+        assert len(list((tmp_path / "of a file").iterdir())) == n + 1
+
+
 def test_the_known_patch_slants_in_the_late_steps_and_the_distance_says_so(slanted):
     found = sample_effects("digits-slanted", "timesteps", 4, 120, backbone=slanted, extractor="digits", **HOW)
     worse = [row[0]["difference"] for row in found.frechet["needed"]]

@@ -1,6 +1,7 @@
 "`intervene`: what it changes, what it leaves alone, and where."
 import threading
 
+import numpy as np
 import pytest
 import torch
 from conftest import randomise, tiny_dit
@@ -8,7 +9,7 @@ from conftest import randomise, tiny_dit
 import dmp_wb as wb
 from dmp_wb.core.errors import BadInput
 from dmp_wb.methods.base import methods_of
-from dmp_wb.methods.interventions import HOWS, intervene
+from dmp_wb.methods.interventions import HOWS, intervene, Intervention, turned_off
 from dmp_wb.methods.settings import LearnedMaskConfig, SwitchConfig, TLoRAConfig
 
 METHODS = {
@@ -235,6 +236,30 @@ def test_timesteps_of_flow_matching_between_whole_numbers():
     assert sums[0] > 0 and sums[1:].eq(0).all()
 
 
+def test_a_whole_timestep_is_inside_though_the_model_takes_thousandths():
+    t = torch.arange(1000)
+    asked = (t / 1000) * 1000   # as of Flux; 250.99998 is 251
+    assert (asked.floor() != t).any()
+    for first in (251, 502, 999): assert torch.equal(Intervention("off", timesteps=(first, 999)).inside(asked, 1000),
+                                                     t >= first)
+
+
+@pytest.mark.parametrize("blocks", [np.int64(1), np.array([1]), torch.tensor(1), torch.tensor([1]), (np.int32(1),)])
+def test_numbers_of_numpy_and_torch_are_numbers(blocks):
+    model = model_with("dmp")
+    with intervene(model, blocks=1): expected = answer(model)
+    with intervene(model, blocks=blocks): assert torch.equal(answer(model), expected)
+    with turned_off(model, blocks=blocks): assert torch.equal(answer(model), expected)
+    with intervene(model, prompts=blocks): assert wb.get_patch(model).gates([5])[:, :, 1].eq(0).all()
+
+
+def test_the_mean_gate_of_a_condition_is_no_graph_of_a_thousand_passes():
+    model, nodes = model_with("dmp of a condition"), []
+    compiled = torch.compile(model, backend=lambda graph, _: nodes.append(len(graph.graph.nodes)) or graph)
+    with intervene(model, gate="mean"): close(answer(compiled), answer(model))
+    assert max(nodes) < 1000
+
+
 @pytest.mark.parametrize("given, said", [
     ({"timesteps": (5, 1)}, r"timesteps is \(5, 1\): expected the first and the last of an interval, in 0 to 999"),
     ({"timesteps": 7}, "timesteps is 7: expected the first and the last"),
@@ -244,6 +269,9 @@ def test_timesteps_of_flow_matching_between_whole_numbers():
     ({"prompts": 16}, "prompts has 16: expected some of 0, 1"),
     ({"gate": "of"}, "unknown gate 'of'"), ({"at": 1000}, "at is 1000: expected a timestep in 0 to 999"),
     ({"scale": float("nan")}, "scale is nan: expected a number"), ({"at": 3, "scale": 2}, "more than one of"),
+    ({"at": "500"}, "at is '500': expected a timestep"), ({"scale": "half"}, "scale is 'half': expected a number"),
+    ({"blocks": 1.5}, "blocks has 1.5: expected numbers of blocks"), ({"gate": ""}, "unknown gate ''"),
+    ({"gate": "shuffled", "seed": "a"}, "seed is 'a': expected a whole number"),
     ({"method": "dtr"}, "unknown method 'dtr': known: default, dmp"),
 ])
 def test_what_there_is_not_is_one_line(given, said):
