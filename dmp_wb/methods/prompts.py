@@ -288,9 +288,9 @@ class Readable(Gating):
         def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t), blocks, n], without interventions
             if by_sample: t = t.expand(len(gates[n]))
             return self(self._gate_input(model, t if scale == 1 else t / scale, inputs), len(t), False)[0][n]
-
-        return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T,
-                           partial(mean_one_by_one, partial(of, n), t, T) if by_sample else None) for n, g in gates.items()}
+        mean = lambda n: partial(mean_one_by_one, partial(of, n), t, T) if by_sample else None
+        return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T, mean(n))
+                for n, g in gates.items()}
 
     def check_intervention(self, change: Intervention):
         check_numbers("blocks", change.blocks, self.blocks)
