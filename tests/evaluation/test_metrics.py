@@ -504,7 +504,7 @@ def test_bootstrap_mean():
     ("no/such/place", "samples are 'no/such/place': there is no such folder"),
 ])
 def test_bad_samples(samples, message):
-    with pytest.raises(BadInput, match=message) as e: evaluate(samples, "digits", quiet=True)
+    with pytest.raises(BadInput, match=message) as e: evaluate(samples, "digits", "digits", quiet=True)
     assert "\n" not in str(e.value)
 
 
