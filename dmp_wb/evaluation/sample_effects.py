@@ -28,8 +28,8 @@ from ..core.settings import DataConfig
 from ..diffusion.schedules import timestep_intervals
 from .distances import frechet_bootstrap
 from .draw import data_of, draw, weights_digest
-from .effects import check_by, columns_of
-from .extractors import load_extractor
+from .effects import bootstrap_means, check_by, columns_of
+from .extractors import extract, load_extractor
 from .features import Extractor
 from .statistics import Moments, reference_statistics
 from ..methods.base import facts_of, methods_of
@@ -60,12 +60,7 @@ class SampleEffects:
     def interval(self, what: str = "needed", of: str = "pixels", rounds: int = 1000, seed: int = 0,
                  level: float = 0.95) -> tuple[torch.Tensor, torch.Tensor]:   # low and high, each [intervals, blocks]
         "Bootstrap intervals of the mean distance, over the seeds."
-        values, g = getattr(self, of)[what].double(), torch.Generator().manual_seed(seed)
-        n = values.shape[-1]
-        times = torch.stack([torch.randint(n, (n,), generator=g).bincount(minlength=n) for _ in range(rounds)]).double()
-        q = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-        low, high = (values @ times.T / n).quantile(q, dim=-1)
-        return low, high
+        return bootstrap_means(getattr(self, of)[what], torch.Generator().manual_seed(seed), rounds, level)
 
 # %% ../../nbs/source/evaluation/11_sample_effects.ipynb #7ba72108
 class _Cells:
@@ -87,12 +82,6 @@ class _Cells:
     def put(self, name: str, found: Mapping[str, torch.Tensor]):
         if self.folder is not None:
             write_atomic(self.folder / f"{name}.safetensors", save({k: v.contiguous() for k, v in found.items()}))
-
-@torch.no_grad()
-def _features(network: Extractor | None, images: torch.Tensor) -> torch.Tensor | None: # [N, D]
-    if network is None: return None
-    device = next((p.device for p in network.parameters()), "cpu")
-    return torch.cat([network(part.to(device))["features"].float().cpu() for part in images.split(64)])
 
 # %% ../../nbs/source/evaluation/11_sample_effects.ipynb #8475cbed
 @dataclass
@@ -117,8 +106,8 @@ class _Taking:
         with turned_off(self.backbone, method=self.method, **off):
             x = draw(self.model, self.num_images, backbone=self.backbone, tick=self.tick, quiet=True, **self.how).images
         found = {"shown": x[:self.num_shown].clone(), **({} if reference is not None else {"images": x})}
-        if reference is not None: found["pixels"] = (x - reference).square().mean((1, 2, 3)).sqrt()
-        if (features := _features(self.network, x)) is not None: found["features"] = features
+        if reference is not None: found["pixels"] = _apart(x, reference)
+        if self.network is not None: found["features"] = extract(self.network, x, batch_size=64)
         self.cells.put(name, found)
         return found
 
@@ -190,7 +179,7 @@ def sample_effects(
         first = take.cell("as-it-is", None, blocks=())
         take.network = _network(extractor, first["images"].shape[1:])
         if take.network is not None and "features" not in first:
-            first["features"] = _features(take.network, first["images"])
+            first["features"] = extract(take.network, first["images"], batch_size=64)
         without = take.cell("without", None)
         found = {"without": [[without | {"pixels": _apart(without["images"], first["images"])}]]}
         usual = {"needed": first, "alone": without}

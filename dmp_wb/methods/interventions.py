@@ -172,6 +172,11 @@ def _acting(backbone: nn.Module, method: str | None) -> list[Any]:
                            "exchanged; method names one of several")
     return found
 
+def _opened(backbone: nn.Module, changes: Iterable[Intervention]) -> contextlib.AbstractContextManager:
+    "A context in which these hold as well, after those that are open."
+    scoped = getattr(backbone, HOOKS_NAME).changes
+    return scoped.set((*(scoped.value or ()), *changes))
+
 @contextlib.contextmanager
 def intervene(
     model: nn.Module,         # patched or routed; wrapped or not
@@ -199,8 +204,7 @@ def intervene(
     change = Intervention(how, value, _interval(timesteps, T), _whole_numbers("blocks", blocks, None, "blocks"),
                           _whole_numbers("prompts", prompts, None, "prompts"))
     for o in acting: o.check_intervention(change)
-    scoped = getattr(backbone, HOOKS_NAME).changes
-    with scoped.set((*(scoped.value or ()), *(dataclasses.replace(change, key=o.key) for o in acting))): yield model
+    with _opened(backbone, [dataclasses.replace(change, key=o.key) for o in acting]): yield model
 
 # %% ../../nbs/source/methods/03_interventions.ipynb #in7e0002
 @contextlib.contextmanager
@@ -224,8 +228,7 @@ def turned_off(
                       ((math.floor(last) + 1, T - 1), here)]
         changes += [Intervention("off", timesteps=at, blocks=where, key=o.key) for at, where in places
                     if where and (at is None or at[0] <= at[1])]
-    scoped = getattr(backbone, HOOKS_NAME).changes
-    with scoped.set((*(scoped.value or ()), *changes)): yield model
+    with _opened(backbone, changes): yield model
 
 def read_gate(words: str, T: int = 1000) -> dict[str, Any]: # arguments of `intervene`
     "What stands in a gate's place, as a command says it: one of `HOWS`, at=500 or scale=0.5. Raises `BadInput`."
