@@ -78,6 +78,15 @@ def inputs():
 
 
 @pytest.fixture(autouse=True)
-def runs_folder(tmp_path, monkeypatch):
+def environment():
+    "What a test leaves in the environment, as the name of a plug-in is left there, is no other test's business."
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys(): del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def runs_folder(tmp_path, monkeypatch, environment):
     monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"

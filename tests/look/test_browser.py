@@ -199,6 +199,15 @@ NAMELESS = """root => [...root.querySelectorAll('[role=slider], select, input, t
     .filter(e => e.getClientRects().length && !(e.getAttribute('aria-label') || e.textContent || '').trim())
     .map(e => e.outerHTML.slice(0, 200))"""
 
+# a quick machine may take the sign away before a look at the page finds it
+WATCH_SIGN = """(cell) => {
+    window.signs = [];
+    new MutationObserver(records => {
+        for (const record of records) for (const node of record.addedNodes)
+            if (node.classList?.contains('dmp-wb-busy')) window.signs.push(node.textContent);
+    }).observe(cell, {childList: true, subtree: true});
+}"""
+
 
 def test_everything_has_a_name_and_can_be_taken_away(browser, server, tmp_path):
     page, _ = open_notebook(browser, server, "JupyterLab Light")
@@ -238,8 +247,10 @@ def test_everything_has_a_name_and_can_be_taken_away(browser, server, tmp_path):
         assert float(gates.get_by_label("timestep", exact=True).get_attribute("aria-valuenow")) != float(asked)
         # what takes a while says so
         walk = cell_of(page, "DenoiseExplorer(").locator(".jp-OutputArea").first
+        walk.get_by_label("view").scroll_into_view_if_needed()
+        walk.evaluate(WATCH_SIGN)
         walk.get_by_label("view").select_option("seeds × classes")
-        walk.locator(".dmp-wb-busy:visible").wait_for(timeout=60_000)
+        page.wait_for_function("() => window.signs.some(words => words.startsWith('denoising'))", timeout=120_000)
         walk.locator(".dmp-wb-busy").wait_for(state="detached", timeout=120_000)
         for name, cell in (("grid", walk), ("saved", gates)):
             cell.evaluate("c => c.scrollIntoView({block: 'start'})")
