@@ -165,12 +165,13 @@ class DataConfig:
     # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
     size: int | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
-    # use labels if there are any: a folder's first subfolders, a data set's label column
+    # use labels if there are any: a folder's first subfolders, or a column of numbers or words
     conditional: bool = True
     flip: bool = False                # mirror half of the images, anew each epoch
     image_column: str = "image"       # of a `datasets` data set
-    label_column: str = "label"
-    # captions for text-conditioned models; in a folder, from the metadata.csv or .jsonl that `datasets` knows
+    label_column: str = "label"       # another name than this is looked for in a folder's metadata.csv, too
+    # captions for text-conditioned models: a column, in a folder of its metadata.csv, .jsonl or .parquet;
+    # txt or caption: from the file beside each image that ends so
     caption_column: str | None = None
     # a diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which ships:
     # train on its latents

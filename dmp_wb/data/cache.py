@@ -125,12 +125,12 @@ class ConsecutiveBatches(torch.utils.data.Dataset):
         if isinstance(self.data, ImageData): return self.data.batch(torch.tensor(self.parts[n])), len(self.parts[n])
         whole, bad = [], {}
         for i in self.parts[n]:
-            try: whole.append((i, self.data.image(i)))
+            try: whole.append((i, self.data.image(i), self.data.caption(i)))
             except BadImage as e: bad[self.data.names(i)] = str(e)
-        kept = [i for i, _ in whole]
-        return ({**({"images": torch.stack([x for _, x in whole])} if whole else {}), "bad_images": bad,
+        kept = [i for i, *_ in whole]
+        return ({**({"images": torch.stack([x for _, x, _ in whole])} if whole else {}), "bad_images": bad,
                  **({} if self.data.labels is None else {"class_labels": self.data.labels[kept]}),
-                 **({} if self.data.captions is None else {"captions": [self.data.captions(i) for i in kept]})},
+                 **({} if self.data.captions is None else {"captions": [words for *_, words in whole]})},
                 len(self.parts[n]))
 
 # %% ../../nbs/source/data/06_cache.ipynb #f6f00ed5
