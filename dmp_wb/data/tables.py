@@ -76,6 +76,7 @@ def captioned_folder(config: DataConfig):
     if len({p.suffix for p in notes}) > 1:
         raise BadInput(f"folder {root} holds {notes[0].name} and {notes[-1].name}: expected metadata of one kind")
     taken: dict[str, list] = {config.image_column: []}
+    labels: list = []   # of all splits
     for note in notes:
         columns = metadata_columns(note)
         names = columns[_checked_columns(config, note, columns)]
@@ -83,6 +84,7 @@ def captioned_folder(config: DataConfig):
                  for c in (config.caption_column, config.label_column if config.conditional else None) if c in columns}
         if note != notes[0] and extra != set(taken) - {config.image_column}:
             raise BadInput(f"{note} and {notes[0]} hold different columns: expected the same in each")
+        labels += columns.get(config.label_column, [])
         places = [_inside(root, note, n, name) for n, name in enumerate(names)]
         kept = [n for n, place in enumerate(places) if place is None or folder_of(place) not in others]
         taken[config.image_column] += [None if (place := places[n]) is None else str(root / place) for n in kept]
@@ -92,7 +94,7 @@ def captioned_folder(config: DataConfig):
         warnings.warn(
             f"{len(unlisted)} of the {len(files)} images in {root} are left out, since no metadata name them; "
             f"the first, {_printable(unlisted[0])}", stacklevel=3)
-    return _typed(config, taken)
+    return _typed(config, taken, labels)
 
 # %% ../../nbs/source/data/03_tables.ipynb #c0775b2a
 def _checked_columns(config: DataConfig, note: Path, columns: dict[str, list]) -> str:
@@ -121,12 +123,16 @@ def _inside(root: Path, note: Path, row: int, name) -> str | None: # relative to
     return (note.parent / name).relative_to(root).as_posix()
 
 # %% ../../nbs/source/data/03_tables.ipynb #790783c4
-def _typed(config: DataConfig, columns: dict[str, list]):
+def _typed(
+    config: DataConfig,
+    columns: dict[str, list],
+    labels: list,              # of all splits, which decide together whether labels are numbers or words
+):
     "Columns as a data set; raises `BadInput` for a caption that is no string, and a column of several types."
     import datasets
     import pyarrow
     label, caption = columns.get(config.label_column), columns.get(config.caption_column or "", [])
-    if label and all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,18}", v) for v in label):
+    if label and all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,18}", v) for v in labels):
         columns[config.label_column] = [int(v) for v in label]   # a CSV holds strings only
     if wrong := [n for n, v in enumerate(caption) if not isinstance(v, str | None)]:
         raise BadInput(

@@ -73,6 +73,13 @@ def test_numbers_in_a_csv_stay_numbers_and_words_beside_them_are_words(tmp_path)
         assert data.class_names == names and [data.class_names[i] for i in data.labels] == list(labels)
 
 
+def test_whether_labels_are_words_does_not_depend_on_the_split(tmp_path):
+    root = photos(tmp_path / "photos", 4, ("train", "test"))
+    (root / "metadata.csv").write_text("file_name,kind\ntrain/00.png,1\ntrain/01.png,x\ntest/02.png,1\ntest/03.png,1\n")
+    test = load_images(folder_config(root, label_column="kind", split="test"))
+    assert test.class_names == ["1", "x"] and test.labels.tolist() == [0, 0]
+
+
 # --- captions
 
 def captioned(root, texts, suffix="txt"):
@@ -95,8 +102,8 @@ def test_captions_are_read_from_a_file_beside_each_image(suffix, tmp_path):
 
 def test_an_image_without_a_caption_is_told_and_has_an_empty_one(tmp_path):
     root = captioned(photos(tmp_path / "photos", 3, None), [b"a cat", None, b"a dog"])
-    with pytest.warns(UserWarning, match=r"1 of the 3 images in .* have no \.txt file beside them, so their captions are "
-                                         r"empty; the first, 01\.png: expected 01\.txt"):
+    with pytest.warns(UserWarning, match=r"1 of the 3 images in .* have no \.txt file beside them, so their "
+                                         r"captions are empty; the first, 01\.png: expected 01\.txt"):
         data = load_images(folder_config(root, caption_column="txt"))
     assert data.batch(torch.arange(3))["captions"] == ["a cat", "", "a dog"]
 
