@@ -111,7 +111,7 @@ def test_an_image_without_a_caption_is_told_and_has_an_empty_one(tmp_path):
 def test_captions_that_are_not_there_are_refused_in_one_line(tmp_path):
     root = photos(tmp_path / "photos", 3, None)
     with pytest.raises(BadInput, match=r"holds no \.txt file beside any of its 3 images; the first, 00\.png: expected "
-                                       r"00\.txt, or data\.caption_column=null") as e:
+                                       r"00\.txt") as e:
         load_images(folder_config(root, caption_column="txt"))
     assert one_line(e)
     captioned(root, [b"a", b"b", b"c"])
@@ -127,7 +127,7 @@ def test_a_caption_that_cannot_be_read_leaves_its_image_out_whether_it_is_droppe
         data = load_images(folder_config(root, caption_column="txt"))
         batch = SkippedImages(1, said.append).take(data.batch(torch.tensor([1, 0]), drop=drop))
         assert torch.equal(batch["images"][0], data.image(2))
-        assert said == ["skipped image 1: 01.png has a caption, 01.txt, that is no UTF-8"]
+        assert said == ["skipped image 1: 01.png has 01.txt beside it, which is no UTF-8"]
 
 
 def test_captions_beside_images_are_encoded_in_the_loop_and_in_a_cache(models, tmp_path):  # noqa: F811
