@@ -125,7 +125,9 @@ def look_at_data(
             if "data.conditional=false" not in str(e): raise
             data = load_images(DataConfig(name=name, size=8, conditional=False))
     if not isinstance(data, ImageFiles):
-        sizes_from(data, name)   # refuses what is not square
+        if isinstance(side := sizes_from(data, name)["sample_size"], list):
+            raise BadInput(f"data {name!r} are {side[0]} × {side[1]}: expected square images; write the experiments by "
+                           "hand, with model.sample_size null")
         return Found(len(data), data.class_names, data.shape[2], data.shape[0], fixed=True)
     sides, colours = _looked_at(data)
     return Found(len(data), data.class_names, sorted(sides)[len(sides) // 4], 3 if colours else 1)
@@ -175,7 +177,7 @@ def fit_experiments(
     root = Path(project).resolve() if project else project_root()
     path = expanded(data)
     if path.exists(): data = str(path.resolve())
-    short = name or re.sub(r"[^a-z0-9]+", "-", Path(data).name.lower()).strip("-") or "data"
+    short = name or re.sub(r"[^a-z0-9]+", "-", re.sub(r"\.(zip|tar)$", "", Path(data).name.lower())).strip("-") or "data"
     if not re.fullmatch(r"[\w-]+", short): raise BadInput(f"--name is {short!r}: expected letters, digits, - and _")
     # the base comes first
     kinds = sorted((f.stem for f in (assets_folder() / TEMPLATES).glob("*.yaml")), reverse=True)

@@ -7,6 +7,7 @@ __all__ = ['new', 'train', 'launch', 'latents', 'sample']
 
 # %% ../../nbs/source/cli/01_making.ipynb #023f512d
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -125,7 +126,8 @@ def latents(
         vae: Annotated[str, typer.Option(
             help="A diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
             "ships.")],
-        size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
+        size: Annotated[str, typer.Option(
+            help="Pixels that images are scaled and cropped to: a side, or HEIGHTxWIDTH.")],
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,
                          typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
@@ -150,7 +152,9 @@ def latents(
     from dmp_wb.core.settings import DataConfig, DTYPE_NAMES
     rank, world = _share(num_processes)
     data, folder = str(expanded(data)) if data.startswith("~") else data, expanded(folder)
-    config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional,
+    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", size):
+        raise BadInput(f"--size is {size!r}: expected a side in pixels, or HEIGHTxWIDTH, as 256x384")
+    config = DataConfig(name=data, split=split, size=[int(side) for side in size.split("x")], channels=channels, conditional=not unconditional,
                         image_column=image_column, label_column=label_column, caption_column=caption_column,
                         vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images,
                         num_workers=num_workers).check()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'SAMPLERS', 'FLOW_SAMPLERS', 'SIZES', 'NAMES', 'LIMITS', 'FROM_DATA', 'PREDICTION_TYPES', 'Weighting',
            'WEIGHTINGS', 'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size', 'ModelConfig', 'ObjectiveConfig',
-           'TrainedAs', 'aggregators', 'MultitaskConfig', 'DataConfig', 'dtype_name', 'SamplingConfig']
+           'TrainedAs', 'aggregators', 'MultitaskConfig', 'size_of', 'DataConfig', 'dtype_name', 'SamplingConfig']
 
 # %% ../../nbs/source/core/07_settings.ipynb #358c47dc
 import ast
@@ -73,7 +73,7 @@ class ModelConfig:
     "A DiT to make from scratch: a name of the family, or the sizes one by one (which win over the name's)."
     name: str | None = None                 # "DiT-S/2" … "DiT-XL/8", or None
     # null: from the data, and the run's config has the number
-    sample_size: int | None = None          # side of the square input (latents or pixels)
+    sample_size: int | list[int] | None = None   # side of the input (latents or pixels), or [height, width]
     in_channels: int | None = None          # channels of the input
     num_classes: int | None = None          # of data without labels none; data.conditional=false leaves labels out
     learn_sigma: bool = True                # the output holds a variance as well: twice the channels
@@ -86,9 +86,16 @@ class ModelConfig:
         "Raise `BadInput` for an unknown name, sizes below 1, or sizes that are missing."
         plain_fields(self)
         if self.name is not None and self.name not in NAMES: raise unknown("model.name", self.name, NAMES)
-        for key in ("sample_size", "in_channels", "num_classes", "patch_size", "hidden_size", "num_layers",
-                    "num_attention_heads"):
+        if isinstance(self.sample_size, (list, tuple)):
+            if len(self.sample_size) != 2:
+                raise BadInput(f"model.sample_size is {self.sample_size}: expected a side, or [height, width]")
+            self.sample_size = size_of(list(self.sample_size))
+        for key in (*FROM_DATA, "patch_size", "hidden_size", "num_layers", "num_attention_heads"):
             value = getattr(self, key)
+            for side in value if isinstance(value, list) else ():
+                if not 1 <= side <= LIMITS[key]:
+                    raise BadInput(f"model.{key} is {value}: expected two numbers of 1 to {LIMITS[key]:,}")
+            if isinstance(value, list): continue
             if value is not None and value < 1: raise BadInput(f"model.{key} is {value}: expected at least 1")
             if value is not None and value > LIMITS[key]:
                 raise BadInput(f"model.{key} is {value}: expected at most {LIMITS[key]:,}")
@@ -151,6 +158,11 @@ class MultitaskConfig:
         if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771006
+def size_of(shape) -> int | list[int]: # of […, H, W]
+    "How settings name a size: a side, or height and width where they differ."
+    height, width = shape[-2:]
+    return width if height == width else [height, width]
+
 @dataclass
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
@@ -162,8 +174,9 @@ class DataConfig:
     # held out, for the loss on images that are not trained on: the name of another split, or a share of this one, as
     # 0.05; null: none
     validation: str | float | None = None
-    # side in pixels; files are scaled and centre-cropped to it as ADM does. Built-in data have their own
-    size: int | None = None
+    # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does. Built-in data have their
+    # own
+    size: int | list[int] | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
     # use labels if there are any: a folder's first subfolders, or a column of numbers or words
     conditional: bool = True
@@ -184,8 +197,11 @@ class DataConfig:
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
         plain_fields(self)
-        if self.size is not None and self.size < 1:
-            raise BadInput(f"data.size is {self.size}: expected the side in pixels")
+        if self.size is not None:
+            found = [self.size] if isinstance(self.size, int) else list(self.size)
+            if not (len(found) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in found)):
+                raise BadInput(f"data.size is {self.size}: expected the side in pixels, or [height, width]")
+            self.size = size_of(found[:1] + found)   # [32, 32] is 32
         v = self.validation
         if v is not None and (isinstance(v, float) and not 0 < v < 1 or v == self.split or v in ("", "all")):
             raise BadInput(f"data.validation is {v!r}: expected a share between 0 and 1, or the name of another split "

@@ -105,7 +105,7 @@ class ImageFiles(Source):
         read: Callable[[int], bytes | str | Path],  # image i's file, or its bytes
         names: Callable[[int], str],                # what to call it
         num_images: int,
-        size: int,
+        size: int | Sequence[int],                  # side in pixels, or height and width
         channels: int = 3,
         labels: torch.Tensor | None = None,         # [N]
         class_names: Sequence[str] = (),
@@ -115,14 +115,15 @@ class ImageFiles(Source):
         self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = (
             read, names, num_images, labels, list(class_names), captions)
-        self.shape, self.bad = (channels, size, size), {}
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape, self.bad = (channels, height, width), {}
         self.workers = readers()
 
     def __len__(self) -> int: return self.num_images
 
     def cropped(self, index: int) -> Image.Image:
         "Image `index`, cropped; raises `BadImage`."
-        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1])
+        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[1:])
 
     def image(self, index: int) -> torch.Tensor: # [C, H, W]
         "Image `index`, cropped; raises `BadImage`."
@@ -312,7 +313,7 @@ def _own_runs(root: Path) -> Iterator[tuple[str, list[str]]]:
     "Of a folder or an archive; the shards in a folder are files."
     return member_runs(root) if is_archive(root) else _folder_runs(root)
 
-def _side(config: DataConfig) -> int:
+def _side(config: DataConfig) -> int | list[int]:
     if config.size is None:
         raise BadInput(
             f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")

@@ -24,7 +24,7 @@ import torch
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.files import read_json
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_of
 from dmp_wb.data.folders import (
     _all_files, data_path, EVERY_SPLIT, image_files, image_folder, ImageFiles, _IMAGES, pick_split, _printable, _side,
     split_kind, _split_files, _suffix,
@@ -309,9 +309,9 @@ def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
     kept = [split for split in IDX_FILES if has_idx(folder, split)]
     split = config.split if config.split == EVERY_SPLIT else pick_split(config.name, config.split, kept)
     data = idx_images(folder, split)
-    if config.size not in (None, data.shape[-1]):
+    if config.size not in (None, size_of(data.shape)):
         raise BadInput(
-            f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the images in {folder}")
+            f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the images in {folder}")
     return data if config.conditional else ImageData(data.images, None, [])
 
 # %% ../../nbs/source/data/03_tables.ipynb #7772abf7
@@ -335,8 +335,8 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         entry, split = DATASETS[config.name], config.split
         if split != EVERY_SPLIT: split = pick_split(config.name, split, list(entry.splits))
         data: Any = entry.make(dataclasses.replace(config, split=split))
-        if config.size not in (None, data.shape[-1]):
-            raise BadInput(f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the built-in "
+        if config.size not in (None, size_of(data.shape)):
+            raise BadInput(f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the built-in "
                            f"{config.name}")
         return data if config.conditional or not isinstance(data, ImageData) else ImageData(data.images, None, [])
     if folder.is_dir() and has_idx(folder): return _idx_folder(config, folder)

@@ -20,7 +20,7 @@ from ..core.errors import BadInput, MissingFile, real_number, said, unknown, who
 from ..core.files import read_json
 from ..core.paths import assets_folder, expanded, runs_root
 from ..core.registries import loaded, METRICS, Metric, NEEDS
-from ..core.settings import DataConfig, dtype_name, SamplingConfig
+from ..core.settings import DataConfig, dtype_name, SamplingConfig, size_of
 from ..data.load import captions_of, load_data
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
 from .distances import _checked_strata, Moments
@@ -122,7 +122,7 @@ def evaluate(
     if not isinstance(reference, (Statistics, type(None))):
         # a wrong name is told before hours of features
         if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)
-        reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size,
+        reference = reference_statistics(reference, extractor, size_of(images.shape), images.shape[0], batch_size=batch_size,
                                          cache=cache, quiet=quiet)
     wanted = [METRICS[name] for name in _chosen(metrics, extractor, reference)]
     _check_settings(wanted, images, reference, s)
