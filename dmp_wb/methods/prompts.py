@@ -439,7 +439,7 @@ class Tables(Watched):
             return
         # row by row, as a forward pass with one timestep computes them
         with torch.no_grad(), weights_loaded(self.model):
-            asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
+            asked = anatomy.called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
             asked = asked[_widest(asked).argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
         table = Table(asked, {n: torch.cat([r[n] for r in rows]) for n in self.groups},

@@ -78,8 +78,8 @@ class Anatomy:
     timestep_scale: Callable[[nn.Module], float] = lambda m: 1.0
     # where in 0…T the model's timestep of 0 lies: T where its time runs from noise to image
     timestep_start: Callable[[nn.Module], float] = lambda m: 0.0
-    # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds
-    as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] = lambda m, t: t
+    # a scheduler's timestep → what the class's pipeline gives the model, rounded as it rounds; None: by the clock
+    as_called: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
     # time is continuous in [0, T], not an integer in 0…T−1
     flow_matching: bool = False
     timestep_argument: str = "timestep"                               # the model's argument that holds the timestep
@@ -91,6 +91,10 @@ class Anatomy:
     def clock(self, model: nn.Module) -> "Clock":
         "How the model's own timesteps lie in 0…T."
         return Clock(self.timestep_scale(model), self.timestep_start(model))
+
+    def called(self, model: nn.Module, time: torch.Tensor) -> torch.Tensor:
+        "A scheduler's timesteps, as the class's pipeline gives them to the model."
+        return self.clock(model).timestep(time) if self.as_called is None else self.as_called(model, time)
 
     def block_grids(self, model: nn.Module, input_size: Sequence[int] | None = None) -> list[Size]:
         "The token grid of every block. Raises `BadInput` where neither the model nor `input_size` fixes it."
