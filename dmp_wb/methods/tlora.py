@@ -94,7 +94,7 @@ class Update(nn.Module):
         "W + s B diag(w) A, for the weights w [R] of one timestep."
         with torch.autocast(weight.device.type, enabled=False):
             down, up, w = self.acting(w, ranks)
-            return torch.addmm(weight.to(up.dtype), up * (self.scale * w), down).to(weight.dtype)
+            return torch.addmm(weight.to(up.dtype), up * (self.scale * w).to(up.dtype), down).to(weight.dtype)
 
 # %% ../../nbs/source/methods/17_tlora.ipynb #bebeef36
 # in the names of places that read the timestep or the condition
