@@ -56,7 +56,7 @@ def counted(run: Callable, where: bool = False) -> int:
 
 
 def backbone_forwards(name: str) -> Iterator[tuple[str, Callable]]:
-    "Forward passes of a backbone's tiny model: plain, patched, at a strength, from a table, routed, patched and routed."
+    "Forward passes of a backbone's tiny model: plain, patched, at half strength, from a table, and with a route."
     inputs, shared = to_device(inputs_for(name)), to_device(inputs_for(name, timestep=500))
 
     def forward(given=inputs):
