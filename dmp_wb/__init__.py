@@ -15,6 +15,7 @@ if "torch" not in sys.modules: os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE
 _PUBLIC = {
     "DiT": "models.dit", "ModelConfig": "core.settings",
     "Anatomy": "models.anatomy", "register_backbone": "models.anatomy", "supported_models": "models.backbones",
+    "check_backbone": "methods.check",
     "DMPConfig": "methods.settings", "PromptPatch": "methods.dmp", "patch": "methods.dmp", "unpatch": "methods.patches",
     "get_patch": "methods.patches",
     "save_patch": "methods.files", "load_patch": "methods.dmp", "load_reference_patch": "methods.reference",

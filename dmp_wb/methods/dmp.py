@@ -34,7 +34,7 @@ from .interventions import Adapter, Strength
 from .prompts import Tables
 from .settings import DMPConfig, PromptTuningConfig
 from .weights import adapter_parameters, fingerprint, other_weights, plain_name
-from ..models.anatomy import Size, unwrap_model
+from ..models.anatomy import by_row, Size, unwrap_model
 from ..models.backbones import anatomy_of
 from ..models.computing import Arriving
 
@@ -137,28 +137,28 @@ class OnPasses(Adapter, Tables):
     def _prompts_of(self, index: int, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         "As `_by_block` has them, in the dtype of x."
         prompts, gate = call.state[self.key][index]
-        return prompts.to(x), gate if gate is None else gate.to(x)
+        return prompts.to(x), gate if gate is None else by_row(gate.to(x), x)
 
 # %% ../../nbs/source/methods/10_dmp.ipynb #63d07d60
 class Adding(OnPasses):
     "Prompts added to the tokens of the image."
     def _add(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
-        position, text = self.blocks.index(index), call.text_before(index)
+        position, text, after = self.blocks.index(index), call.text_before(index), call.text_after(index)
         prompts, gate = self._prompts_of(index, x, call)
         n, first = len(prompts), call.longest_text_before(index) + call.prompts
-        grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first,)
+        grid = tuple(x.shape[2:]) if x.ndim == 4 else (x.shape[1] - first - after,)
         tokens = math.prod(grid)
         if (grid != self.grids[position] if x.ndim == 4 else tokens != self.tokens[position]):
             raise self._other_size(grid, position)
-        if n == tokens and first == 0 and x.ndim == 3:
+        if n == tokens and first == after == 0 and x.ndim == 3:
             return x + prompts if gate is None else torch.addcmul(x, gate, prompts)
         added = prompts[None] if gate is None else gate * prompts
         if n < tokens: added = added[:, torch.arange(tokens, device=x.device) * n // tokens]
         if x.ndim == 4: return x + added.transpose(1, 2).unflatten(2, x.shape[2:])
         if isinstance(text, tuple):   # every sample's image where its own text ends
-            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin))
+            return torch.stack([row + F.pad(a, (0, 0, begin, first - begin + after))
                                 for row, a, begin in zip(x, added.expand(len(x), -1, -1), text)])
-        return x + F.pad(added, (0, 0, first, 0))
+        return x + F.pad(added, (0, 0, first, after))
 
 # %% ../../nbs/source/methods/10_dmp.ipynb #63d07d61
 class OnBlocks(Adding):

@@ -18,7 +18,7 @@ from .interventions import changed, check_numbers, Intervened, Intervention
 from .registry import name_of
 from .masks import learned_mask, make_mask
 from .settings import DTRConfig
-from ..models.anatomy import unwrap_model
+from ..models.anatomy import by_row, Clock, unwrap_model
 from ..models.backbones import anatomy_of, backbones_inside
 
 # %% ../../nbs/source/methods/13_dtr.ipynb #acfdd811
@@ -26,24 +26,27 @@ def spread(
     m: torch.Tensor,                # [B or 1, C]
     x: torch.Tensor,                # tokens [B, N, C] or pixels [B, C, H, W]
     first: int | tuple[int, ...],   # tokens of a text before the image's; a tuple has one number a sample
+    after: int = 0,                 # tokens after the image's
 ) -> torch.Tensor: # [B or 1, 1, C], [B or 1, N, C] or [B or 1, C, 1, 1]
     "A mask as it multiplies the input of a block; text passes whole."
+    m = by_row(m, x)
     if x.ndim == 4: return m[:, :, None, None]
-    if not first: return m[:, None]
+    if not first and not after: return m[:, None]
     if isinstance(first, tuple):   # every sample's text has its own length
-        text = torch.arange(x.shape[1], device=x.device) < torch.tensor(first, device=x.device)[:, None]
+        place, begin = torch.arange(x.shape[1], device=x.device), torch.tensor(first, device=x.device)[:, None]
+        text = (place < begin) | (place >= x.shape[1] - after) if after else place < begin
         return torch.where(text[:, :, None], torch.ones((), device=x.device, dtype=x.dtype), m[:, None])
-    image = m[:, None].expand(-1, x.shape[1] - first, -1)
-    return torch.cat([image.new_ones(len(m), first, x.shape[-1]), image], dim=1)
+    image = m[:, None].expand(-1, x.shape[1] - first - after, -1)
+    ones = [image.new_ones(len(m), n, x.shape[-1]) for n in (first, after)]
+    return torch.cat([ones[0], image, ones[1]] if after else [ones[0], image], dim=1)
 
 # %% ../../nbs/source/methods/13_dtr.ipynb #acfdd812
 def timesteps_of(
     call: Call,
-    scale: float,   # of the model's timestep, to lie in 0…T
+    clock: Clock,   # of the model
 ) -> torch.Tensor: # [B] or [1]
     "The timesteps of a forward pass, in 0…T."
-    t = call.timestep.to(call.device)
-    return t if scale == 1 else t.float() * scale   # not in bf16, which would round to the nearest four
+    return clock.time(call.timestep.to(call.device))
 
 class Routing(Intervened, Method):
     "Masks around the blocks: a block sees its timestep's channels, and the others pass by it."
@@ -55,7 +58,7 @@ class Routing(Intervened, Method):
         super().__init__(model, dataclasses.replace(config))   # the caller's stays the caller's
         self.key = "route"
         anatomy = anatomy_of(model)
-        self.scale, self.widths = anatomy.timestep_scale(model), {*anatomy.block_widths(model)}
+        self.clock, self.widths = anatomy.clock(model), {*anatomy.block_widths(model)}
         self.mask = make_mask(self.config, self.widths)
 
     @property
@@ -71,7 +74,7 @@ class Routing(Intervened, Method):
 
     def start(self, call: Call):
         "Timesteps as the mask takes them. A mask is made when a block asks, but for those that learn."
-        t, masks = timesteps_of(call, self.scale), {}
+        t, masks = timesteps_of(call, self.clock), {}
         if isinstance(self.mask, nn.Module):   # a checkpointed block that made one would not make it again
             masks = {width: self.mask(t, width) for width in self.widths}
         call.state[self.key] = {"timesteps": t, "masks": masks, "spread": {}, "kept": {}, "changes": self.changes()}
@@ -79,18 +82,20 @@ class Routing(Intervened, Method):
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         "m ⊙ x; the rest waits for the block's output."
         state = call.state[self.key]
-        m, rest = self._spread(state, x, call.text_before(index), index)
+        m, rest = self._spread(state, x, index, call)
         state["kept"][index] = x, rest
         return x * m
 
-    def _spread(self, state: dict, x: torch.Tensor, first, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _spread(self, state: dict, x: torch.Tensor, index: int, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         "m and 1 − m as they multiply x: made once a forward pass for all blocks that are alike."
         channels = x.shape[-1 if x.ndim == 3 else 1]
         changes = tuple(c for c in state["changes"] if c.blocks is None or index in c.blocks)
-        alike = channels, x.dtype, x.ndim, first, x.shape[1] if first else 0, changes
+        first, after = call.text_before(index), call.text_after(index)
+        alike = channels, x.dtype, x.ndim, x.shape[0], first, after, x.shape[1] if first or after else 0, changes
         if alike in state["spread"]: return state["spread"][alike]
         if channels not in state["masks"]: state["masks"][channels] = self.mask(state["timesteps"], channels)
-        m = spread(self._as_changed(state["masks"][channels], state["timesteps"], channels, changes).to(x), x, first)
+        m = spread(self._as_changed(state["masks"][channels], state["timesteps"], channels, changes).to(x), x, first,
+                   after)
         made = m, 1 - m
         if not m.requires_grad: state["spread"][alike] = made   # a checkpointed block would not make it again
         return made

@@ -88,14 +88,14 @@ class Call:
         self.state: dict = {}           # by operation, those that were enabled when it began
         self.strengths: dict = {}       # by operation, where one was set when it began
         self.started = False            # have the operations started?
-        # the backward pass that it runs in, as part of a checkpoint around the whole model
-        self.task = _backward_task()
+        self.task = _backward_task()    # the backward pass that it runs in, inside a checkpoint of the whole model
         self.grad = torch.is_grad_enabled()
         self.carrier: Any = None        # a weak reference to the `Inputs` that keep it alive
         self.previous: Any = None       # the pass around this one, where a model calls itself
         self.around: Any = None         # and the pass of the block around this one
-        # by block, tokens before the image's: of a text; a tuple has one number a sample
+        # by block, tokens before the image's, as of a text (a tuple has one number a sample), and after them
         self.leading: list[int | tuple[int, ...]] | None = None
+        self.trailing: Sequence[int] | None = None
         self.prompts = 0                # prepended prompts in the tokens of the running block
         self.left: torch.Tensor | None = None            # the prepended prompts as the last block left them
         self.entered: dict[int, torch.Tensor | None] = {}  # by block, those that entered it
@@ -114,12 +114,13 @@ class Call:
         if some is None:
             raise BadInput(f"{type(model).__name__} was called without images: expected a tensor or a list of tensors, "
                            "one an image")
-        # [B] or [1], as the model takes it
-        self.timestep = timestep_batch(given, given.device if isinstance(given, torch.Tensor) else some.device)
+        where = given.device if isinstance(given, torch.Tensor) else some.device
+        self.timestep = timestep_batch(given, where, anatomy.clock(model).backwards)   # [B] or [1], as the model's
         self.batch = len(images)
         self.inputs: Any = inputs   # dropped when all have started
         if anatomy.leading_tokens is not None:
             self.leading = self._leading(anatomy.leading_tokens(model, inputs), inputs)
+        if anatomy.trailing_tokens is not None: self.trailing = anatomy.trailing_tokens(model, inputs)
 
     def _leading(self, given: Sequence, inputs: dict) -> list:
         "Numbers, and tuples of them where the samples' differ."
@@ -149,6 +150,8 @@ class Call:
 
     def text_before(self, index: int) -> int | tuple[int, ...]:
         return 0 if self.leading is None else self.leading[index]
+
+    def text_after(self, index: int) -> int: return 0 if self.trailing is None else self.trailing[index]
 
     def longest_text_before(self, index: int) -> int:
         text = self.text_before(index)
@@ -193,9 +196,7 @@ class Operation:
     rank = 0         # operations act before a block in this order, after it in the reverse order
     key = ""         # its name on the model
 
-    # the modules it acts around, each with its number
-    def acts_on(self, model) -> list[tuple[int, nn.Module]]:
-        raise NotImplementedError
+    def acts_on(self, model) -> list[tuple[int, nn.Module]]: raise NotImplementedError   # modules with their numbers
     def acts_after(self) -> bool: return type(self).after is not Operation.after
     def rests_here(self) -> bool: return False   # in this thread, for now
     def rests_at(self, strength) -> bool: return False   # an entry of the strengths that were set, or None

@@ -76,7 +76,7 @@ class LearnedMask(LearnedRouter):
         config.check()
         ModuleMethod.__init__(self, model, dataclasses.replace(config))
         anatomy, self.key = anatomy_of(model), "route"
-        self.scale, self.widths = anatomy.timestep_scale(model), {*anatomy.block_widths(model)}
+        self.clock, self.widths = anatomy.clock(model), {*anatomy.block_widths(model)}
         self.mask = PathMask(self.config, self.widths)
 
     @classmethod

@@ -29,7 +29,7 @@ from dmp_wb.methods.gates import (
 from .hooks import is_offloaded, PerThread, Scoped, weights_loaded
 from .interventions import changed, check_numbers, Intervened, Intervention, mean_one_by_one
 from .settings import DMPConfig
-from ..models.anatomy import check_timesteps, Size, unwrap_model
+from ..models.anatomy import check_timesteps, Clock, Size, unwrap_model
 from ..models.backbones import anatomy_of
 
 # %% ../../nbs/source/methods/07_prompts.ipynb #e0b77a85
@@ -261,12 +261,12 @@ class Readable(Gating):
         """
         anatomy = anatomy_of(self.model)
         t = torch.atleast_1d(check_timesteps(timesteps, self.config.num_train_timesteps + anatomy.flow_matching))
-        scale = anatomy.timestep_scale(self.model)
+        clock = anatomy.clock(self.model)
         with weights_loaded(self.model):
             t = t.to(self._device())
             if class_labels is not None:
                 inputs["class_labels"] = torch.as_tensor(class_labels, device=t.device).reshape(-1)
-            return self._stack(self._gates_at(t if scale == 1 else t / scale, inputs))
+            return self._stack(self._gates_at(clock.timestep(t), inputs))
 
     def entropy(self, timesteps, class_labels=None,
                 **inputs) -> torch.Tensor:   # [B, patched blocks], in nats; log(prompts) when the gate is uniform
@@ -282,12 +282,12 @@ class Readable(Gating):
                     inputs: dict) -> dict[int, torch.Tensor]:
         "As interventions have them; `timestep` [B or 1] as the model takes it."
         if not (changes := self.changes()): return gates
-        scale, T = anatomy_of(self.model).timestep_scale(self.model), self.config.num_train_timesteps
-        t = timestep if scale == 1 else timestep.float() * scale
+        clock, T = anatomy_of(self.model).clock(self.model), self.config.num_train_timesteps
+        t = clock.time(timestep)
         by_sample = "condition" in self.config.gate_input   # each sample has gates of its own at a timestep
         def of(n: int, t: torch.Tensor) -> torch.Tensor: # [len(t), blocks, n], without interventions
             if by_sample: t = t.expand(len(gates[n]))
-            return self(self._gate_input(model, t if scale == 1 else t / scale, inputs), len(t), False)[0][n]
+            return self(self._gate_input(model, clock.timestep(t), inputs), len(t), False)[0][n]
         mean = lambda n: partial(mean_one_by_one, partial(of, n), t, T) if by_sample else None
         return {n: changed(g, t, partial(of, n), changes, [self.blocks[p] for p in self.groups[n]], 0.0, T, mean(n))
                 for n, g in gates.items()}
@@ -362,9 +362,9 @@ class Table:
         self,
         timesteps: torch.Tensor,           # [S], as the model takes them, ascending
         gates: dict[int, torch.Tensor],    # by number of prompts, [S, blocks of that number, prompts]
-        scale: float,                      # of the model's timestep, to lie in 0…T
+        clock: Clock,                      # of the model
     ):
-        self.gates, self.scale, self.values = gates, scale, timesteps.tolist()
+        self.gates, self.clock, self.values = gates, clock, timesteps.tolist()
         self.changes: tuple[Intervention, ...] = ()           # under which they were made
         self.known = {timesteps.device: _widest(timesteps)}   # by device
         self.rows = {value: i for i, value in enumerate(self.values)}
@@ -403,7 +403,7 @@ class Table:
         if (value := stray.item()) != -math.inf: raise self._unknown(value)
 
     def _unknown(self, value: float) -> BadInput:
-        return BadInput(f"timestep {value * self.scale:g} is not in the baked table of {len(self.values)} timesteps: "
+        return BadInput(f"timestep {self.clock.time(torch.tensor(value)).item():g} is not in the baked table of {len(self.values)} timesteps: "
                         "expected one of those it was made for")
 
 # %% ../../nbs/source/methods/07_prompts.ipynb #49089cd0
@@ -440,11 +440,11 @@ class Tables(Watched):
             return
         # row by row, as a forward pass with one timestep computes them
         with torch.no_grad(), weights_loaded(self.model):
-            asked = anatomy.as_called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
+            asked = anatomy.called(self.model, t.to(self._device()))   # rounded as the pipeline rounds them
             asked = asked[_widest(asked).argsort()]
             rows = [self._gates_at(v[None], {}) for v in asked]
         table = Table(asked, {n: torch.cat([r[n] for r in rows]) for n in self.groups},
-                      anatomy.timestep_scale(self.model))
+                      anatomy.clock(self.model))
         table.changes = self.changes()
         with self.tables.set(table): yield self
         table.check()

@@ -21,7 +21,7 @@ from .hooks import Call, weights_loaded
 from .interventions import changed, check_numbers, Intervention
 from .masks import SlidingMask
 from .settings import DTRConfig, SwitchConfig
-from ..models.anatomy import check_timesteps
+from ..models.anatomy import by_row, check_timesteps
 from ..models.backbones import anatomy_of
 from ..models.computing import Arriving
 
@@ -107,11 +107,13 @@ class Gate(nn.Module):
 def of_image(
     x: torch.Tensor,               # [B, N, C], of which the first tokens may be a text's
     first: int | tuple[int, ...],  # how many: one number, or one a sample
+    after: int = 0,                # tokens after the image's
 ) -> torch.Tensor: # [1 or B, N, 1]: one for the tokens of an image, zero for those of a text
     "Experts act on the tokens of the image alone."
     # a copy of one number to a device would wait for it
     ends = torch.tensor(first, device=x.device)[:, None] if isinstance(first, tuple) else first
-    image = torch.arange(x.shape[1], device=x.device) >= ends
+    place = torch.arange(x.shape[1], device=x.device)
+    image = (place >= ends) & (place < x.shape[1] - after) if after else place >= ends
     return image.view(-1, x.shape[1], 1).to(x.dtype)
 
 # %% ../../nbs/source/methods/16_switch.ipynb #531a0b09
@@ -130,7 +132,7 @@ class Switch(ModuleMethod, Routing):
             raise BadInput(f"the blocks of {type(model).__name__} change the width of their tokens: expected a "
                            "transformer for the method switch")
         widths, shared = anatomy.block_widths(model), int(config.shared_expert)
-        self.scale, self.blocks = anatomy.timestep_scale(model), len(widths)
+        self.clock, self.blocks = anatomy.clock(model), len(widths)
         self.gate = Gate(anatomy.embedding_width(model), len(widths), config.num_experts)
         self.experts = nn.ModuleList(Experts(config.num_experts + shared, width) for width in widths)
 
@@ -152,12 +154,12 @@ class Switch(ModuleMethod, Routing):
         p = self._probabilities(call.model, t)
         g = self.weights_of(p)
         if changes := self.changes():
-            of = lambda t: self.weights_of(self._probabilities(call.model, t if self.scale == 1 else t / self.scale))
-            g = changed(g, timesteps_of(call, self.scale), of, changes, range(self.blocks), 0.0,
+            of = lambda t: self.weights_of(self._probabilities(call.model, self.clock.timestep(t)))
+            g = changed(g, timesteps_of(call, self.clock), of, changes, range(self.blocks), 0.0,
                         self.config.num_train_timesteps)
         call.state[self.key] = {"g": g, "kept": {}}
         if not self.training: return
-        self.newest, self.newest_t = p, timesteps_of(call, self.scale).expand(call.batch)
+        self.newest, self.newest_t = p, timesteps_of(call, self.clock).expand(call.batch)
         ahead = self.config.prior_weight and not torch.compiler.is_compiling()
         self.coming = self.send_costs(call.model, p.device) if ahead else None
 
@@ -167,16 +169,16 @@ class Switch(ModuleMethod, Routing):
         run: when the loss asks for them they have arrived, and a GPU still has blocks to compute."""
         every = torch.arange(self.config.num_train_timesteps, device=device)
         with torch.autocast(device.type, enabled=False):
-            p = self._probabilities(model, every if self.scale == 1 else every / self.scale)
+            p = self._probabilities(model, self.clock.timestep(every))
             use = (keep_largest(p, self.config.top_k) > 0).float().flatten(1)
             return Arriving(distances(use, prior_masks(every, self.blocks, self.config)))
 
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor:
         "m ⊙ x, with a mask from the tokens themselves; the rest waits for the block's output."
         state = call.state[self.key]
-        z = self.experts[index](x, state["g"][:, index]).to(x.dtype)
-        text = call.text_before(index)
-        m = 1 + (z * of_image(x, text) if text else z)
+        z = self.experts[index](x, by_row(state["g"][:, index], x)).to(x.dtype)
+        text, after = call.text_before(index), call.text_after(index)
+        m = 1 + (z * of_image(x, text, after) if text or after else z)
         state["kept"][index] = x, 1 - m
         return x * m
 
@@ -212,7 +214,7 @@ def gates_of(
     t = torch.atleast_1d(check_timesteps(
         timesteps, config.num_train_timesteps + anatomy_of(switch.model).flow_matching)).to(device)
     with weights_loaded(switch.model):
-        return switch._probabilities(switch.model, t if switch.scale == 1 else t / switch.scale)
+        return switch._probabilities(switch.model, switch.clock.timestep(t))
 
 def prior_loss(switch: Switch) -> torch.Tensor: # scalar
     "The diffusion prior loss of the newest forward pass in training; zero before the first."

@@ -24,7 +24,7 @@ from .dtr import timesteps_of
 from .hooks import Call, hooks_of, Scoped, weights_loaded
 from .interventions import Adapter, changed, check_numbers, Intervened, Intervention
 from .settings import TLoRAConfig
-from ..models.anatomy import check_timesteps
+from ..models.anatomy import by_row, check_timesteps
 from ..models.backbones import anatomy_of
 
 # %% ../../nbs/source/methods/17_tlora.ipynb #c10fa48d
@@ -82,7 +82,8 @@ class Update(nn.Module):
     ) -> torch.Tensor: # [B, …, out]
         "s B (w(t) ⊙ A x)."
         down, up, w = self.acting(w, ranks)
-        w = (self.scale * w).view(len(w), *[1] * (x.ndim - 2), -1)
+        w = by_row(self.scale * w, x)
+        w = w.view(len(w), *[1] * (x.ndim - 2), -1)
         return F.linear(F.linear(x, down.to(x.dtype)) * w.to(x.dtype), up.to(x.dtype))
 
     def acting(self, w: torch.Tensor, ranks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,7 +138,7 @@ class Updates(Adapter, Intervened, ModuleMethod):
         config.check()
         super().__init__(model, dataclasses.replace(config))
         anatomy = anatomy_of(model)
-        self.scale = anatomy.timestep_scale(model)
+        self.clock = anatomy.clock(model)
         layers = linear_layers(model, config.targets)
         if not layers:
             wanted = f"whose name holds one of {config.targets}" if config.targets else "of attention or MLP"
@@ -180,11 +181,11 @@ class TimestepLoRA(Updates):
         return rank_weights(t, gates, self.config)
 
     def start(self, call: Call):
-        t = timesteps_of(call, self.scale)
+        t = timesteps_of(call, self.clock)
         w, changes = self.weights_at(call.model, call.timestep.to(call.device), t), self.changes()
         if changes:   # each block has its own, and any rank may act
             each = lambda w: w.expand(-1, len(self.blocks), -1)
-            of = lambda t: each(self.weights_at(call.model, t if self.scale == 1 else t / self.scale, t))
+            of = lambda t: each(self.weights_at(call.model, self.clock.timestep(t), t))
             w = changed(each(w), t, of, changes, self.blocks, 0.0, self.config.num_train_timesteps)
         if (factor := self.factor(call)) is not None: w = w * factor
         merges = bool(self.merging.value) and len(w) == 1 and not torch.compiler.is_compiling()
@@ -243,7 +244,7 @@ def gates_of(
     last = lora.config.num_train_timesteps + anatomy_of(lora.model).flow_matching
     t = torch.atleast_1d(check_timesteps(timesteps, last)).to(lora.gate.weight.device)
     with weights_loaded(lora.model):
-        return lora.gate(anatomy_of(lora.model).embed_timestep(lora.model, t if lora.scale == 1 else t / lora.scale))
+        return lora.gate(anatomy_of(lora.model).embed_timestep(lora.model, lora.clock.timestep(t)))
 
 # %% ../../nbs/source/methods/17_tlora.ipynb #ae1a0987
 def merged_forward(lora: TimestepLoRA, i: int, x: torch.Tensor) -> torch.Tensor:
