@@ -335,8 +335,7 @@ class AroundBlocks(Passes):
 HOOKS_NAME = "_dmp_wb_hooks"
 
 class BlockHooks(AroundBlocks):
-    """The operations on one model. Hooks are bound methods and partials
-    of them, so that copy.deepcopy and pickle carry them to the copy."""
+    "The operations on one model. Hooks are bound methods and partials of them, which deepcopy and pickle carry along."
     def __init__(self, model: nn.Module):
         argument = anatomy_of(model).timestep_argument
         self.model, self.operations, self.handles = model, [], []
