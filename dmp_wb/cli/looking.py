@@ -19,10 +19,10 @@ import typer
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
-from ..core.settings import SAMPLERS
+from ..core.settings import SamplingConfig, USUAL_STEPS
 from dmp_wb.cli.base import (
     _at_least, _begin, _check_measure, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
-    _DType, _named, _TF32, app,
+    _DType, _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
@@ -202,9 +202,8 @@ def compare(
                           typer.Option(help="The page: one HTML file that needs nothing else.")] = Path("compare.html"),
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
-        sampler: Annotated[str, typer.Option(
-            help=f"{_named(SAMPLERS)}; flow-euler for flow matching.")] = "dpmsolver++",
-        num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
+        sampler: Annotated[str, typer.Option(help=_SAMPLER)] = SamplingConfig.sampler,
+        num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
         dtype: _DType = None,
         tf32: _TF32 = False,
         compiled: _Compile = False,
@@ -226,7 +225,8 @@ def compare(
     from dmp_wb.batch.plan import find_notebook
     output = _html_file(output)
     _check_runs(runs)
-    drawn = _drawn(None, sampler=sampler, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32,
+    steps = USUAL_STEPS.get(sampler, 25) if num_inference_steps is None else num_inference_steps
+    drawn = _drawn(None, sampler=sampler, num_inference_steps=steps, dtype=dtype, tf32=tf32,
                    compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)

@@ -15,7 +15,8 @@ from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS, _TF32, app,
+    _at_least, _begin, _check_measure, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS,
+    _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
@@ -39,8 +40,8 @@ def evaluate(
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
         guidance_scale: Annotated[float | None, typer.Option(
         help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
-        num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
+        sampler: Annotated[str | None, typer.Option(help=f"Of a run: {_SAMPLER}")] = None,
+        num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
         dtype: _DType = None,
         tf32: _TF32 = False,
         compiled: _Compile = False,
@@ -91,8 +92,8 @@ def guidance(
     metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
     num_images: Annotated[int, typer.Option(help="Images at each scale, from the same seeds.")] = 1000,
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=_SAMPLER)] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
     dtype: _DType = None,
     tf32: _TF32 = False,
     compiled: _Compile = False,

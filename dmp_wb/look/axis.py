@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from ..core.errors import unknown
+from ..core.settings import SamplingConfig
 from .canvas import as_array
 
 # %% ../../nbs/source/look/01_axis.ipynb #ax15a004
@@ -84,7 +85,7 @@ def time_axis(
     name: "str | TimeAxis" = "timestep",   # one of `AXES`; an axis is given back as it is
     schedule="linear",                     # a name, or the config of an experiment
     prediction_type: str = "epsilon",      # flow_prediction has the log-SNR of its straight path
-    sampler: str | None = None,            # whose steps the axis step counts; that of flow matching, or ddim
+    sampler: str | None = None,            # whose steps the axis step counts; `usual_sampler`'s if None
     steps: int = 25,                       # how many of them
 ) -> TimeAxis:
     "An axis by its name. Raises `BadInput` for a name that there is not."
@@ -96,7 +97,8 @@ def time_axis(
         return TimeAxis(name, np.arange(len(places)), places)
     from dmp_wb.diffusion.schedules import sampler as make_sampler
     flow = prediction_type == "flow_prediction"
-    visited = as_array(make_sampler(sampler or ("flow-euler" if flow else "ddim"), schedule, steps).timesteps)
+    sampler = sampler or ("flow-euler" if flow else SamplingConfig.sampler)
+    visited = as_array(make_sampler(sampler, schedule, steps).timesteps)
     known, first = np.unique(visited.astype(float), return_index=True)   # Heun's visits most of them twice
     return TimeAxis(name, known, first.argsort().argsort().astype(float))
 
