@@ -104,6 +104,12 @@ def _check_drawn(drawn: dict):
     if "preset" in drawn: _one_of("preset", drawn["preset"], PRESETS)
     if "dtype" in drawn: drawn["dtype"] = dtype_name("dtype", drawn["dtype"])
 
+def _check_places(**given: str | None):
+    "Raise `BadInput` for what is written as a path and leads nowhere, before anything is drawn for it."
+    for name, place in given.items():
+        if place and place.startswith(("/", "./", "../", "~")) and not expanded(place).exists():
+            raise BadInput(f"{name} is {place!r}: expected an existing file or folder, or the name of a data set")
+
 def _check_runs(runs: list[str]):
     "Raise `BadInput` for a name that leads to nothing at all."
     from dmp_wb.store.listing import run_folder

@@ -21,7 +21,7 @@ from ..core.paths import expanded
 from ..core.registries import extractor_words
 from ..core.settings import SamplingConfig, USUAL_STEPS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
+    _at_least, _begin, _check_measure, _check_places, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
     _DType, _SAMPLER, _STEPS, _TF32, app,
 )
 
@@ -230,6 +230,7 @@ def compare(
                    compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
+    _check_places(reference=reference)
     _begin(f"comparing {', '.join(runs)}")
     from dmp_wb.look.tables import open_compared
     open_compared(runs)   # a wrong name is told before a kernel starts
@@ -274,6 +275,7 @@ def needs(
     _check_measure(extractor, None, max(num_images, 1), 1, 0, {"num_inference_steps": num_inference_steps})
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _at_least(1, intervals=intervals, num_loss_images=num_loss_images)
+    _check_places(reference=reference, data=data)
     _begin(f"what {home.name} needs")
     from dmp_wb.evaluation.draw import own_folder
     from dmp_wb.store.run import open_run

@@ -15,7 +15,7 @@ from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS,
+    _at_least, _begin, _check_measure, _check_places, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS,
     _SAMPLER, _STEPS, _TF32, app,
 )
 
@@ -57,6 +57,7 @@ def evaluate(
                    num_inference_steps=num_inference_steps)
     _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     _at_least(0, guidance_scale=guidance_scale)
+    _check_places(reference=reference)
     given, run = expanded(samples), None
     files = given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file()
     if files and reference is None:
@@ -113,6 +114,7 @@ def guidance(
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
     for scale in scales or []: _at_least(0, guidance_scale=scale)
+    _check_places(reference=reference)
     home = run_folder(run)
     _begin(f"{home.name}: {num_images:,} images at each guidance scale")
     from dmp_wb.store.run import open_run

@@ -86,8 +86,8 @@ def test_settings_reach_the_sampler(run, tmp_path):
     n, draw = itertools.count(), lambda **kw: hashlib.sha256((sample_run(run, 2, tmp_path / str(next(n)), **{
         **FAST, "guidance_scale": 3.0, **kw}) / SAMPLES_FILE).read_bytes()).hexdigest()
     kinds = [{}, dict(seed=1), dict(guidance_scale=1.0), dict(sampler="ddim"), dict(sampler="heun"),
-             dict(num_inference_steps=4), dict(sampler="ddpm", num_inference_steps="1,3"), dict(guidance_interval=(0, 500)),
-             dict(class_labels=[5, 6])]
+             dict(num_inference_steps=4), dict(sampler="ddpm", num_inference_steps="1,3"),
+             dict(guidance_interval=(0, 500)), dict(class_labels=[5, 6])]
     assert (len({draw(**kind) for kind in kinds}) == len(kinds) and draw() == draw() == draw(class_labels=None)
             == draw(class_labels=[0, 1]) == draw(guidance_channels=1) == draw(guidance_interval=(0, 999)))
 
