@@ -22,7 +22,7 @@ WRONG = ["train digits-dmp optim.lr=x", "train digits-dmp train.epochs=3", "trai
          "sample digits-dmp 1 --batch-size 0", "sample digits-dmp 1 --num-processes 0", "evaluate nosuch",
          "evaluate digits-dmp --extractor x", "evaluate digits-dmp --metrics fid,fidd",
          "evaluate digits-dmp --bootstrap -1", "evaluate digits-dmp --reference /nowhere",
-         "needs digits-dmp --reference ./nowhere", "compare digits-dmp --reference ../no/where",
+         "needs digits-dmp --reference ./nowhere", "needs digits-dmp --axis snr", "compare digits-dmp --reference ../no/where",
          "evaluate x.npz", "guidance nosuch", "guidance digits-dmp -- -1", "guidance digits-dmp --sampler x",
          "compare nosuch", "compare digits-dmp --extractor x", "compare digits-dmp label:nosuch",
          "compare digits-dmp --output x", "compare digits-dmp --dtype float8",
