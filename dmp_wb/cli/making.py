@@ -19,10 +19,9 @@ import typer
 
 from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
-from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _Compile, _complete_named, _complete_runs, _drawn, _DType, _named, _one_of,
-    _PRESETS, _TF32, app,
+    _at_least, _begin, _check_drawn, _Compile, _complete_named, _complete_runs, _drawn, _DType, _one_of,
+    _PRESETS, _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665
@@ -190,10 +189,10 @@ def sample(
                                                       "each line; those of its data if not given.")] = None,
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
         sampler: Annotated[str | None, typer.Option(
-            help=f"{_named(SAMPLERS)}; ddpm if not given, and flow-euler for flow matching.")] = None,
+            help=_SAMPLER)] = None,
         num_inference_steps: Annotated[str | None, typer.Option(
             "--num-inference-steps", "--steps",
-            help="Of the sampler, 250 if not given; ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
+            help=f"{_STEPS} ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
         guidance_scale: Annotated[float | None, typer.Option(
             help="At least 0; 1 is no guidance. 1.5 if not given.")] = None,
         guidance_interval: Annotated[tuple[int, int] | None, typer.Option(
