@@ -86,7 +86,8 @@ CASES: dict[str, tuple[dict, Callable[[], dict], tuple | None]] = {
                      pooled_embeds=randn(16)), (8, 8)),
     "CogView3PlusTransformer2DModel": (
         dict(in_channels=4, out_channels=4, num_layers=3, **HEADS, text_embed_dim=24, time_embed_dim=20,
-             condition_dim=8, pos_embed_max_size=8, sample_size=8), lambda: IMAGES | sizes() | dict(timestep=LONG), None),
+             condition_dim=8, pos_embed_max_size=8, sample_size=8),
+        lambda: IMAGES | sizes() | dict(timestep=LONG), None),
     "CogView4Transformer2DModel": (
         dict(in_channels=4, out_channels=4, num_layers=3, **HEADS, text_embed_dim=24, time_embed_dim=20,
              condition_dim=8, sample_size=8, rope_axes_dim=(16, 16)),
@@ -115,8 +116,8 @@ CASES: dict[str, tuple[dict, Callable[[], dict], tuple | None]] = {
         WAN, lambda: dict(hidden_states=randn(4, 3, 8, 12), timestep=LONG, encoder_hidden_states=randn(5, 16)),
         (3, 8, 12)),
     "SkyReelsV2Transformer3DModel-DF": (
-        {**WAN, "inject_sample_info": True},
-        lambda: dict(hidden_states=randn(4, 3, 8, 12), timestep=LONG[:, None].repeat(1, 3), fps=[0, 1],
+        WAN,
+        lambda: dict(hidden_states=randn(4, 3, 8, 12), timestep=LONG[:, None].repeat(1, 3),
                      encoder_hidden_states=randn(5, 16), enable_diffusion_forcing=True), (3, 8, 12)),
     "ConsisIDTransformer3DModel": (
         dict(sample_height=8, sample_width=12, sample_frames=9, in_channels=4, out_channels=4, num_layers=3,
@@ -160,8 +161,8 @@ CASES: dict[str, tuple[dict, Callable[[], dict], tuple | None]] = {
         lambda: VIDEOS | dict(timestep=T / 1000, fps=16), (3, 8, 12)),
     "CosmosTransformer3DModel-1": (
         dict(in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=3, mlp_ratio=2,
-             text_embed_dim=24, adaln_lora_dim=4, max_size=(4, 16, 16)),
-        lambda: VIDEOS | dict(timestep=torch.tensor([-0.5, 0.8]), fps=16, padding_mask=torch.ones(1, 1, 8, 12)),
+             text_embed_dim=24, adaln_lora_dim=4, max_size=(4, 16, 16), concat_padding_mask=False),
+        lambda: VIDEOS | dict(timestep=torch.tensor([-0.5, 0.8]), fps=16),
         (3, 8, 12)),
     "LTXVideoTransformer3DModel": (
         dict(in_channels=4, out_channels=4, **HEADS, cross_attention_dim=32, num_layers=3, caption_channels=24),
@@ -194,7 +195,8 @@ CASES: dict[str, tuple[dict, Callable[[], dict], tuple | None]] = {
              num_key_value_attention_heads=1, cross_attention_dim=16, time_proj_dim=16, global_states_input_dim=20,
              cross_attention_input_dim=24),
         lambda: dict(hidden_states=randn(4, 12), timestep=T / 1000, encoder_hidden_states=randn(5, 24),
-                     global_hidden_states=randn(1, 20), rotary_embedding=(torch.ones(13, 8), torch.zeros(13, 8))), None),
+                     global_hidden_states=randn(1, 20), rotary_embedding=(torch.ones(13, 8), torch.zeros(13, 8))),
+        None),
     "UNet3DConditionModel": (
         {**UNET, "sample_size": 8, "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
          "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"), "attention_head_dim": 8},
@@ -203,7 +205,9 @@ CASES: dict[str, tuple[dict, Callable[[], dict], tuple | None]] = {
         {**UNET, "sample_size": 8, "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
          "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "num_attention_heads": 2,
          "motion_num_attention_heads": 2},
-        lambda: dict(sample=randn(4, 3, 8, 8), timestep=LONG, encoder_hidden_states=randn(5, 24)), None),
+        # its pipeline repeats the text for every frame
+        lambda: dict(sample=randn(4, 3, 8, 8), timestep=LONG,
+                     encoder_hidden_states=randn(5, 24).repeat_interleave(3, 0)), None),
     "UNetSpatioTemporalConditionModel": (
         dict(sample_size=8, in_channels=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=24,
              num_attention_heads=2, addition_time_embed_dim=8, projection_class_embeddings_input_dim=24,
@@ -224,7 +228,7 @@ def allegro_places(frames, rows, columns):
     t, h, w, *grids = get_3d_rotary_pos_embed_allegro(
         embed_dim=24, crops_coords=((0, 0), (rows, columns)), grid_size=(rows, columns), temporal_size=frames,
         interpolation_scale=(1.0, 1.0, 1.0), device="cpu")
-    return (t, h, w), tuple(grids)
+    return (t, h, w), tuple(torch.cartesian_prod(*(g.long() for g in grids)).T.reshape(3, 1, -1))
 
 
 def build(name):

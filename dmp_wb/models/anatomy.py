@@ -85,7 +85,7 @@ class Anatomy:
     # time is continuous in [0, T], not an integer in 0…T−1
     flow_matching: bool = False
     timestep_argument: str = "timestep"                               # the model's argument that holds the timestep
-    # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; the first if positional
+    # the block's argument that holds the image's tokens [B, N, D] or [B, D, H, W]; its first where it has none so named
     tokens_argument: str = "hidden_states"
     # their place in the block's output, where that is a tuple; None: as diffusers records it
     tokens_output: int | None = None
@@ -124,6 +124,12 @@ class Anatomy:
     def routed(self, model: nn.Module) -> list[nn.Module]:
         "The modules that routing masks."
         return list((self.routed_blocks or self.blocks)(model))
+
+    def argument_of(self, block: nn.Module) -> str:
+        "The name of the argument that holds a block's tokens."
+        names = [p.name for p in inspect.signature(type(block).forward).parameters.values()
+                 if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
+        return self.tokens_argument if self.tokens_argument in names or not names else names[0]
 
     def output_index(self, block: nn.Module) -> int:
         "Where in a tuple that a block returns its image tokens are."

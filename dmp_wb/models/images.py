@@ -134,7 +134,7 @@ def _flux_grid(m, inputs):
     "From the positions of the tokens. None where asking would break a compiled graph, or there is nobody to ask."
     ids = inputs["img_ids"]
     if torch.compiler.is_compiling() or ids.device.type == "meta": return None
-    sides = (ids.flatten(0, -2)[:, 1:].amax(0) + 1).long()
+    sides = (ids.flatten(0, -2)[:, 1:3].amax(0) + 1).long()
     return tuple(sides.tolist()) if ids.device.type == "cpu" else sides
 
 register_backbone("FluxTransformer2DModel", Anatomy(

@@ -20,7 +20,7 @@ def _cogvideox_grid(m, input_size=None):
     if input_size is not None and len(input_size) != 3: raise ValueError("expected frames, rows and columns")
     frames, rows, columns = input_size or ((c.sample_frames - 1) // c.temporal_compression_ratio + 1, c.sample_height,
                                            c.sample_width)
-    return (-(-frames // (c.patch_size_t or 1)), rows // c.patch_size, columns // c.patch_size)
+    return (-(-frames // (getattr(c, "patch_size_t", None) or 1)), rows // c.patch_size, columns // c.patch_size)
 
 def _cogvideox_condition(m, timestep, inputs):
     e_t = time_embedding(m, timestep)
