@@ -32,7 +32,7 @@ from .settings import DMPConfig, DTRConfig
 from ..models.anatomy import Anatomy, by_row, Size, timestep_batch, unwrap_model
 from ..models.backbones import anatomy_of
 
-# %% ../../nbs/source/methods/18_check.ipynb #e88f89c8
+# %% ../../nbs/source/methods/18_check.ipynb #319b78b2
 MARKS = {True: "✓", False: "✗", None: "–"}
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class BackboneCheck:
     findings: list[Finding]
 
     @property
-    def holds(self) -> bool:
-        "Whether all checks hold that there is something to check of."
-        return not self.failed
+    def holds(self) -> bool: return not self.failed
 
     @property
     def failed(self) -> list[str]: return [f.name for f in self.findings if f.holds is False]
@@ -140,7 +138,7 @@ def _randomise(p: nn.Module):
     with torch.no_grad():
         for w in p.parameters(): w.copy_(torch.randn(w.shape, generator=g) * 0.3)
 
-# %% ../../nbs/source/methods/18_check.ipynb #55c58246
+# %% ../../nbs/source/methods/18_check.ipynb #b56e41c8
 class Refuted(Exception): "A claim does not hold."
 
 class NotHere(Exception): "There is nothing to check, and why."
@@ -153,8 +151,7 @@ class Probe(Operation):
     "Notes the tokens that enter each block, and what the last one gives."
     key = "probe"
     def __init__(self, anatomy: Anatomy):
-        self.anatomy, self.entered, self.around = anatomy, {}, {}
-        self.left: torch.Tensor | None = None
+        self.anatomy, self.entered, self.around, self.left = anatomy, {}, {}, None
 
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
         blocks = list(enumerate(self.anatomy.blocks(model)))
@@ -179,7 +176,7 @@ def probed(s: Subject):
     try: yield probe
     finally: hooks_of(s.model).detach(probe)
 
-# %% ../../nbs/source/methods/18_check.ipynb #d9e2735b
+# %% ../../nbs/source/methods/18_check.ipynb #e5497803
 def check_blocks(s: Subject) -> str:
     "Every block is called, with tokens of the width that the anatomy says."
     widths, blocks = s.anatomy.block_widths(s.model), s.anatomy.blocks(s.model)
@@ -194,7 +191,7 @@ def check_blocks(s: Subject) -> str:
     return f"{len(blocks)}, of {kind} of width {', '.join(map(str, sorted({*widths})))}"
 
 def check_tokens(s: Subject) -> str:
-    "Another image changes the tokens called the image's at the first block; from the last they alone reach the output."
+    "Another image changes the image's tokens at the first block; from the last they alone reach the output."
     grids = s.anatomy.block_grids(s.model, s.input_size)
     with probed(s) as probe:
         s.output(**s.another_image())
@@ -242,7 +239,7 @@ def _words(size) -> str: return " × ".join(map(str, size))
 
 def _placed(first, after) -> str: return f"{first} tokens before the image's and {after} after"
 
-# %% ../../nbs/source/methods/18_check.ipynb #9d32f11f
+# %% ../../nbs/source/methods/18_check.ipynb #694f4c59
 @contextlib.contextmanager
 def found_inside(model: nn.Module, wanted: torch.Tensor):
     "Whether each row [B, D] is among the vectors that modules take or give inside this context: a list of one bool."
@@ -255,7 +252,8 @@ def found_inside(model: nn.Module, wanted: torch.Tensor):
               and values.shape[-1] == wanted.shape[-1] and values[..., 0].numel() <= 4096):
             rows = values.detach().reshape(-1, wanted.shape[-1]).float()
             w = wanted.float().to(rows)
-            near = torch.cdist(w, rows, compute_mode="donot_use_mm_for_euclid_dist") <= 1e-4 * (1 + w.norm(dim=-1, keepdim=True))
+            far = torch.cdist(w, rows, compute_mode="donot_use_mm_for_euclid_dist")
+            near = far <= 1e-4 * (1 + w.norm(dim=-1, keepdim=True))
             open_rows[near.any(-1).cpu()] = False
             answer[0] = not open_rows.any()
     handles = [m.register_forward_hook(lambda m, a, k, out: None if answer[0] else look([a, k, out]), with_kwargs=True)
@@ -289,10 +287,10 @@ def check_embedding(s: Subject) -> str:
 def check_condition(s: Subject) -> str | None:
     "The condition is one that the model makes itself."
     if s.anatomy.condition is None: return None
-    with torch.no_grad(): c = condition_of(s.model, s.timesteps, s.inputs)
+    with torch.no_grad():
+        c, e = condition_of(s.model, s.timesteps, s.inputs), s.anatomy.embed_timestep(s.model, s.timesteps)
     with found_inside(s.model, c) as found: s.output()
     claim(found[0], "no part of the model takes or gives this condition")
-    with torch.no_grad(): e = s.anatomy.embed_timestep(s.model, s.timesteps)
     if torch.equal(c, e.expand_as(c)): return "with these inputs the timestep's embedding alone"
     return f"of {', '.join(s.anatomy.condition_inputs)}, as inside the model"
 
@@ -321,7 +319,7 @@ def check_action(s: Subject) -> str:
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> str: return f"{(a - b).abs().max().item():.2g}"
 
-# %% ../../nbs/source/methods/18_check.ipynb #f4ff31e0
+# %% ../../nbs/source/methods/18_check.ipynb #5781d674
 def check_gates(s: Subject) -> str:
     "The gates of a forward pass are those of its timesteps in 0…T, of the timestep and of the condition."
     times = s.anatomy.clock(s.model).time(s.timesteps)
@@ -357,18 +355,16 @@ def check_samples(s: Subject) -> str | None:
     claim(torch.allclose(alike, mixed, rtol=1e-3, atol=1e-4), f"it changes by {_difference(alike, mixed)} with theirs")
     return f"each of {n} has the gates of its own timestep"
 
-def _samples(s: Subject) -> int:
-    return len(next(iter(s.another_image().values())))
+def _samples(s: Subject) -> int: return len(next(iter(s.another_image().values())))
 
 def _listed(t: torch.Tensor) -> str: return ", ".join(f"{v:g}" for v in t.flatten()[:3].tolist())
 
-# %% ../../nbs/source/methods/18_check.ipynb #46c617ed
+# %% ../../nbs/source/methods/18_check.ipynb #88992e98
 def check_checkpointing(s: Subject) -> str | None:
     "Checkpointed blocks give the patch the gradients that plain ones give."
     if not getattr(s.model, "_supports_gradient_checkpointing", False): return None
     with torch.enable_grad(), s.patched() as p:
-        plain = _gradients(s, p)
-        s.model.enable_gradient_checkpointing()
+        plain, _ = _gradients(s, p), s.model.enable_gradient_checkpointing()
         try: again = _gradients(s, p)
         except TypeError as e:   # of the class itself, patched or not
             raise NotHere(f"the class's own checkpointing fails: {e}") from None
@@ -409,7 +405,7 @@ def check_files(s: Subject) -> str:
     claim(torch.equal(before, after), f"the loaded patch's output differs by {_difference(before, after)}")
     return "saved and loaded, the same outputs"
 
-# %% ../../nbs/source/methods/18_check.ipynb #9845e9bf
+# %% ../../nbs/source/methods/18_check.ipynb #5e608a26
 CHECKS: dict[str, Callable[[Subject], str | None]] = {
     "blocks": check_blocks, "tokens": check_tokens, "time": check_time, "embedding": check_embedding,
     "condition": check_condition, "identity": check_identity, "action": check_action, "gates": check_gates,
@@ -428,10 +424,9 @@ def check_backbone(
     Raises `BadInput` for a class that is not registered, for a model with a patch or a route on it, and where
     `raises`."""
     model = unwrap_model(model)
-    anatomy = anatomy_of(model)
+    anatomy, training = anatomy_of(model), [m for m in model.modules() if m.training]
     if methods_of(model):
         raise BadInput(f"this {type(model).__name__} has {' and '.join(methods_of(model))}: expected a plain model")
-    training = [m for m in model.modules() if m.training]
     s = Subject(model.eval(), dict(inputs), anatomy, None if input_size is None else tuple(input_size))
     try:
         before, state = s.output(), _state(model)

@@ -23,3 +23,9 @@ def test_the_package_knows_classes_without_importing_them():
     code = ("import sys, dmp_wb; dmp_wb.supported_models(); "
             "print([m for m in sys.modules if m.startswith('diffusers.models.transformers.')])")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_class_of_a_newer_diffusers_is_told_its_nearest_relative():
+    class Flux3Transformer2DModel(torch.nn.Module): pass
+    with pytest.raises(wb.BadInput, match="its nearest relative is Flux2Transformer2DModel; add yours with"):
+        wb.patch(Flux3Transformer2DModel())
