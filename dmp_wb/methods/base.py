@@ -27,6 +27,7 @@ from ..core.errors import BadInput
 from ..core.files import atomic_folder, read_json, write_json
 from ..core.paths import expanded
 from .hooks import attach, HOOKS_NAME, hooks_of, Operation
+from .interventions import Adapter, read_strength
 from .registry import method_class, method_entry, method_names, name_of
 from .weights import parts_of_methods
 from ..models.anatomy import unwrap_model
@@ -62,6 +63,10 @@ class Acting(Operation):
     freezes = False             # is the backbone frozen while it trains?
     excludes: tuple[str, ...] = ()   # names of methods that cannot be on the same model
     folder: str | None = None   # of its files in a run folder; None: methods/<name>
+
+    def kept_strength(self) -> dict[str, float]:
+        "What files and plans say of a strength; see `Adapter`."
+        return {}
 
     def __init__(self, model: nn.Module, config):
         self.model, self.config = model, config
@@ -115,8 +120,8 @@ class Showing(Learning):
         return []
 
     def facts(self) -> dict[str, Any]:
-        "Plain values that tell it from another one of its kind: its settings, and of its weights a fingerprint."
-        return dataclasses.asdict(self.config)
+        "Plain values that tell it from another one of its kind: its settings and strength, and of its weights a fingerprint."
+        return {**dataclasses.asdict(self.config), **self.kept_strength()}
 
 # %% ../../nbs/source/methods/05_base.ipynb #23963f14
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -129,7 +134,8 @@ class Method(Showing):
         folder = expanded(folder)
         weights = state_dict if state_dict is not None else self.state_dict() if isinstance(self, nn.Module) else {}
         with atomic_folder(folder) as tmp:
-            write_json(tmp / CONFIG_FILE, {"method": name_of(self), **dataclasses.asdict(self.config)})
+            write_json(tmp / CONFIG_FILE, {"method": name_of(self), **dataclasses.asdict(self.config),
+                                           **self.kept_strength()})
             if weights:
                 save_file({k: v.detach().to("cpu").contiguous() for k, v in weights.items()}, tmp / WEIGHTS_FILE)
         return folder
@@ -144,13 +150,14 @@ class Method(Showing):
             raise BadInput(
                 f"{folder / CONFIG_FILE} has method "
                 f"{str(facts.get('method') if isinstance(facts, dict) else facts)[:80]!r}: expected {name_of(cls)!r}")
-        entry = method_entry(name_of(cls))
+        entry, file = method_entry(name_of(cls)), str(folder / CONFIG_FILE)
+        strength = read_strength(f"{file}: strength", facts.pop("strength", 1)) if issubclass(cls, Adapter) else 1
         settings = {k: tuple(v) if isinstance(v, list) and str(entry.types().get(k)).startswith("tuple") else v
                     for k, v in facts.items() if k != "method"}
         unknown = set(settings) - set(entry.types())
         if unknown:
             raise BadInput(
-                f"{folder / CONFIG_FILE} has the setting {sorted(unknown)[0]!r}: expected {', '.join(entry.types())}")
+                f"{file} has the setting {sorted(unknown)[0]!r}: expected {', '.join(entry.types())}")
         method = cls.attach_to(model, entry.made(**settings))
         if isinstance(method, nn.Module):
             try: _take(method, folder / WEIGHTS_FILE)
@@ -158,6 +165,7 @@ class Method(Showing):
                 method.remove()
                 raise
             method.eval()
+        if strength != 1: method.strength = strength
         return method
 
 def _take(method: nn.Module, file: Path):

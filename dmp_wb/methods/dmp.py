@@ -17,18 +17,20 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..core.errors import BadInput
 from .base import Around, Method, Panel
 from dmp_wb.methods.files import (
-    _base_facts, _check_weights, _patch_folder, read_config, read_weights, save_patch, settings_of, Shared, _short,
-    WEIGHTS_FILE,
+    _base_facts, _check_weights, OF_TRAINING, _patch_folder, read_config, read_weights, save_patch, settings_of, Shared,
+    _short, WEIGHTS_FILE,
 )
-from .hooks import attach, Call, hooks_of, is_offloaded, Scoped
+from .hooks import attach, Call, _group, hooks_of, is_offloaded, Scoped
 from dmp_wb.methods.patches import (
-    _chosen_dtype, _notice_missing, PATCH_NAME, Patches, _PATCHES, patches_of, unpatch, unwrap_for_patch,
+    _chosen_dtype, get_patch, _notice_missing, PATCH_NAME, Patches, _PATCHES, patches_of, unpatch, unwrap_for_patch,
     WRAPPED_METHODS,
 )
+from .interventions import Adapter, Strength
 from .prompts import Tables
 from .settings import DMPConfig, PromptTuningConfig
 from .weights import adapter_parameters, fingerprint, other_weights, plain_name
@@ -50,7 +52,7 @@ class Late:
 
     def __reduce__(self): return Late, ()   # a copy has sent for nothing
 
-class OnPasses(Tables):
+class OnPasses(Adapter, Tables):
     "Gates and prompts at the start of a forward pass."
     key: str
 
@@ -74,10 +76,19 @@ class OnPasses(Tables):
             if self.training: t = t.expand(call.batch)
             gates, load, prompts = self(self._gate_input(call.model, t, call.inputs), len(t), self.training)
             gates = self._as_changed(gates, call.model, t, call.inputs)
-        call.state[self.key] = self._by_block(gates, prompts)
+        factor = self.factor(call)
+        acting = gates if factor is None else {n: g * factor for n, g in gates.items()}
+        call.state[self.key] = self._by_block(acting, prompts)
         if self.config.mode == "prepend" and self.changes(): self._leave_out(gates, call)
         self.newest.left = self.threads.here.left = gates, load
         self.newest.by_replica = None if call.model is self.model else (gates, load)
+
+    def check_strength(self, value: float) -> float:
+        return self.config.check_strength(value)
+
+    def rests_at(self, strength: Strength | None) -> bool:
+        return strength is not None and (strength.value == 0 if self.config.mode == "prepend"
+                                         else super().rests_at(strength))
 
     def _check_call(self, call: Call):
         anatomy = anatomy_of(self.model)
@@ -257,8 +268,8 @@ class PromptPatch(AsMethod, Shared):
 
     # --- files, and how it comes and goes
     def facts(self) -> dict:
-        "By the patch's name, its weights and its settings, but for those of training alone."
-        return {self.name: {"weights": fingerprint(self), **settings_of(self.config)}}
+        "By the patch's name, its weights, its strength, and its settings, but for those of training alone."
+        return {self.name: {"weights": fingerprint(self), **settings_of(self.config), **self.kept_strength()}}
 
     @classmethod
     def attach_to(cls, model: nn.Module, config: DMPConfig) -> "PromptPatch":
@@ -342,10 +353,15 @@ def load_patch(
     folder: str | Path,  # what `save_patch` wrote, or the id of a repository on the hub
     name: str = "default",  # of the patch on this model
     dtype: torch.dtype | None = None,  # as in `patch`
+    hotswap: bool = False,  # in place of the patch of that name, which has equal settings: compiles nothing anew
     **hub,               # for a repository: revision, token, cache_dir, local_files_only, force_download
 ) -> PromptPatch: # in eval mode
     """Put a saved patch on a model. Raises `MissingFile` or `BadInput`,
     leaving the model as it was, if it does not fit or is damaged.
+
+    With `hotswap` the model answers as it does after `unpatch` and `load_patch`, to the bit, and the patch is the same
+    object with the same parameters, which hold other numbers: compiled graphs, optimisers and `use_patches` go on, and
+    tables of gates that are open are no longer looked at. Call it between forward passes.
 
     Warns where the model has other weights than the one that the patch was made for.
     """
@@ -360,21 +376,46 @@ def load_patch(
     if differs: raise BadInput(f"{folder} was made for another backbone: {'; '.join(differs)}")
     weights = read_weights(folder / WEIGHTS_FILE)
     others = other_weights(made_for, model)
-    p = _put(model, config, weights, str(folder / WEIGHTS_FILE), name, dtype)
+    origin = str(folder / WEIGHTS_FILE)
+    p = (_exchange(get_patch(model, name), config, weights, origin, dtype) if hotswap
+         else _put(model, config, weights, origin, name, dtype))
+    if p.strength != facts["strength"]: p.strength = facts["strength"]
     if others:
         warnings.warn(f"the patch of {folder} was made on other weights than this {cls} has: expected those with "
                       f"fingerprint {others[0]}, found {others[1]}", stacklevel=2)
     return p
+
+def _narrowest(model: nn.Module, kept: torch.dtype) -> torch.dtype:
+    "What blocks compute in, or what is kept: the one of the smaller range."
+    used = [d for d in (getattr(model, "dtype", None), kept) if d is not None and d.is_floating_point]
+    return min(used, key=lambda d: torch.finfo(d).max)
 
 def _put(model: nn.Module, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str, name: str,
          dtype: torch.dtype | None) -> PromptPatch:
     "A patch with these weights on a model, or an error that leaves the model alone."
     model = unwrap_for_patch(model)
     with torch.device("meta"): expected = {k: v.shape for k, v in PromptPatch(model, config).state_dict().items()}
-    used = [d for d in (getattr(model, "dtype", None), _chosen_dtype(dtype, model))
-            if d is not None and d.is_floating_point]
-    # what blocks compute in, or what is kept
-    _check_weights(weights, expected, min(used, key=lambda d: torch.finfo(d).max), origin)
+    _check_weights(weights, expected, _narrowest(model, _chosen_dtype(dtype, model)), origin)
     p = patch(model, config, name, dtype).eval()
     p.load_state_dict(weights)
     return p
+
+def _exchange(p: PromptPatch, config: DMPConfig, weights: dict[str, torch.Tensor], origin: str,
+              dtype: torch.dtype | None) -> PromptPatch:
+    "Other numbers in the parameters of a patch of equal settings, or an error that leaves it alone."
+    mine, its = settings_of(p.config), settings_of(config)
+    plain = lambda v: list(v) if isinstance(v, tuple) else v
+    for k in {**mine, **its}.keys() - {*OF_TRAINING}:
+        if plain(mine.get(k)) != plain(its.get(k)):
+            raise BadInput(f"{origin}: {k} is {_short(its.get(k))}, and {_short(mine.get(k))} in the patch {p.name!r}: "
+                           "expected equal settings to exchange it in place, or unpatch and load_patch")
+    held = p.prompts[0].dtype
+    if dtype not in (None, held): raise BadInput(f"dtype is {dtype}: expected None or {held}, as the patch {p.name!r} is")
+    if (is_offloaded(p) or any(_group(m) is not None for m in (p.model, *p.modules()))
+            or any(isinstance(w, DTensor) or w.device.type == "meta" for w in p.parameters())):
+        raise BadInput(f"the weights of the patch {p.name!r} are offloaded or split: expected them in one place to "
+                       "exchange them, or unpatch and load_patch")
+    _check_weights(weights, {k: v.shape for k, v in p.state_dict().items()}, _narrowest(p.model, held), origin)
+    p.load_state_dict(weights)
+    for k in OF_TRAINING: setattr(p.config, k, getattr(config, k))
+    return p.eval()

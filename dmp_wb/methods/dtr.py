@@ -11,10 +11,11 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, said
 from .base import Method, ModuleMethod, Panel
 from .hooks import attach, Call, HOOKS_NAME
 from .interventions import changed, check_numbers, Intervened, Intervention
+from .registry import name_of
 from .masks import learned_mask, make_mask
 from .settings import DTRConfig
 from ..models.anatomy import by_row, Clock, unwrap_model
@@ -59,6 +60,14 @@ class Routing(Intervened, Method):
         anatomy = anatomy_of(model)
         self.clock, self.widths = anatomy.clock(model), {*anatomy.block_widths(model)}
         self.mask = make_mask(self.config, self.widths)
+
+    @property
+    def strength(self) -> float: return 1.0
+
+    @strength.setter
+    def strength(self, value):
+        raise BadInput(f"strength is {said(value)}, and {name_of(self)} is no adapter, its model learned with it: expected "
+                       "dmp_wb.intervene(model, scale=…), which weakens its masks for a while")
 
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
         return list(enumerate(anatomy_of(model).routed(model)))

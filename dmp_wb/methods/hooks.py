@@ -86,6 +86,7 @@ class Call:
     def __init__(self, model: nn.Module, operations: list):
         self.model, self.operations = model, operations   # the model is a replica where DataParallel runs it
         self.state: dict = {}           # by operation, those that were enabled when it began
+        self.strengths: dict = {}       # by operation, where one was set when it began
         self.started = False            # have the operations started?
         self.task = _backward_task()    # the backward pass that it runs in, inside a checkpoint of the whole model
         self.grad = torch.is_grad_enabled()
@@ -157,8 +158,7 @@ class Call:
         return max(text) if isinstance(text, tuple) else text
 
     def start(self, device: torch.device):
-        """Let the operations prepare. `device` is where the model
-        computes, now that the hooks around its forward have run."""
+        "Let the operations prepare. `device` is where the model computes, now that hooks around its forward have run."
         self.started, self.device = True, device
         with contextlib.nullcontext() if torch.is_grad_enabled() == self.grad else torch.set_grad_enabled(self.grad):
             for operation in self.operations:
@@ -199,6 +199,7 @@ class Operation:
     def acts_on(self, model) -> list[tuple[int, nn.Module]]: raise NotImplementedError   # modules with their numbers
     def acts_after(self) -> bool: return type(self).after is not Operation.after
     def rests_here(self) -> bool: return False   # in this thread, for now
+    def rests_at(self, strength) -> bool: return False   # an entry of the strengths that were set, or None
     def on(self, model: nn.Module) -> "Operation": return self   # what acts on a replica of DataParallel
     def start(self, call: Call): "Prepare the call's `state` under this key."
     def before(self, index: int, x: torch.Tensor, call: Call) -> torch.Tensor: return x
@@ -220,7 +221,7 @@ class Passes:
     model: nn.Module
     operations: list
     arguments: list[str]
-    resting: frozenset[str]
+    chosen: tuple[frozenset[str], dict[str, Any]]
     threads: PerThread
 
     @property
@@ -237,9 +238,11 @@ class Passes:
         return _held(self.threads.here.around)
 
     def _before_model(self, model, args, kwargs):
-        resting = self.resting
+        resting, strengths = self.chosen
         operations = self.operations if model is self.model else [o.on(model) for o in self.operations]
-        call = Call(model, [o for o in operations if o.key not in resting and not o.rests_here()])
+        call = Call(model, [o for o in operations if o.key not in resting and not o.rests_here()
+                            and not o.rests_at(strengths.get(o.key))])
+        call.strengths = strengths
         if call.operations: call.read(self.arguments, {**dict(zip(self.arguments, args)), **kwargs})
         here = self.threads.here
         call.previous, call.around = here.call, here.around
@@ -264,8 +267,7 @@ class Passes:
         if output is None: call.state, call.left, call.entered, call.inputs = {}, None, {}, None
 
     def _before_part(self, module, args, kwargs):
-        """The operations start with the first part of the model that is called:
-        hooks that load weights when the model is called have run by then."""
+        "Operations start with the first part that is called: hooks that load the model's weights have run by then."
         call = self.call
         if call is not None and not call.started and call.task == _backward_task():
             self._start(call, (args, tuple(kwargs.values())))
@@ -319,8 +321,7 @@ class AroundBlocks(Passes):
         return (*output[:place], x, *output[place + 1:])
 
     def _call_of(self, x: torch.Tensor) -> Call:
-        """The forward pass that a block's tokens belong to:
-        the running one, unless the backward pass runs a checkpointed block again."""
+        "The pass that a block's tokens belong to: the running one, unless the backward pass runs the block again."
         task, call = _backward_task(), self.call
         if call is not None and call.task == task: return call
         if task != -1 and hasattr(x, "_dmp_wb_call"): return x._dmp_wb_call
@@ -334,30 +335,30 @@ class AroundBlocks(Passes):
 HOOKS_NAME = "_dmp_wb_hooks"
 
 class BlockHooks(AroundBlocks):
-    """The operations on one model. Hooks are bound methods and partials
-    of them, so that copy.deepcopy and pickle carry them to the copy.
-
-    Every thread has its own forward passes, so a pool of threads may share a model.
-    """
+    "The operations on one model. Hooks are bound methods and partials of them, which deepcopy and pickle carry along."
     def __init__(self, model: nn.Module):
         argument = anatomy_of(model).timestep_argument
         self.model, self.operations, self.handles = model, [], []
-        self.resting: frozenset[str] = frozenset()   # keys of operations that do not act in any thread
+        self.chosen = frozenset[str](), {}   # keys of operations that rest in every thread; strengths by key
         self.threads, self.changes = PerThread(_Running), Scoped()   # what `intervene` changes
         signatures = [list(inspect.signature(vars(cls)["forward"]).parameters)[1:]
                       for cls in type(model).__mro__ if "forward" in vars(cls)]
         # a subclass may take *args
         self.arguments = next((names for names in signatures if argument in names), signatures[0])
 
-    def rest(self, *keys: str):
-        "Exactly these do not act from now on. One assignment: no thread sees half of it."
-        self.resting = frozenset(keys)
+    @property
+    def resting(self) -> frozenset[str]: return self.chosen[0]
+
+    def rest(self, *keys: str, strengths: dict[str, Any] | None = None):
+        "Exactly these do not act from now on, others at these strengths. One assignment: no thread sees half of it."
+        self.chosen = frozenset(keys), self.chosen[1] if strengths is None else strengths
 
     def attach(self, new: Operation): self._renew(sorted([*self.operations, new], key=lambda o: (o.rank, o.key)))
 
     def detach(self, operation: Operation):
         self._renew([o for o in self.operations if o is not operation])
-        self.rest(*self.resting - {operation.key})
+        self.rest(*self.resting - {operation.key},
+                  strengths={k: s for k, s in self.chosen[1].items() if k != operation.key})
         if not self.operations: delattr(self.model, HOOKS_NAME)
 
     def renew(self):
@@ -417,8 +418,7 @@ def _group(module: nn.Module) -> Any:
     return None if hook is None else hook.group
 
 def is_on_disk(model: nn.Module) -> bool:
-    """Whether diffusers' group offloading keeps weights in files,
-    so that what the parameters hold between calls means nothing."""
+    "Whether diffusers' group offloading keeps weights in files: what parameters hold between calls means nothing."
     return any(getattr(_group(m), "offload_to_disk_path", None) for m in model.modules())
 
 # %% ../../nbs/source/methods/02_hooks.ipynb #c3464a4a

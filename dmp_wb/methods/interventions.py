@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HOWS', 'Intervention', 'mean_one_by_one', 'substitute', 'changed', 'Intervened', 'check_numbers', 'intervene',
-           'turned_off', 'read_gate', 'intervened']
+           'turned_off', 'read_gate', 'intervened', 'Strength', 'read_strength', 'Adapter']
 
 # %% ../../nbs/source/methods/03_interventions.ipynb #4a9af40b
 import contextlib
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BadInput, said, unknown, whole_number
-from .hooks import HOOKS_NAME, Operation
+from .hooks import Call, HOOKS_NAME, Operation
 from .registry import name_of
 from ..models.anatomy import unwrap_model
 
@@ -252,3 +252,68 @@ def intervened(
         if gate is not None: stack.enter_context(intervene(model, **read_gate(gate)))
         if interval is not None: stack.enter_context(turned_off(model, interval, but=True))
         yield model
+
+# %% ../../nbs/source/methods/03_interventions.ipynb #st7e0002
+class Strength:
+    """How much of a method acts.
+
+    A compiled graph takes `factor` as an input, so that another number compiles nothing anew; on the CPU, from where a
+    GPU takes a single number without a wait.
+    """
+    def __init__(self, value: float): self.value, self.factor = value, torch.tensor(value, dtype=torch.float64)
+
+def read_strength(name: str, given) -> float:
+    "A number; raises `BadInput` for anything else. `name` is what the message calls it."
+    if isinstance(given, bool) or not math.isfinite(value := _number(given)):
+        raise BadInput(f"{name} is {said(given)}: expected a number, 0 for nothing and 1 for all")
+    return value
+
+
+
+# %% ../../nbs/source/methods/03_interventions.ipynb #st7e0004
+class Adapter:
+    "A method that adds something to its model, and so acts at a strength."
+    model: nn.Module
+    key: str
+
+    @property
+    def strength(self) -> float:
+        """How much of what it adds is added: 1 as it was trained, 0 nothing, −1 the opposite.
+
+        It holds in all threads from the next forward pass on, and for tables of gates that are open. The first one
+        that is set, 1 included, compiles a compiled model anew, and later ones do not; what the gates say is the same
+        at any. Raises `BadInput` for what is no number, and where the method is not on its model.
+        """
+        held = self._strengths().get(self.key)
+        return 1.0 if held is None else held.value
+
+    @strength.setter
+    def strength(self, value: float):
+        hooks = getattr(self.model, HOOKS_NAME, None)
+        if hooks is None or not any(o is self for o in hooks.operations):
+            raise BadInput(f"the strength of {self.key} is set, and it is not on its model: expected one that is")
+        value = self.check_strength(read_strength("strength", value))
+        hooks.rest(*hooks.resting, strengths={**hooks.chosen[1], self.key: Strength(value)})
+
+    def _strengths(self) -> dict[str, Strength]:
+        hooks = getattr(self.model, HOOKS_NAME, None)
+        return {} if hooks is None else hooks.chosen[1]
+
+    def kept_strength(self) -> dict[str, float]:
+        "For files and plans, which do without one of 1: they are as they were before there were strengths."
+        return {} if self.strength == 1 else {"strength": self.strength}
+
+    def check_strength(self, value: float) -> float:
+        "The value; raises `BadInput` for one at which the method cannot act."
+        return value
+
+    def rests_at(self, strength: Strength | None) -> bool:
+        "Nothing is added: the model computes what it does without the method. A compiled one multiplies by zero."
+        return strength is not None and not torch.compiler.is_compiling() and strength.value == 0
+
+    def factor(self, call: Call) -> float | torch.Tensor | None:
+        "What its values are multiplied by in this pass; None where that is 1."
+        held = call.strengths.get(self.key)
+        if held is None: return None
+        return held.factor if torch.compiler.is_compiling() else None if held.value == 1 else held.value
+

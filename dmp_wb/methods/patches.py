@@ -10,15 +10,17 @@ __all__ = ['PATCH_NAME', 'WRAPPED_METHODS', 'Patches', 'patches_of', 'get_patch'
 import contextlib
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..core.errors import BadInput, unknown
+from ..core.errors import BadInput, said, unknown
 from .base import leave_out, left_out
 from .hooks import hooks_of
+from .interventions import read_strength, Strength
 from .weights import adapter_parameters, parts_of_methods, plain_name
 from ..models.anatomy import unwrap_model, wrappers_of
 from ..models.backbones import anatomy_of, backbones_inside
@@ -159,15 +161,36 @@ def unpatch(
     return model
 
 # %% ../../nbs/source/methods/08_patches.ipynb #bbcc9644
-def use_patches(model: nn.Module, *names: str):
+def use_patches(
+    model: nn.Module,
+    *names: str,
+    weights: float | Sequence[float] | None = None,   # the strength of each, or one for all; None: as they are
+):
     """Switch: exactly the patches of these names act from now on, in all threads;
     a forward pass that is under way goes on as it began.
 
-    Raises `BadInput` for an unknown name or a model without patches, and changes nothing then.
+    With weights they are blended: every block adds Σ weight · (gate ⊙ prompts) over them, and each keeps its weight as
+    its `strength`. One patch of weight 1 is that patch, and weight 0 leaves one out, to the bit.
+
+    Raises `BadInput` for an unknown name, a model without patches, and weights that are no numbers, not as many as
+    names, or beyond what a patch can act at; it changes nothing then.
     """
     wanted = [get_patch(model, name) for name in names]
     if not patches_of(model): get_patch(model)   # says that there are none
-    hooks_of(unwrap_model(model)).rest(*(p.key for p in patches_of(model).values() if p not in wanted))
+    numbers = [] if weights is None else _weights_of(names, weights)
+    hooks = hooks_of(unwrap_model(model))
+    strengths = {p.key: Strength(p.check_strength(number)) for p, number in zip(wanted, numbers)}
+    hooks.rest(*(p.key for p in patches_of(model).values() if p not in wanted),
+               strengths={**hooks.chosen[1], **strengths})
+
+def _weights_of(names: Sequence[str], weights) -> list[float]:
+    "A number for each name."
+    many = weights.tolist() if hasattr(weights, "tolist") else weights
+    if not isinstance(many, (list, tuple)): many = [many] * len(names)
+    if not names or len(many) != len(names):
+        raise BadInput(f"weights is {said(weights)}: expected {len(names)} numbers, one for each of "
+                       f"{', '.join(names)}" if names else "weights is given without names: expected those of patches")
+    return [read_strength(f"the weight of {name}", number) for name, number in zip(names, many)]
 
 @contextlib.contextmanager
 def patch_disabled(

@@ -315,14 +315,12 @@ class Balance(Readable):
         return {**self.__dict__, "newest": Newest()}   # tensors inside a graph can be neither copied nor pickled
 
     def _newest_pass(self) -> tuple[dict[int, torch.Tensor] | None, torch.Tensor | None]:
-        """Gates and load balance loss of this thread's newest forward pass;
-        where it had none, as when a pool of threads runs the model, of the newest of all."""
+        "Gates and load balance loss of this thread's newest pass; where it had none, as in a pool, of the newest."
         return self.newest.by_replica or self.threads.here.left or self.newest.left or (None, None)
 
     @property
     def last_gates(self) -> torch.Tensor | None: # [B or 1, patched blocks, prompts]
-        """The gates of this thread's newest forward pass (of the newest of all, if it had none);
-        one row if its batch shared the timestep."""
+        "The gates of this thread's newest pass (of all, if it had none); one row if its batch shared the timestep."
         gates = self._newest_pass()[0]
         return None if gates is None else self._stack(gates)
 
@@ -343,10 +341,9 @@ class Balance(Readable):
 class Watched(Balance):
     "What training logs of the gates."
     def gate_statistics(self) -> dict[str, torch.Tensor]: # scalars
-        """Of the newest forward pass: `gate_entropy`, in nats, mean over
-        samples and blocks, and `prompt_use`, the share of prompts in use:
-        exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used alike.
-        Empty for a patch without a gate."""
+        """Of the newest forward pass: `gate_entropy`, in nats, mean over samples and blocks, and `prompt_use`, the
+        share of prompts in use: exp(entropy of the batch's mean gate) / prompts, mean over blocks; 1 when all are used
+        alike. Empty for a patch without a gate."""
         newest = self._newest_pass()[0]
         if not self.gated or newest is None: return {}
         gates = [g.detach().float() for g in newest.values()]
@@ -416,6 +413,10 @@ class Tables(Watched):
     def __init__(self, model: nn.Module, config: DMPConfig):
         super().__init__(model, config)
         self.tables = Scoped()     # what the `with` blocks of `baked` say
+
+    def _load_from_state_dict(self, *args):
+        self.tables = Scoped()     # those that are open hold the gates of the weights that go
+        super()._load_from_state_dict(*args)
 
     @contextlib.contextmanager
     def baked(

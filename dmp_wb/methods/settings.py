@@ -71,6 +71,13 @@ class DMPConfig:
                                                 <= 3 and all(map(whole, self.input_size))):
             raise BadInput(f"input_size is {self.input_size!r}: expected [rows, columns] or [frames, rows, columns]")
 
+    def check_strength(self, value: float) -> float:
+        """The value. Tokens that stand before others are attended to, or are not there: half of one is nothing that
+        was trained, and raises `BadInput`."""
+        if self.mode == "prepend" and value not in (0, 1):
+            raise BadInput(f"strength is {value:g} and mode is 'prepend': expected 0 or 1, or a patch with mode 'add'")
+        return value
+
     def patched_blocks(self, num_blocks: int) -> list[int]:
         "The numbers of the patched blocks. Raises `BadInput` for a depth that the model does not have."
         d = self.depth

@@ -22,7 +22,7 @@ from ..core.errors import BadInput
 from .base import ModuleMethod, Panel
 from .dtr import timesteps_of
 from .hooks import Call, hooks_of, Scoped, weights_loaded
-from .interventions import changed, check_numbers, Intervened, Intervention
+from .interventions import Adapter, changed, check_numbers, Intervened, Intervention
 from .settings import TLoRAConfig
 from ..models.anatomy import by_row, check_timesteps
 from ..models.backbones import anatomy_of
@@ -95,7 +95,7 @@ class Update(nn.Module):
         "W + s B diag(w) A, for the weights w [R] of one timestep."
         with torch.autocast(weight.device.type, enabled=False):
             down, up, w = self.acting(w, ranks)
-            return torch.addmm(weight.to(up.dtype), up * (self.scale * w), down).to(weight.dtype)
+            return torch.addmm(weight.to(up.dtype), up * (self.scale * w).to(up.dtype), down).to(weight.dtype)
 
 # %% ../../nbs/source/methods/17_tlora.ipynb #bebeef36
 # in the names of places that read the timestep or the condition
@@ -130,7 +130,7 @@ class Gate(nn.Module):
         return logits.unflatten(1, (-1, self.scales)).softmax(-1)
 
 # %% ../../nbs/source/methods/17_tlora.ipynb #644ae867
-class Updates(Intervened, ModuleMethod):
+class Updates(Adapter, Intervened, ModuleMethod):
     "The parameters: `updates`, one a linear layer, and `gate`."
     Config, freezes, excludes = TLoRAConfig, True, ("dmp", "prompt-tuning")
 
@@ -187,6 +187,7 @@ class TimestepLoRA(Updates):
             each = lambda w: w.expand(-1, len(self.blocks), -1)
             of = lambda t: each(self.weights_at(call.model, self.clock.timestep(t), t))
             w = changed(each(w), t, of, changes, self.blocks, 0.0, self.config.num_train_timesteps)
+        if (factor := self.factor(call)) is not None: w = w * factor
         merges = bool(self.merging.value) and len(w) == 1 and not torch.compiler.is_compiling()
         call.state[self.key] = {"w": w, "merges": merges, "updates": self.updates,
                                 "ranks": acting_ranks(t, self.config) if len(t) == 1 and not changes else None}

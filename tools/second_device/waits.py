@@ -26,6 +26,7 @@ from conftest import tiny_dit  # noqa: E402
 import dmp_wb as wb  # noqa: E402
 from dmp_wb.core.settings import FLOW_SAMPLERS, SAMPLERS  # noqa: E402
 from dmp_wb.methods.base import apply_methods  # noqa: E402
+from dmp_wb.methods.interventions import Adapter  # noqa: E402
 from dmp_wb.methods.registry import method_entry  # noqa: E402
 
 METHODS = {
@@ -55,7 +56,7 @@ def counted(run: Callable, where: bool = False) -> int:
 
 
 def backbone_forwards(name: str) -> Iterator[tuple[str, Callable]]:
-    "Forward passes of a backbone's tiny model: plain, patched, from a table, routed, patched and routed."
+    "Forward passes of a backbone's tiny model: plain, patched, at half strength, from a table, and with a route."
     inputs, shared = to_device(inputs_for(name)), to_device(inputs_for(name, timestep=500))
 
     def forward(given=inputs):
@@ -64,6 +65,8 @@ def backbone_forwards(name: str) -> Iterator[tuple[str, Callable]]:
     yield "plain", forward
     patch = wb.patch(model, wb.DMPConfig(init="random", input_size=INPUT_SIZE.get(name)))
     yield "patched", forward
+    patch.strength = 0.5
+    yield "patched, half", forward
     with patch.baked(torch.tensor([500])): yield "baked", lambda: forward(shared)
     wb.route(model)
     yield "both", forward
@@ -94,6 +97,7 @@ def method_forwards(name: str) -> Iterator[tuple[str, Callable]]:
         for value, weight in acting.losses().values(): loss = loss + weight * value
         if loss.requires_grad: loss.backward()
     model.eval()
+    if isinstance(acting, Adapter) and name != "dmp, prepend": acting.strength = 0.5
     with acting.prepared(TIMES): yield "sampling", sampling
     if isinstance(acting, torch.nn.Module): acting.train()
     yield "training", training
