@@ -16,7 +16,7 @@ SECTIONS = {
                   "measuring"]),
     "howto": ("How-to", "One task a page, for when you know what you want",
               ["troubleshooting", "patches", "sizes", "method", "gate", "backbone", "objective", "metrics", "text",
-               "latents", "run_folder", "resume", "trust", "several_gpus", "completion", "cite"]),
+               "training_loop", "latents", "run_folder", "resume", "trust", "several_gpus", "completion", "cite"]),
     "runs": ("Run notebooks", "Parameterized notebooks for papermill: from a command line, in batches, on a cluster",
              ["pretrain", "patch", "route", "sample", "evaluate", "gates", "needs", "routing", "affinity", "compare",
               "report"]),

@@ -16,7 +16,7 @@ import typer
 
 from ..core.errors import BadInput, printable, unknown
 from ..core.paths import expanded, runs_root
-from ..core.settings import DTYPE_NAMES, dtype_name, PRESETS, SAMPLERS
+from ..core.settings import DTYPE_NAMES, dtype_name, PRESETS, SAMPLERS, SamplingConfig, USUAL_STEPS
 
 # %% ../../nbs/source/cli/00_base.ipynb #fd52b4c2
 app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
@@ -25,6 +25,9 @@ app = typer.Typer(name="dmp-wb", no_args_is_help=True, add_completion=True, pret
 def _named(registry) -> str: return ", ".join(list(registry)[:-1]) + f" or {list(registry)[-1]}"
 
 _PRESETS = f"How images are drawn: {_named(PRESETS)}; what is given beside it comes first."
+_SAMPLER = (f"{_named(SAMPLERS)}; {SamplingConfig.sampler} if not given, and flow-euler for models that predict flow.")
+_STEPS = ("Of the sampler; if not given, " + ", ".join(f"{n} of {s}" for s, n in USUAL_STEPS.items())
+          + " and 25 of the others.")
 _DType = Annotated[str | None, typer.Option(
     help=f"What the model computes in while it draws: {_named(DTYPE_NAMES)}, or bf16, fp16; float32 if not given.")]
 _TF32 = Annotated[bool, typer.Option(
@@ -100,6 +103,12 @@ def _check_drawn(drawn: dict):
     if "sampler" in drawn: _one_of("sampler", drawn["sampler"], SAMPLERS)
     if "preset" in drawn: _one_of("preset", drawn["preset"], PRESETS)
     if "dtype" in drawn: drawn["dtype"] = dtype_name("dtype", drawn["dtype"])
+
+def _check_places(**given: str | None):
+    "Raise `BadInput` for what is written as a path and leads nowhere, before anything is drawn for it."
+    for name, place in given.items():
+        if place and place.startswith(("/", "./", "../", "~")) and not expanded(place).exists():
+            raise BadInput(f"{name} is {place!r}: expected an existing file or folder, or the name of a data set")
 
 def _check_runs(runs: list[str]):
     "Raise `BadInput` for a name that leads to nothing at all."

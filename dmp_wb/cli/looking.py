@@ -19,13 +19,15 @@ import typer
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
-from ..core.settings import SAMPLERS
+from ..core.settings import AXES, SamplingConfig, USUAL_STEPS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
-    _DType, _named, _TF32, app,
+    _at_least, _begin, _check_measure, _check_places, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
+    _DType, _one_of, _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/03_looking.ipynb #a106eb35
+_Axis = Annotated[str, typer.Option(help=f"How time is drawn: {', '.join(AXES)} (of a sampler with 25).")]
+
 class _Run(typer.core.TyperCommand):
     "`-p key value value…`: what follows `-p`, up to the next option, is one parameter."
     def parse_args(self, ctx, args):
@@ -202,9 +204,8 @@ def compare(
                           typer.Option(help="The page: one HTML file that needs nothing else.")] = Path("compare.html"),
         num_images: Annotated[int, typer.Option(help="Images drawn from each run now, and measured; 0: none.")] = 200,
         guidance_scale: Annotated[float, typer.Option(help="Of the samples; 1 is no guidance.")] = 1.5,
-        sampler: Annotated[str, typer.Option(
-            help=f"{_named(SAMPLERS)}; flow-euler for flow matching.")] = "dpmsolver++",
-        num_inference_steps: Annotated[int, typer.Option(help="Of the sampler.")] = 25,
+        sampler: Annotated[str, typer.Option(help=_SAMPLER)] = SamplingConfig.sampler,
+        num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
         dtype: _DType = None,
         tf32: _TF32 = False,
         compiled: _Compile = False,
@@ -216,6 +217,7 @@ def compare(
         fresh: Annotated[bool, typer.Option("--fresh", help="Draw all samples anew, and keep none. Otherwise they are "
                                             "kept in the run folders, and those that are there are taken if they are "
                                             "the same as would be drawn.")] = False,
+        axis: _Axis = "timestep",
         notebook: Annotated[str | None, typer.Option(help="A notebook of your own in place of the one that ships: a "
                                                      "file, or a bare name in nbs/runs/. It is executed.",
                                                      autocompletion=_complete_named("runs"))] = None,
@@ -226,10 +228,13 @@ def compare(
     from dmp_wb.batch.plan import find_notebook
     output = _html_file(output)
     _check_runs(runs)
-    drawn = _drawn(None, sampler=sampler, num_inference_steps=num_inference_steps, dtype=dtype, tf32=tf32,
+    steps = USUAL_STEPS.get(sampler, 25) if num_inference_steps is None else num_inference_steps
+    drawn = _drawn(None, sampler=sampler, num_inference_steps=steps, dtype=dtype, tf32=tf32,
                    compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
+    _check_places(reference=reference)
+    _one_of("axis", axis, AXES)
     _begin(f"comparing {', '.join(runs)}")
     from dmp_wb.look.tables import open_compared
     open_compared(runs)   # a wrong name is told before a kernel starts
@@ -238,7 +243,8 @@ def compare(
     _write_page(file, output, {
         "runs": [_absolute(r) for r in runs], "num_images": num_images, "guidance_scale": guidance_scale, **drawn,
         "seed": seed, "extractor": _absolute(extractor), "reference": _absolute(reference),
-        **({"keep": False} if fresh else {})}, "the comparison", own=notebook is not None)
+        **({"keep": False} if fresh else {}), **({"axis": axis} if axis != "timestep" else {})},
+        "the comparison", own=notebook is not None)
 
 
 # %% ../../nbs/source/cli/03_looking.ipynb #ne3d0001
@@ -265,6 +271,7 @@ def needs(
             help=f"{extractor_words()}; if not given, the classifier of the data where there is one.")] = "",
         reference: Annotated[str, typer.Option(help="Real images that samples are compared with; the data if not "
                                                "given.")] = "",
+        axis: _Axis = "timestep",
 ):
     """What a run's methods do at each timestep and in each block, on one page: found by taking them away.
     Killed, it goes on where it was: run it again."""
@@ -274,6 +281,8 @@ def needs(
     _check_measure(extractor, None, max(num_images, 1), 1, 0, {"num_inference_steps": num_inference_steps})
     _at_least(0, guidance_scale=guidance_scale, num_images=num_images)
     _at_least(1, intervals=intervals, num_loss_images=num_loss_images)
+    _check_places(reference=reference, data=data)
+    _one_of("axis", axis, AXES)
     _begin(f"what {home.name} needs")
     from dmp_wb.evaluation.draw import own_folder
     from dmp_wb.store.run import open_run
@@ -282,7 +291,7 @@ def needs(
         "data": _absolute(data), "split": split, "intervals": intervals, "num_loss_images": num_loss_images,
         "num_images": num_images, "sample_blocks": sample_blocks, "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps, "seed": seed, "extractor": _absolute(extractor),
-        "reference": _absolute(reference)}, "the page", own=False)
+        "reference": _absolute(reference), "axis": axis}, "the page", own=False)
 
 # %% ../../nbs/source/cli/03_looking.ipynb #d48bf820
 def main():

@@ -7,6 +7,7 @@ __all__ = ['new', 'train', 'launch', 'latents', 'sample']
 
 # %% ../../nbs/source/cli/01_making.ipynb #023f512d
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,10 +19,9 @@ import typer
 
 from ..core.errors import BadInput, printable
 from ..core.paths import expanded, runs_root, safe_path
-from ..core.settings import SAMPLERS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_drawn, _Compile, _complete_named, _complete_runs, _drawn, _DType, _named, _one_of,
-    _PRESETS, _TF32, app,
+    _at_least, _begin, _check_drawn, _Compile, _complete_named, _complete_runs, _drawn, _DType, _one_of,
+    _PRESETS, _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/01_making.ipynb #8687b665
@@ -125,7 +125,8 @@ def latents(
         vae: Annotated[str, typer.Option(
             help="A diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
             "ships.")],
-        size: Annotated[int, typer.Option(help="Side in pixels that images are scaled and cropped to.")],
+        size: Annotated[str, typer.Option(
+            help="Pixels that images are scaled and cropped to: a side, or HEIGHTxWIDTH.")],
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,
                          typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
@@ -150,7 +151,9 @@ def latents(
     from dmp_wb.core.settings import DataConfig, DTYPE_NAMES
     rank, world = _share(num_processes)
     data, folder = str(expanded(data)) if data.startswith("~") else data, expanded(folder)
-    config = DataConfig(name=data, split=split, size=size, channels=channels, conditional=not unconditional,
+    if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", size):
+        raise BadInput(f"--size is {size!r}: expected a side in pixels, or HEIGHTxWIDTH, as 256x384")
+    config = DataConfig(name=data, split=split, size=[int(side) for side in size.split("x")], channels=channels, conditional=not unconditional,
                         image_column=image_column, label_column=label_column, caption_column=caption_column,
                         vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images,
                         num_workers=num_workers).check()
@@ -186,10 +189,10 @@ def sample(
                                                       "each line; those of its data if not given.")] = None,
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
         sampler: Annotated[str | None, typer.Option(
-            help=f"{_named(SAMPLERS)}; ddpm if not given, and flow-euler for flow matching.")] = None,
+            help=_SAMPLER)] = None,
         num_inference_steps: Annotated[str | None, typer.Option(
             "--num-inference-steps", "--steps",
-            help="Of the sampler, 250 if not given; ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
+            help=f"{_STEPS} ddpm also takes sections, as 10,15,20, and ddim50.")] = None,
         guidance_scale: Annotated[float | None, typer.Option(
             help="At least 0; 1 is no guidance. 1.5 if not given.")] = None,
         guidance_interval: Annotated[tuple[int, int] | None, typer.Option(

@@ -15,7 +15,8 @@ from ..core.errors import BadInput
 from ..core.paths import expanded
 from ..core.registries import extractor_words, METRICS
 from dmp_wb.cli.base import (
-    _at_least, _begin, _check_measure, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS, _TF32, app,
+    _at_least, _begin, _check_measure, _check_places, _Compile, _complete_runs, _drawn, _DType, _named, _PRESETS,
+    _SAMPLER, _STEPS, _TF32, app,
 )
 
 # %% ../../nbs/source/cli/02_measuring.ipynb #a693cc67
@@ -39,8 +40,8 @@ def evaluate(
         preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
         guidance_scale: Annotated[float | None, typer.Option(
         help="Of a run; 1 is no guidance. 1.5 if not given.")] = None,
-        sampler: Annotated[str | None, typer.Option(help="Of a run; ddim if not given.")] = None,
-        num_inference_steps: Annotated[int | None, typer.Option(help="Of a run; 50 if not given.")] = None,
+        sampler: Annotated[str | None, typer.Option(help=f"Of a run: {_SAMPLER}")] = None,
+        num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
         dtype: _DType = None,
         tf32: _TF32 = False,
         compiled: _Compile = False,
@@ -56,6 +57,7 @@ def evaluate(
                    num_inference_steps=num_inference_steps)
     _check_measure(extractor, metrics, num_images, batch_size, bootstrap, drawn)
     _at_least(0, guidance_scale=guidance_scale)
+    _check_places(reference=reference)
     given, run = expanded(samples), None
     files = given.suffix == ".npz" or given.is_dir() and not (given / "config.yaml").is_file()
     if files and reference is None:
@@ -91,8 +93,8 @@ def guidance(
     metrics: Annotated[str | None, typer.Option(help=_METRICS_HELP)] = None,
     num_images: Annotated[int, typer.Option(help="Images at each scale, from the same seeds.")] = 1000,
     preset: Annotated[str | None, typer.Option(help=_PRESETS)] = None,
-    sampler: Annotated[str | None, typer.Option(help="ddim if not given.")] = None,
-    num_inference_steps: Annotated[int | None, typer.Option(help="50 if not given.")] = None,
+    sampler: Annotated[str | None, typer.Option(help=_SAMPLER)] = None,
+    num_inference_steps: Annotated[int | None, typer.Option(help=_STEPS)] = None,
     dtype: _DType = None,
     tf32: _TF32 = False,
     compiled: _Compile = False,
@@ -112,6 +114,7 @@ def guidance(
     if figure is not None and figure.suffix not in (".png", ".svg"):
         raise BadInput(f"--figure is {figure}: expected a file that ends in .png or .svg")
     for scale in scales or []: _at_least(0, guidance_scale=scale)
+    _check_places(reference=reference)
     home = run_folder(run)
     _begin(f"{home.name}: {num_images:,} images at each guidance scale")
     from dmp_wb.store.run import open_run

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from ..core.errors import BadInput, unknown
 from ..core.files import read_json, sha256_of, write_atomic, write_json
 from ..core.bars import progress
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_of
 from dmp_wb.data.cache_facts import (
     CACHE_DTYPES, CACHE_FILE, CACHE_FORMAT, _check_facts, FACTS, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
     verify_shards, _writing,
@@ -61,7 +61,7 @@ def write_cache(
     text = _text_coder(config, data)
     if text is not None: text.to(device)
     shape = coder.latent_shape(data.shape)
-    plan = {"format": CACHE_FORMAT, "data": config.name, "size": data.shape[-1], "channels": data.shape[0],
+    plan = {"format": CACHE_FORMAT, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
             "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
             "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
             "latent_shape": list(shape),
@@ -125,12 +125,12 @@ class ConsecutiveBatches(torch.utils.data.Dataset):
         if isinstance(self.data, ImageData): return self.data.batch(torch.tensor(self.parts[n])), len(self.parts[n])
         whole, bad = [], {}
         for i in self.parts[n]:
-            try: whole.append((i, self.data.image(i)))
+            try: whole.append((i, self.data.image(i), self.data.caption(i)))
             except BadImage as e: bad[self.data.names(i)] = str(e)
-        kept = [i for i, _ in whole]
-        return ({**({"images": torch.stack([x for _, x in whole])} if whole else {}), "bad_images": bad,
+        kept = [i for i, *_ in whole]
+        return ({**({"images": torch.stack([x for _, x, _ in whole])} if whole else {}), "bad_images": bad,
                  **({} if self.data.labels is None else {"class_labels": self.data.labels[kept]}),
-                 **({} if self.data.captions is None else {"captions": [self.data.captions(i) for i in kept]})},
+                 **({} if self.data.captions is None else {"captions": [words for *_, words in whole]})},
                 len(self.parts[n]))
 
 # %% ../../nbs/source/data/06_cache.ipynb #f6f00ed5
@@ -314,9 +314,10 @@ class LatentCache(Source):
         """Raise `BadInput` if it was made of another split, or with
         another size, VAE or text encoder than the experiment names."""
         cached_split(config, self.folder, self.facts)
-        if config.size not in (None, self.facts["size"]):
+        if config.size not in (None, made := self.facts["size"]):
             raise BadInput(f"data.size is {config.size}, but latent cache {self.folder} was made of "
-                           f"{self.facts['size']} × {self.facts['size']} images: expected a cache of that size")
+                           f"{' × '.join(map(str, made if isinstance(made, list) else (made, made)))} images: expected a "
+                           "cache of that size")
         facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
         made, found = ((self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]),
                        facts(load_vae(config.vae)) if config.vae else None)

@@ -50,8 +50,11 @@ def _is_number(value) -> bool: return type(value) in (int, float) and abs(value)
 def _is_text(value) -> bool: return type(value) is str
 def _is_text_or_none(value) -> bool: return value is None or type(value) is str
 
+def _is_size(v) -> bool:
+    return _is_count(v, 1) or type(v) is list and len(v) == 2 and all(_is_count(side, 1) for side in v)
+
 FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {   # what a cache says of itself: what it may be
-    "data": (_is_text, "a name"), "size": (lambda v: _is_count(v, 1), "pixels"),
+    "data": (_is_text, "a name"), "size": (_is_size, "pixels, or height and width"),
     "channels": (lambda v: v in (1, 3), "1 or 3"),
     "images": (lambda v: _is_count(v, 1), "a number of images"),
     "images_per_shard": (lambda v: _is_count(v, 1), "a number of images"),

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.errors import BadInput
 from ..core.paths import assets_folder
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_of
 from .sources import Source
 
 # %% ../../nbs/source/data/04_encoders.ipynb #3ea037c0
@@ -34,7 +34,7 @@ class LatentCoder(nn.Module):
             raise BadInput(f"images have {channels} channels, but VAE {self.name} takes {self.vae.config.in_channels}: "
                            "set data.channels")
         if any(s % self.factor for s in side):
-            raise BadInput(f"data.size is {side[0]}: expected a multiple of {self.factor} for VAE {self.name}")
+            raise BadInput(f"data.size is {size_of(side)}: expected a multiple of {self.factor} for VAE {self.name}")
         return self.vae.config.latent_channels, *(s // self.factor for s in side)
 
     def moments(self, images: torch.Tensor) -> torch.Tensor: # [B, 2C, h, w]: mean and log σ² along the channels

@@ -8,7 +8,10 @@ __all__ = ['SPLITS', 'EVERY_SPLIT', 'SIDE_SUFFIXES', 'split_kind', 'folder_split
 
 # %% ../../nbs/source/data/02_folders.ipynb #11d0412e
 import bisect
+import contextlib
+import dataclasses
 import functools
+import itertools
 import os
 import re
 import warnings
@@ -22,8 +25,10 @@ from PIL import Image
 
 from ..core.errors import BadInput, unknown
 from ..core.settings import DataConfig
+from .archives import contents, is_archive, member_runs, printable_name as _printable
 from .images import BadImage, centre_crop, _formats, IMAGE_SUFFIXES, put_pixels, read_image, to_tensor
 from .sources import readers, Source
+from .words import BESIDE, beside, CLASS_SUFFIX, labels_beside, words_beside
 
 # %% ../../nbs/source/data/02_folders.ipynb #5d1a7c02
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
@@ -100,7 +105,7 @@ class ImageFiles(Source):
         read: Callable[[int], bytes | str | Path],  # image i's file, or its bytes
         names: Callable[[int], str],                # what to call it
         num_images: int,
-        size: int,
+        size: int | Sequence[int],                  # side in pixels, or height and width
         channels: int = 3,
         labels: torch.Tensor | None = None,         # [N]
         class_names: Sequence[str] = (),
@@ -110,32 +115,38 @@ class ImageFiles(Source):
         self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = (
             read, names, num_images, labels, list(class_names), captions)
-        self.shape, self.bad = (channels, size, size), {}
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape, self.bad = (channels, height, width), {}
         self.workers = readers()
 
     def __len__(self) -> int: return self.num_images
 
     def cropped(self, index: int) -> Image.Image:
         "Image `index`, cropped; raises `BadImage`."
-        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[-1])
+        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[1:])
 
     def image(self, index: int) -> torch.Tensor: # [C, H, W]
         "Image `index`, cropped; raises `BadImage`."
         return to_tensor(self.cropped(index))
 
+    def caption(self, index: int) -> str: # empty where there are none
+        "The caption of image `index`; raises `BadImage`."
+        return "" if self.captions is None else self.captions(index)
+
     def batch(self, indices, flip=None, noise=None, drop=None) -> dict:
         """A batch; an image that cannot be read is replaced by the next in the list that can. With `captions`
         (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."""
-        images, taken, met = torch.empty(len(indices), *self.shape, dtype=torch.float32), [], {}
+        images, taken, said, met = torch.empty(len(indices), *self.shape, dtype=torch.float32), [], [], {}
         mirrored = [False] * len(indices) if flip is None else flip.tolist()
         for index, place, mirror in zip(indices.tolist(), images.numpy(), mirrored):
             for i in (n % self.num_images for n in range(index, index + self.num_images)):
                 if i in self.bad: continue
-                try: image = self.cropped(i)
+                try: image, words = self.cropped(i), self.caption(i)
                 except BadImage as e:
                     self.bad[i] = met[self.names(i)] = str(e)
                     continue
                 taken.append(i)
+                said.append(words)
                 break
             else:
                 raise BadInput(
@@ -144,7 +155,7 @@ class ImageFiles(Source):
         batch: dict = {"images": images}
         if self.labels is not None: batch["class_labels"] = self.labels[taken]
         if self.captions is not None:
-            batch["captions"] = ["" if drop is not None and drop[n] else self.captions(i) for n, i in enumerate(taken)]
+            batch["captions"] = ["" if drop is not None and drop[n] else words for n, words in enumerate(said)]
         return batch | ({"bad_images": met} if met else {})
 
 # %% ../../nbs/source/data/02_folders.ipynb #bf07cbd9
@@ -169,15 +180,28 @@ class SkippedImages:
 
 # %% ../../nbs/source/data/02_folders.ipynb #e78e79ab
 def image_folder(config: DataConfig) -> ImageFiles:
-    """A folder of images, or one split of it.
+    """A folder of images, an archive of one, or a folder of WebDataset's shards; or one split of it.
 
     Raises `BadInput` if it holds none, if there are images beside class folders, for a split that is not there or that
-    only some images belong to, and without `data.size`.
+    only some images belong to, and without `data.size`. Captions, and labels that are no folders, are in a
+    file beside each image.
     """
     root, side = data_path(config.name), _side(config)
     files, split, class_of, train_classes = _split_files(root, config)
+    there, labels, classes = _side_files(root, files, config), None, []
+    captions = (words_beside(root, files, there, config.caption_column, "data.caption_column") if config.caption_column
+                else None)
+    if config.conditional and _labelled_beside(root, files, there, config):
+        labels, classes = labels_beside(root, files, there, config, _files_of_train(root, split, config))
+    elif config.conditional: labels, classes = _folder_classes(root, files, class_of, split, train_classes)
+    return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side,
+                      config.channels, labels, classes, captions, None if split is None else {"split": split})
+
+def _folder_classes(root: Path, files: "FileNames", class_of: Callable, split: str | None,
+                    train_classes: list[str]) -> tuple[torch.Tensor | None, list[str]]:
+    "Class numbers [N] and names, from the folders that images lie in. Raises `BadInput` where only some do."
     of_run = [class_of(folder) for folder in files.folders]
-    classes = sorted({c for c in of_run if c is not None}) if config.conditional else []
+    classes = sorted({c for c in of_run if c is not None})
     if classes and None in of_run:
         loose = files[int(files.starts[of_run.index(None)])]
         raise BadInput(f"folder {root} holds images beside its class folders, first {loose} beside {classes[0]}/: "
@@ -188,10 +212,27 @@ def image_folder(config: DataConfig) -> ImageFiles:
                            "expected the classes of train, or data.conditional=false")
         classes = train_classes
     number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
-    labels = None
-    if classes: labels = torch.from_numpy(np.repeat([number[c] for c in of_run], np.diff(files.starts)))
-    return ImageFiles(functools.partial(_file, root, files), functools.partial(_printed, files), len(files), side,
-                      config.channels, labels, classes, source=None if split is None else {"split": split})
+    if not classes: return None, []
+    return torch.from_numpy(np.repeat([number[c] for c in of_run], np.diff(files.starts))), classes
+
+def _side_files(root: Path, files: "FileNames", config: DataConfig) -> set[str]: # names; empty where none is asked for
+    "The files that may be beside an image and say something of it."
+    if not (config.caption_column or config.label_column != DataConfig.label_column or _is_packed(root, files)): return set()
+    return {f"{folder}/{name}" if folder else name
+            for folder, names in _runs(root) for name in names if _suffix(name) in BESIDE}
+
+def _labelled_beside(root: Path, files: "FileNames", there: set[str], config: DataConfig) -> bool:
+    "Whether the labels that are asked for are in files beside the images."
+    column = config.label_column
+    found = {s for s in (CLASS_SUFFIX, "json") if there and any(beside(file, s) in there for file in files)}
+    if column == DataConfig.label_column: return CLASS_SUFFIX in found and _is_packed(root, files)
+    return bool(found) or _is_packed(root, files)
+
+def _files_of_train(root: Path, split: str | None, config: DataConfig) -> "FileNames | None":
+    "The images of train, for another split; None where there are none."
+    if split in (None, EVERY_SPLIT) or split_kind(split) == "train": return None
+    with contextlib.suppress(BadInput): return _split_files(root, dataclasses.replace(config, split="train"))[0]
+    return None
 
 # %% ../../nbs/source/data/02_folders.ipynb #43db9189
 def _split_files(root: Path, config: DataConfig) -> tuple["FileNames", str | None, Callable[[str], str | None],
@@ -200,15 +241,16 @@ def _split_files(root: Path, config: DataConfig) -> tuple["FileNames", str | Non
     the classes of train."""
     files, suffixes, others = _sorted_out(root)
     _tell_others(root, files, suffixes, others)
-    splits = folder_splits(root, {folder or "." for folder in files.folders}, config.split)
+    place = _shard_place if _in_shards(root, files) else str   # of a folder, among the classes and splits
+    splits = folder_splits(root, {place(folder) or "." for folder in files.folders}, config.split)
     if not splits:
         if config.split != EVERY_SPLIT: pick_split(f"folder {root}", config.split, ["train"])
-        return files, None, lambda folder: folder.split("/")[0] or None, []
+        return files, None, lambda folder: place(folder).split("/")[0] or None, []
     names = sorted({s for s, _ in splits.values()})
     split = EVERY_SPLIT if config.split == EVERY_SPLIT else pick_split(f"folder {root}", config.split, names)
     train = sorted({c for s, c in splits.values() if split_kind(s) == "train" and c is not None})
-    if split != EVERY_SPLIT: files = files.only(lambda folder: splits[folder or "."][0] == split)
-    return files, split, lambda folder: splits[folder or "."][1], train
+    if split != EVERY_SPLIT: files = files.only(lambda folder: splits[place(folder) or "."][0] == split)
+    return files, split, lambda folder: splits[place(folder) or "."][1], train
 
 def _sorted_out(root: Path) -> tuple["FileNames", set[str], dict[str, tuple[int, Path]]]:
     """The images of a folder; their suffixes; of the files that are none, by suffix, how many there are and the
@@ -241,16 +283,15 @@ def _tell_others(root: Path, files: "FileNames", suffixes: set[str], others: dic
     _formats()
     if suffixes & Image.registered_extensions().keys(): return
     for f in files:   # the suffix may be wrong
-        try: return read_image(root / f)
+        try: return read_image(contents(root / f))
         except BadImage as e: reason = str(e)
     raise BadInput(f"folder {root} holds no image that can be read: none of {len(files)}; the last, "
                    f"{_printable(files[-1])}, {reason}")
 
-def _file(root: Path, files: Sequence[str], i: int) -> Path: return root / files[i]
+def _file(root: Path, files: Sequence[str], i: int) -> Path | bytes: return contents(root / files[i])
 def _printed(files: Sequence[str], i: int) -> str: return _printable(files[i])
-def _printable(name: str) -> str: return os.fsencode(name).decode("utf-8", "backslashreplace")
 
-SIDE_SUFFIXES = ("", ".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
+SIDE_SUFFIXES = ("", ".txt", ".caption", ".cls", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
                  ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")   # often beside images, and none
 _IMAGES, _SIDE = frozenset(IMAGE_SUFFIXES), frozenset(SIDE_SUFFIXES)
 
@@ -263,12 +304,16 @@ def image_files(
     root: Path,  # links to folders are followed, not in circles; names that begin with a dot are left out
 ) -> Iterator[Path]:
     "The images of a folder and those below it, by their suffixes, in the order of their whole names."
-    return (root / folder / name for folder, names in _runs(root) for name in names if _suffix(name) in _IMAGES)
+    return (root / folder / name for folder, names in _own_runs(root) for name in names if _suffix(name) in _IMAGES)
 
 def _all_files(root: Path) -> Iterator[Path]:
-    return (root / folder / name for folder, names in _runs(root) for name in names)
+    return (root / folder / name for folder, names in _own_runs(root) for name in names)
 
-def _side(config: DataConfig) -> int:
+def _own_runs(root: Path) -> Iterator[tuple[str, list[str]]]:
+    "Of a folder or an archive; the shards in a folder are files."
+    return member_runs(root) if is_archive(root) else _folder_runs(root)
+
+def _side(config: DataConfig) -> int | list[int]:
     if config.size is None:
         raise BadInput(
             f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")
@@ -332,7 +377,7 @@ def _listed(folder: str) -> tuple[list[str], list[tuple[str, bool]]]: # in order
     except OSError: return [], []
     return sorted(files), sorted(folders, key=lambda f: f[0] + "/")
 
-def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
+def _folder_runs(root: Path) -> Iterator[tuple[str, list[str]]]:
     """The files of a folder and those below it, in the order of their whole names: a folder, relative to the root, and
     names that follow one another there. Links to folders are followed, not to one that we are in."""
     above = frozenset(os.path.realpath(p) for p in (root, *root.parents))
@@ -355,3 +400,30 @@ def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
             begin = end
         if begin < len(files): found.append((folder, files[begin:], "", above))
         waiting += reversed(found)
+
+def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """As `_folder_runs`, of a folder, of an archive, or of all shards in a folder that holds no image itself;
+    a shard is a folder then."""
+    if is_archive(root): return member_runs(root)
+    walk, held = _folder_runs(root), []
+    for folder, names in walk:
+        held.append((folder, names))
+        if any(_suffix(name) in _IMAGES for name in names): return itertools.chain(held, walk)
+    shards = sorted(f"{folder}/{name}".lstrip("/") for folder, names in held for name in names if _suffix(name) == ".tar")
+    if not shards: return iter(held)
+    return ((f"{shard}/{folder}".rstrip("/"), names)
+            for shard in shards for folder, names in member_runs(root / shard, whole=True))
+
+def _in_shards(root: Path, files: FileNames) -> bool:
+    "Whether images lie in archives that a folder holds; then all do."
+    parts = files.folders[0].split("/") if len(files) else []
+    return any(is_archive(root.joinpath(*parts[:n + 1])) for n, part in enumerate(parts) if _suffix(part) == ".tar")
+
+def _is_packed(root: Path, files: FileNames) -> bool: return is_archive(root) or _in_shards(root, files)
+
+def _shard_place(folder: str) -> str:
+    "Where a folder in a shard lies among classes and splits: shards named train-000.tar are a folder train, others none."
+    parts = folder.split("/")
+    n = next(n for n, part in enumerate(parts) if _suffix(part) == ".tar")
+    split = next((kind for part in parts[:n + 1] if (kind := split_kind(part))), None)
+    return "/".join([*([split] if split else []), *parts[n + 1:]])

@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,15 +101,18 @@ def read_image(
 # %% ../../nbs/source/data/01_images.ipynb #fd7ed820
 def centre_crop(
     image: Image.Image,
-    size: int,           # side in pixels
-) -> Image.Image: # size × size
-    """ADM's crop: halved by box averaging while the short side is at
-    least twice `size`, then bicubic to `size`, then the middle."""
-    while min(image.size) >= 2 * size: image = _halved(image)
-    scale = size / min(image.size)
-    if size * max(image.size) * scale > (Image.MAX_IMAGE_PIXELS or float("inf")):
-        raise BadImage(f"is too elongated, {image.width} × {image.height}, for {size} × {size}")
-    return _middle(image, (round(image.width * scale), round(image.height * scale)), size)
+    size: int | Sequence[int],   # side in pixels, or height and width
+) -> Image.Image: # height × width
+    """ADM's crop: halved by box averaging while both sides are at least twice what they shall be,
+    then bicubic until the image covers `size`, then the middle."""
+    height, width = (size, size) if isinstance(size, int) else size
+    while image.width >= 2 * width and image.height >= 2 * height: image = _halved(image)
+    by_width, by_height = width / image.width, height / image.height
+    area = width * image.height * by_width if by_width > by_height else height * image.width * by_height
+    if area > (Image.MAX_IMAGE_PIXELS or float("inf")):
+        raise BadImage(f"is too elongated, {image.width} × {image.height}, for {width} × {height}")
+    scale = max(by_width, by_height)
+    return _middle(image, (round(image.width * scale), round(image.height * scale)), (width, height))
 
 def to_tensor(image: Image.Image) -> torch.Tensor: # [C, H, W] float32 in [−1, 1]
     "Pixels 0…255 as numbers in [−1, 1]."
@@ -139,22 +143,22 @@ def _halved(image: Image.Image) -> Image.Image:
     image = image.resize((width, image.height), box) if image.width % 2 else image.reduce((2, 1))
     return image.resize((width, height), box) if image.height % 2 else image.reduce((1, 2))
 
-def _middle(image: Image.Image, resized: tuple[int, int], size: int) -> Image.Image:
-    "The middle, size × size, of an image resized to `resized` by bicubic interpolation."
-    (width, height), bicubic = resized, Image.Resampling.BICUBIC
-    left, top = (width - size) // 2, (height - size) // 2
-    box = left, top, left + size, top + size
-    if image.size == resized: return image if resized == (size, size) else image.crop(box)
+def _middle(image: Image.Image, resized: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    "The middle, of `size`, of an image resized to `resized` by bicubic interpolation; both are width and height."
+    (width, height), (across, down), bicubic = resized, size, Image.Resampling.BICUBIC
+    left, top = (width - across) // 2, (height - down) // 2
+    box = left, top, left + across, top + down
+    if image.size == resized: return image if resized == size else image.crop(box)
     if not _along_x_first(image): return image.resize(resized, bicubic).crop(box)
-    if width > size:   # the columns that are left, then along y
-        image = image.resize((width, image.height), bicubic).crop((left, 0, left + size, image.height))
-    elif height > size:   # along x only the rows that the middle is made of; the others stay black, and are cut off
+    if width > across:   # the columns that are left, then along y
+        image = image.resize((width, image.height), bicubic).crop((left, 0, left + across, image.height))
+    elif height > down:   # along x only the rows that the middle is made of; the others stay black, and are cut off
         step = image.height / height
         reach = 2 * max(step, 1) + 2   # two pixels to each side, those of the smaller picture; two for rounding
         first = max(int((top + 0.5) * step - reach), 0)
-        last = min(int((top + size - 0.5) * step + reach) + 1, image.height)
-        rows = image.crop((0, first, image.width, last)).resize((size, last - first), bicubic)
-        image = Image.new(image.mode, (size, image.height))
+        last = min(int((top + down - 0.5) * step + reach) + 1, image.height)
+        rows = image.crop((0, first, image.width, last)).resize((across, last - first), bicubic)
+        image = Image.new(image.mode, (across, image.height))
         image.paste(rows, (0, first))
-    else: image = image.resize((size, image.height), bicubic)
-    return image.resize((size, height), bicubic).crop((0, top, size, top + size))
+    else: image = image.resize((across, image.height), bicubic)
+    return image.resize((across, height), bicubic).crop((0, top, across, top + down))

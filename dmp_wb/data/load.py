@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core.errors import BadInput
 from ..core.seeds import seed_of
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_of
 from .cache import LatentCache
 from .cache_facts import is_cache
 from .encoders import EncodedImages, load_vae, _text_coder
@@ -44,16 +44,13 @@ def load_data(
 def sizes_from(
     data: Source,
     name: str,   # of the data, for messages
-) -> dict[str, int | None]: # as `ModelConfig` names them
+) -> dict[str, int | list[int] | None]: # as `ModelConfig` names them
     "What a model of these data must be. Raises `BadInput` where they do not tell it."
     shape = getattr(data, "shape", None)
     if not isinstance(shape, (tuple, list)) or len(shape) != 3:
         raise BadInput(f"model.sample_size and model.in_channels are null, and data {name!r} do not say their shape: "
                        "expected two numbers, or data with a shape [C, H, W]")
-    if shape[1] != shape[2]:
-        raise BadInput(f"model.sample_size is null, and data {name!r} are {'×'.join(map(str, shape))}: expected square "
-                       "images, or the side of the model")
-    return {"sample_size": shape[2], "in_channels": shape[0], "num_classes": data.num_classes}
+    return {"sample_size": size_of(shape), "in_channels": shape[0], "num_classes": data.num_classes}
 
 # %% ../../nbs/source/data/07_load.ipynb #52970001
 @dataclass

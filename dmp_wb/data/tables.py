@@ -9,10 +9,13 @@ __all__ = ['METADATA_FILES', 'SAVED_FILES', 'metadata_columns', 'captioned_folde
 # %% ../../nbs/source/data/03_tables.ipynb #352fd529
 import contextlib
 import dataclasses
+import functools
+import io
 import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,15 @@ import torch
 
 from ..core.errors import BadInput, MissingFile, unknown
 from ..core.files import read_json
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_of
 from dmp_wb.data.folders import (
-    _all_files, data_path, EVERY_SPLIT, image_files, image_folder, ImageFiles, pick_split, _printable, _side,
-    _split_files,
+    _all_files, data_path, EVERY_SPLIT, image_files, image_folder, ImageFiles, _IMAGES, pick_split, _printable, _side,
+    split_kind, _split_files, _suffix,
 )
+from .archives import contents, is_archive
 from .images import BadImage, open_regular
 from .sources import DATASETS, has_idx, IDX_FILES, idx_images, ImageData
+from .words import are_numbers, CAPTION_SUFFIXES, named_classes, no_label
 
 # %% ../../nbs/source/data/03_tables.ipynb #5d1a7c05
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -41,7 +46,8 @@ def metadata_columns(
     import pyarrow
     import pyarrow.parquet
     try:
-        with open_regular(file) as f:
+        found = contents(file)
+        with open_regular(found) if isinstance(found, Path) else io.BytesIO(found) as f:
             if file.suffix == ".parquet": return pyarrow.parquet.read_table(f).to_pydict()
             if file.suffix == ".csv":   # the letters NA are a caption
                 return pandas.read_csv(f, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("list")
@@ -68,11 +74,13 @@ def captioned_folder(config: DataConfig):
     others = set() if split is None else {folder_of(p.relative_to(root).as_posix()) for p in image_files(root)} - ours
     notes = sorted(p for p in _all_files(root) if p.name in METADATA_FILES)
     if not notes:
-        raise BadInput(f"{config.name}: {unknown('data.caption_column', str(config.caption_column), ['image'])}; "
+        known = ["image", *sorted({p.suffix[1:] for p in _all_files(root)} & set(CAPTION_SUFFIXES))]
+        raise BadInput(f"{config.name}: {unknown('data.caption_column', str(config.caption_column), known)}; "
                        f"there is no {' or '.join(METADATA_FILES)}")
     if len({p.suffix for p in notes}) > 1:
         raise BadInput(f"folder {root} holds {notes[0].name} and {notes[-1].name}: expected metadata of one kind")
     taken: dict[str, list] = {config.image_column: []}
+    labels: list = []   # of all splits
     for note in notes:
         columns = metadata_columns(note)
         names = columns[_checked_columns(config, note, columns)]
@@ -80,6 +88,7 @@ def captioned_folder(config: DataConfig):
                  for c in (config.caption_column, config.label_column if config.conditional else None) if c in columns}
         if note != notes[0] and extra != set(taken) - {config.image_column}:
             raise BadInput(f"{note} and {notes[0]} hold different columns: expected the same in each")
+        labels += columns.get(config.label_column, [])
         places = [_inside(root, note, n, name) for n, name in enumerate(names)]
         kept = [n for n, place in enumerate(places) if place is None or folder_of(place) not in others]
         taken[config.image_column] += [None if (place := places[n]) is None else str(root / place) for n in kept]
@@ -89,7 +98,7 @@ def captioned_folder(config: DataConfig):
         warnings.warn(
             f"{len(unlisted)} of the {len(files)} images in {root} are left out, since no metadata name them; "
             f"the first, {_printable(unlisted[0])}", stacklevel=3)
-    return _typed(config, taken)
+    return _typed(config, taken, labels)
 
 # %% ../../nbs/source/data/03_tables.ipynb #c0775b2a
 def _checked_columns(config: DataConfig, note: Path, columns: dict[str, list]) -> str:
@@ -118,12 +127,16 @@ def _inside(root: Path, note: Path, row: int, name) -> str | None: # relative to
     return (note.parent / name).relative_to(root).as_posix()
 
 # %% ../../nbs/source/data/03_tables.ipynb #790783c4
-def _typed(config: DataConfig, columns: dict[str, list]):
+def _typed(
+    config: DataConfig,
+    columns: dict[str, list],
+    labels: list,              # of all splits, which decide together whether labels are numbers or words
+):
     "Columns as a data set; raises `BadInput` for a caption that is no string, and a column of several types."
     import datasets
     import pyarrow
     label, caption = columns.get(config.label_column), columns.get(config.caption_column or "", [])
-    if label and all(isinstance(v, str) and re.fullmatch(r"-?[0-9]{1,18}", v) for v in label):
+    if label and are_numbers(labels):
         columns[config.label_column] = [int(v) for v in label]   # a CSV holds strings only
     if wrong := [n for n, v in enumerate(caption) if not isinstance(v, str | None)]:
         raise BadInput(
@@ -133,7 +146,7 @@ def _typed(config: DataConfig, columns: dict[str, list]):
     try: table = pyarrow.table({k: pyarrow.array(v, kinds.get(k)) for k, v in columns.items()})
     except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as e:
         raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds values of several types: "
-                       f"expected class numbers; {' '.join(str(e).split())[:200]}") from None
+                       f"expected class numbers, or strings; {' '.join(str(e).split())[:200]}") from None
     return datasets.Dataset(table).cast_column(config.image_column, datasets.Image())
 
 # %% ../../nbs/source/data/03_tables.ipynb #adef61f6
@@ -144,6 +157,7 @@ def _rows_of(config: DataConfig):
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False   # older versions run a script that comes with the data
     path = data_path(config.name)
     local = path.is_dir()
+    if is_archive(path): return captioned_folder(config)
     if local:
         for file in _all_files(path):
             if file.exists() and not file.is_file():
@@ -186,11 +200,11 @@ class DataRows:
                                                                             datasets.Image(decode=False))
         self.captions: Any = rows.select_columns([self.caption_column]) if self.caption_column else None
 
-    def read(self, i: int) -> bytes | str: # an image's file, or what it holds
+    def read(self, i: int) -> bytes | Path: # an image's file, or what it holds
         "Raises `BadImage` for a row without an image."
         image = self.encoded[i][self.image_column]
         if image is None or image["bytes"] is None and image["path"] is None: raise BadImage("is missing (null)")
-        return image["bytes"] if image["bytes"] is not None else image["path"]
+        return image["bytes"] if image["bytes"] is not None else contents(Path(image["path"]))
 
     def name(self, i: int) -> str:
         path = (self.encoded[i][self.image_column] or {}).get("path")
@@ -207,6 +221,7 @@ def hub_data(config: DataConfig) -> ImageFiles:
     """
     import datasets
     side, ds = _side(config), _rows_of(config)
+    splits = ds if isinstance(ds, dict) else {}
     if isinstance(ds, dict):
         if config.split == EVERY_SPLIT: ds = _joined(ds, config)
         else: ds = ds[pick_split(config.name, config.split, ds, exact=True)]
@@ -223,13 +238,12 @@ def hub_data(config: DataConfig) -> ImageFiles:
     if not isinstance(ds.features[config.image_column], datasets.Image):
         raise BadInput(f"{config.name}: data.image_column {config.image_column!r} holds "
                        f"{ds.features[config.image_column]}: expected images")
-    if config.caption_column and getattr(ds.features[config.caption_column], "dtype", None) not in (
-            "string", "large_string", "string_view"):
+    if config.caption_column and not _holds_text(ds.features[config.caption_column]):
         raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds "
                        f"{ds.features[config.caption_column]}: expected strings")
     if not len(ds): raise BadInput(f"split {config.split!r} of {config.name} is empty: expected images")
-    labels, classes = (_labels(ds, config) if config.conditional and config.label_column in ds.column_names
-                       else (None, []))
+    labels, classes = (_labels(ds, config, functools.partial(_train_rows, config, splits))
+                       if config.conditional and config.label_column in ds.column_names else (None, []))
     rows = DataRows(ds, config)
     return ImageFiles(rows.read, rows.name, len(ds), side, config.channels, labels, classes,
                       rows.caption if config.caption_column else None,
@@ -246,20 +260,35 @@ def _joined(splits: dict, config: DataConfig):
                            "data.split=all")
     return datasets.concatenate_datasets(list(splits.values()))
 
-def _labels(ds, config: DataConfig) -> tuple[torch.Tensor, list[str]]:
+def _holds_text(feature) -> bool: return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
+
+def _train_rows(config: DataConfig, splits: dict):
+    "The rows of train, whose classes the other splits share; None where there are none, or these are they."
+    if config.split == EVERY_SPLIT or split_kind(config.split) == "train": return None
+    if splits: return next((rows for name, rows in splits.items() if split_kind(name, exact=True) == "train"), None)
+    root = data_path(config.name)
+    if not (root.is_dir() or is_archive(root)) or not any(image_files(root)): return None   # saved as one split
+    with contextlib.suppress(BadInput): return captioned_folder(dataclasses.replace(config, split="train"))
+    return None
+
+def _labels(ds, config: DataConfig, train_rows: Callable) -> tuple[torch.Tensor, list[str]]:
     import datasets
     feature = ds.features[config.label_column]
     column = ds.select_columns([config.label_column]).with_format("arrow")[:][config.label_column]
-    if column.null_count:
-        raise BadInput(f"{config.name}: the label of row {column.is_null().to_pylist().index(True)} is missing: "
-                       "expected one for every image, or data.conditional=false")
+    if column.null_count: raise no_label(config, f"row {column.is_null().to_pylist().index(True)}")
+    if _holds_text(feature):
+        train = train_rows()
+        others = None if train is None or config.label_column not in train.column_names else [
+            str(v) for v in train.unique(config.label_column) if v is not None]
+        return named_classes(column.to_pylist(), config, others)
     values = np.asarray(ds.select_columns([config.label_column]).with_format("numpy")[:][config.label_column])
     if isinstance(feature, datasets.ClassLabel): names = feature.names
     elif values.ndim == 1 and values.dtype.kind in "iu" and values.max() < 10**6:
         names = [str(i) for i in range(int(values.max()) + 1)]
     else:
         raise BadInput(f"{config.name}: data.label_column {config.label_column!r} holds {feature}: expected class "
-                       "numbers below a million or a ClassLabel; data.conditional=false trains without labels")
+                       "numbers below a million or a ClassLabel, or strings; data.conditional=false trains without "
+                       "labels")
     wrong = np.flatnonzero((values < 0) | (values >= len(names)))
     if len(wrong):
         raise BadInput(f"{config.name}: label {values[wrong[0]]} of row {wrong[0]} is out of range: expected 0 to "
@@ -280,12 +309,25 @@ def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
     kept = [split for split in IDX_FILES if has_idx(folder, split)]
     split = config.split if config.split == EVERY_SPLIT else pick_split(config.name, config.split, kept)
     data = idx_images(folder, split)
-    if config.size not in (None, data.shape[-1]):
+    if config.size not in (None, size_of(data.shape)):
         raise BadInput(
-            f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the images in {folder}")
+            f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the images in {folder}")
     return data if config.conditional else ImageData(data.images, None, [])
 
 # %% ../../nbs/source/data/03_tables.ipynb #7772abf7
+def _reads_metadata(config: DataConfig, folder: Path) -> bool:
+    "Whether captions or labels are asked for that a folder's metadata hold, not its files and folders."
+    label = config.conditional and config.label_column != DataConfig.label_column
+    if not (label or config.caption_column): return False
+    names, suffixes = set(), set()
+    for file in _all_files(folder):
+        if file.name in METADATA_FILES: names.add(file.name)
+        suffixes.add(_suffix(file.name))
+    if names or config.caption_column is None: return bool(names)
+    # files beside the images; in shards, too, unless they are read by `datasets`, which names columns by suffixes
+    if ".tar" in suffixes and not suffixes & _IMAGES: return config.image_column != DataConfig.image_column
+    return config.caption_column not in CAPTION_SUFFIXES and ".json" not in suffixes
+
 def load_images(config: DataConfig) -> ImageData | ImageFiles:
     "The images themselves, of built-in data, a folder, or `datasets`. Raises `BadInput` for a split that is not there."
     folder = data_path(config.name)
@@ -293,8 +335,8 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         entry, split = DATASETS[config.name], config.split
         if split != EVERY_SPLIT: split = pick_split(config.name, split, list(entry.splits))
         data: Any = entry.make(dataclasses.replace(config, split=split))
-        if config.size not in (None, data.shape[-1]):
-            raise BadInput(f"data.size is {config.size}: expected null or {data.shape[-1]}, the size of the built-in "
+        if config.size not in (None, size_of(data.shape)):
+            raise BadInput(f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the built-in "
                            f"{config.name}")
         return data if config.conditional or not isinstance(data, ImageData) else ImageData(data.images, None, [])
     if folder.is_dir() and has_idx(folder): return _idx_folder(config, folder)
@@ -305,9 +347,11 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         if tables and (file := next(image_files(folder), None)):
             raise BadInput(f"folder {folder} holds images and tables, as {file.relative_to(folder)} and "
                            f"{tables[0].relative_to(folder)}: expected one or the other")
-        return (hub_data(config) if config.caption_column or tables or (folder / "metadata.parquet").exists()
-                else image_folder(config))
-    if folder.exists(): raise BadInput(f"data.name is {config.name!r}, a file: expected a folder of images")
+        if tables or (folder / "metadata.parquet").exists() or _reads_metadata(config, folder): return hub_data(config)
+        return image_folder(config)
+    if is_archive(folder): return hub_data(config) if _reads_metadata(config, folder) else image_folder(config)
+    if folder.exists():
+        raise BadInput(f"data.name is {config.name!r}, a file: expected a folder of images, or a .zip or .tar of one")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", config.name) and not config.name.startswith(".") and not folder.parent.is_dir():
         return hub_data(config)
     if "/" in config.name or os.sep in config.name:

@@ -127,7 +127,7 @@ def sample(
         config: SamplingConfig | str | None = None,   # how images are drawn, or the name of a preset: papers, fast
         preset: str | None = None,   # the same by its name alone
         batch_size: int = 256,
-        # sampler (ddim), num_inference_steps (50), schedule,
+        # sampler (dpmsolver++), num_inference_steps (25; ddim 50, ddpm 250), schedule,
         # prediction_type, guidance_interval, guidance_channels, seed, dtype (float32), tf32, compile: as
         # in `SamplingConfig`, and before it; without one, schedule and prediction_type
         # are those that a model of `load_model` was trained with.

@@ -65,7 +65,7 @@ def balanced_labels(
     "Labels 0, 1, … classes−1, 0, 1, … by the number of the image: as many of each as can be."
     return None if classes is None else (first + torch.arange(num_images)) % classes
 
-def usual_sampler(objective: ObjectiveConfig, otherwise: str = "dpmsolver++") -> str:
+def usual_sampler(objective: ObjectiveConfig, otherwise: str = SamplingConfig.sampler) -> str:
     "The sampler for what a model was trained to predict."
     return "flow-euler" if objective.prediction_type == "flow_prediction" else otherwise
 

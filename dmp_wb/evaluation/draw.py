@@ -167,7 +167,7 @@ def draw(
         num_images: int,   # balanced over the classes
         *,
         # how, or the name of a preset; the sampler of a model of flow is flow-euler
-        config: SamplingConfig | str = "fast",
+        config: SamplingConfig | str | None = None,
         vae: str | None = None,   # what decodes latents, in place of the run's
         batch_size: int = 64,
         backbone: nn.Module | None = None,   # the loaded model, if it is at hand
@@ -188,7 +188,7 @@ def draw(
     settings["schedule"] = settings.get("schedule") or (exp.schedule if exp else "linear")
     how = SamplingConfig.of(config, **settings)
     how = dataclasses.replace(how, sampler=usual_sampler(objective, how.sampler),
-                              prediction_type=objective.prediction_type)
+                              prediction_type=objective.prediction_type).check()
     walk = _Walk(backbone, how, num_images, labels, texts=captions_of(backbone, exp.data) if exp else None)
     drawing = _Drawing(walk, decode, decoder, exp.data if exp else None)
     shelf = (_Shelf(own_folder(open_run(model)) / "samples", drawing.plan(num_images, batch_size)) if exp and keep

@@ -20,7 +20,7 @@ from ..core.errors import BadInput, MissingFile, real_number, said, unknown, who
 from ..core.files import read_json
 from ..core.paths import assets_folder, expanded, runs_root
 from ..core.registries import loaded, METRICS, Metric, NEEDS
-from ..core.settings import DataConfig, dtype_name, SamplingConfig
+from ..core.settings import DataConfig, dtype_name, SamplingConfig, size_of
 from ..data.load import captions_of, load_data
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
 from .distances import _checked_strata, Moments
@@ -122,7 +122,7 @@ def evaluate(
     if not isinstance(reference, (Statistics, type(None))):
         # a wrong name is told before hours of features
         if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)
-        reference = reference_statistics(reference, extractor, images.shape[-1], images.shape[0], batch_size=batch_size,
+        reference = reference_statistics(reference, extractor, size_of(images.shape), images.shape[0], batch_size=batch_size,
                                          cache=cache, quiet=quiet)
     wanted = [METRICS[name] for name in _chosen(metrics, extractor, reference)]
     _check_settings(wanted, images, reference, s)
@@ -166,7 +166,7 @@ def _drawing(model, config: SamplingConfig, further: dict) -> _Drawing:
     names = {f.name for f in dataclasses.fields(SamplingConfig)}
     own, inputs = {k: v for k, v in further.items() if k in names}, {k: v for k, v in further.items() if k not in names}
     if isinstance(model, nn.Module):
-        return _Drawing(model, dataclasses.replace(config, **own), inputs=inputs)
+        return _Drawing(model, dataclasses.replace(config, **own).check(), inputs=inputs)
     if not isinstance(model, (str, Path)):
         raise BadInput(f"model is {said(model)}: expected a run, or a backbone that makes images")
     run = open_run(model)
@@ -179,7 +179,7 @@ def _drawing(model, config: SamplingConfig, further: dict) -> _Drawing:
     own = {"schedule": exp.schedule, "prediction_type": exp.objective.prediction_type,
            "sampler": usual_sampler(exp.objective, config.sampler), **own}
     inputs = {"clamp": not source.random_latents, "texts": captions_of(backbone, source), **inputs}
-    return _Drawing(backbone, dataclasses.replace(config, **own), exp.data, run, decode, inputs)
+    return _Drawing(backbone, dataclasses.replace(config, **own).check(), exp.data, run, decode, inputs)
 
 # %% ../../nbs/source/evaluation/09_evaluate.ipynb #9b01c490
 def note_evaluation(run: Run, row: dict):
@@ -236,7 +236,7 @@ def guidance_sweep(
         *,
         # gets each row as soon as it is measured, before it is noted
         tell: Callable[[dict], None] | None = None,
-        # sampler (ddim), num_inference_steps (50), seed (0), dtype (float32), tf32, compile, preset or config, as of
+        # sampler, num_inference_steps, seed (0), dtype (float32), tf32, compile, preset or config, as of
         # `sample`;
         # sampling: a dict of its
         # further arguments; batch_size (64): images sampled and measured at once; note (True):

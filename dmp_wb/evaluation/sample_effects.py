@@ -28,7 +28,7 @@ from ..core.settings import DataConfig
 from ..diffusion.schedules import timestep_intervals
 from .distances import frechet_bootstrap
 from .draw import data_of, draw, weights_digest
-from .effects import bootstrap_means, check_by, columns_of
+from .effects import bootstrap_means, check_by, check_intervals, columns_of
 from .extractors import extract, load_extractor
 from .features import Extractor
 from .statistics import Moments, reference_statistics
@@ -167,7 +167,7 @@ def sample_effects(
     backbone = load_model(model) if backbone is None else unwrap_model(backbone)
     if not methods_of(backbone): raise BadInput(f"{model} has no method on it: expected one that is patched or routed")
     T = min(o.config.num_train_timesteps for o in methods_of(backbone).values())
-    spans = timestep_intervals(T, whole_number("intervals", intervals, 1)) if "timesteps" in by else [(0, T - 1)]
+    spans = timestep_intervals(T, check_intervals(intervals, T)) if "timesteps" in by else [(0, T - 1)]
     blocks = columns_of(backbone, by)
     total = (2 + len(whats) * len(spans) * len(blocks)) * num_images
     plan = {**facts_of(backbone), "weights": weights_digest(backbone), "num_images": num_images, "method": method,

@@ -104,7 +104,6 @@ def _how(run: Run, settings: dict[str, Any]) -> tuple[SamplingConfig, SampleJob]
     known = [*files, *(f.name for f in dataclasses.fields(SamplingConfig)), "config", "preset"]
     if wrong := [k for k in given if k not in known]: raise unknown("setting of sample_run", wrong[0], known)
     job = SampleJob(**{k: given.pop(k) for k in files if k in given}).check()
-    preset = preset if config is not None or preset is not None else "papers"
     exp, how = run.experiment, SamplingConfig.of(config, preset, **given)
     if isinstance(how.sampler, str):
         how.sampler = usual_sampler(exp.objective, how.sampler) if "sampler" not in given else how.sampler
@@ -275,9 +274,10 @@ def sample_run(
     # of a text-conditioned run: a text file with one on each line, or a list; image i is of caption i, and of the
     # first again when they are used up. None: those of the data it trained on
     captions: str | Path | list[str] | None = None,
-    # preset (papers: ddpm with 250 steps; flow-euler for flow matching) or config, and what comes before it: sampler,
-    # num_inference_steps, guidance_scale (1.5), guidance_interval, guidance_channels, seed, dtype (float32), tf32,
-    # compile; and those of `SampleJob`: batch_size, part, patched, gate, patch_interval, vae, device, npz, quiet
+    # preset (papers: ddpm with 250 steps) or config, and what comes before it: sampler (dpmsolver++; flow-euler for
+    # flow matching), num_inference_steps, guidance_scale (1.5), guidance_interval, guidance_channels, seed,
+    # dtype (float32), tf32, compile; and those of `SampleJob`: batch_size, part, patched, gate, patch_interval, vae,
+    # device, npz, quiet
     **settings,
 ) -> Path | None: # the folder; None if other processes are not done yet
     """Write `num_images` images of a run as NNNNNN.png, 8 bits, grey

@@ -110,7 +110,8 @@ def reference_statistics(
         # a data set's name, folder or hub id, an ADM .npz (images or statistics), or images
         reference: str | Path | DataConfig | torch.Tensor | Images,
         extractor: str | nn.Module = "digits",
-        size: int | None = None,   # side in pixels that a folder's or hub's images are cropped to
+        # pixels that a folder's or hub's images are cropped to: a side, or height and width
+        size: int | list[int] | None = None,
         channels: int = 3,   # of images read from files
         max_rows: int = MAX_ROWS,   # rows of features to keep, for KID, precision, recall, density and coverage
         batch_size: int = 64,

@@ -24,7 +24,7 @@ from ..core.errors import BadInput
 from ..core.bars import progress
 from ..core.registries import EXTRACTORS
 from ..core.seeds import seed_of
-from ..core.settings import DataConfig, dtype_name
+from ..core.settings import DataConfig, dtype_name, SamplingConfig
 from ..data.load import load_data
 from ..data.sources import Source
 from ..diffusion.objectives import diffusion_losses, make_tables
@@ -275,8 +275,8 @@ def look_at(
     num_images: int = 200,        # drawn from each; 0: none
     num_loss_images: int = 256,   # of the data, for the loss by timestep; 0: none
     guidance_scale: float = 1.5,
-    sampler: str = "dpmsolver++",
-    num_inference_steps: int = 25,
+    sampler: str = SamplingConfig.sampler,
+    num_inference_steps: int | None = None,   # of the sampler's `USUAL_STEPS`
     seed: int = 0,
     resolution: int = 250,        # timesteps of gates and masks
     device: str = "auto",

@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from ..diffusion.sampling import sample_trajectory
+from ..diffusion.sampling import sample_trajectory, usual_sampler
 from .axis import Columns, columns_of, time_axis, TimeAxis
 from .canvas import GATES, MAGNITUDE, scale_ends
 from .maps import Bar, Map, Side, time_side
@@ -286,7 +286,7 @@ class DenoiseExplorer(_DenoiseFigures):
     def __init__(
             self,
             model: str | Path | nn.Module = "digits-dmp",   # a run, or a model
-            sampler: str | None = None,   # ddim; of a flow-matching model flow-euler
+            sampler: str | None = None,   # `usual_sampler`'s if None
             # latents [B, C, h, w] → images; the run's VAE if None
             decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
             name: str | None = None,      # of the patch, where there are several
@@ -302,8 +302,7 @@ class DenoiseExplorer(_DenoiseFigures):
         self.asked, others = ask(looked, conditions, null_conditions, captions), look_beside(looked, against)
         check_alike(looked, others)
         self.model, self.schedule, self.objective = looked.model, looked.schedule, looked.objective
-        flow = looked.objective.prediction_type == "flow_prediction"
-        self.sampler = sampler or ("flow-euler" if flow else "ddim")
+        self.sampler = sampler or usual_sampler(looked.objective)
         self._kept, self._walks = _Kept(256 << 20), _Kept(256 << 20)
         self.decodes = decode is not None or looked.data is not None and looked.data.random_latents
         self.decode = decode or (looked.data.decode if self.decodes else lambda x: x)

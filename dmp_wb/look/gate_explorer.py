@@ -235,34 +235,49 @@ class _GateWords(_GateLooks):
         show(self.spatial, tinted(rel, drawn.limit, grid, x0), f"The gates of {name} over the predicted image at {t}",
              scale(x0))
 
-    def _shown(self) -> tuple[list[int], Sequence[int] | None]:
-        "The numbers of the blocks that are shown, and their prompts where blocks differ."
+    def _shown(self) -> tuple[dict[str, Gates], list[int], dict[str, Any]]:
+        "The slots, the numbers of the blocks that are shown, and what the figure is told of them."
+        slots = {"A": self.A, **({"B": self.B} if self.B else {})}
         which = list(range(len(self.A.counts))) if self.block.value < 0 else [self.block.value]
-        counts = [self.A.counts[b] for b in which]
-        return which, counts if len(set(self.A.counts)) > 1 else None
+        title = lambda gates: "" if self.B is None else f"{gates.looked.title}: "
+        told: dict[str, Any] = {"blocks": [title(g) + g.names[b] for g in slots.values() for b in which]}
+        counts = [gates.counts[b] for gates in slots.values() for b in which]
+        if len({n for gates in slots.values() for n in gates.counts}) > 1: told["counts"] = counts
+        if self.B and len(which) <= 6: told["columns"] = len(which)   # a row for each
+        return slots, which, told
 
     def static(self) -> Figure:
-        which, counts = self._shown()
-        return gate_heatmaps(self.gates(self.label.value)[:, which], self.grid, counts=counts,
-                             blocks=[self.A.names[b] for b in which], axis=self.time_axis()[0])
+        slots, which, told = self._shown()
+        tables = [gates.table(self.label.value, self.switches)[:, which] for gates in slots.values()]
+        most = max(t.shape[2] for t in tables)
+        joined = np.concatenate([np.pad(t, ((0, 0), (0, 0), (0, most - t.shape[2]))) for t in tables], 1)
+        return gate_heatmaps(joined, self.grid, **told, axis=self.time_axis()[0])
 
     def code(self) -> str:
-        which, counts = self._shown()
-        looked, label = self.A.looked, self.label.value
-        inputs = (f", class_labels=torch.full((len(t),), {label})" if self.conditioned and self.asked.classes
-                  else f", **{{k: v[[{label}]].expand(len(t), *v.shape[1:]) for k, v in conditions.items()}}"
-                  if self.conditioned else "")
-        which_patch = f", {looked.patch!r}" if looked.patch else ""
-        ask_gates = f"gates = wb.get_patch(model{which_patch}).gates(t{inputs}).detach()"
+        slots, which, told = self._shown()
+        names = {slot: "gates" if self.B is None else f"gates_{slot.lower()}" for slot in slots}
+        asked = [line for slot, gates in slots.items() for line in self._asked(gates, names[slot])]
         some = f"[:, {which}]" if self.block.value >= 0 else ""
-        named = f", counts={counts}" if counts else ""
+        table = f"gates{some}"
+        if self.B:
+            most = max(max(gates.counts) for gates in slots.values())
+            asked += [f"pad = lambda g: np.pad(g{some}, ((0, 0), (0, 0), (0, {most} - g.shape[2])))"]
+            table = f"np.concatenate([{', '.join(f'pad({name})' for name in names.values())}], 1)"
+        given = ", ".join(f"{k}={v!r}" for k, v in told.items())
         return "\n".join([
             "import numpy as np, torch", "import dmp_wb as wb", "from dmp_wb.look import viz",
-            *looked.code(),
             f"t = torch.as_tensor(np.unique(np.linspace(0, {self.T - 1}, {len(self.grid)}).round().astype(int)))",
-            *([self.switches.code(self.patch.name), "    " + ask_gates] if self.switches else [ask_gates]),
-            f"viz.gate_heatmaps(gates{some}, t, blocks={[self.A.names[b] for b in which]}{named}, "
-            f"axis={looked.axis_code(self.axis.value)})"])
+            *asked, f"viz.gate_heatmaps({table}, t, {given}, axis={self.A.looked.axis_code(self.axis.value)})"])
+
+    def _asked(self, gates: Gates, name: str) -> list[str]:
+        looked, label = gates.looked, self.label.value
+        inputs = (f", class_labels=torch.full((len(t),), {label})" if gates.conditioned and self.asked.classes
+                  else f", **{{k: v[[{label}]].expand(len(t), *v.shape[1:]) for k, v in conditions.items()}}"
+                  if gates.conditioned else "")
+        which_patch = f", {looked.patch!r}" if looked.patch else ""
+        ask_gates = f"{name} = wb.get_patch(model{which_patch}).gates(t{inputs}).detach().cpu()"
+        return [*looked.code(), *([self.switches.code(gates.patch.name), "    " + ask_gates] if self.switches
+                                  else [ask_gates])]
 
 # %% ../../nbs/source/look/12_gate_explorer.ipynb #ge150013
 class GateExplorer(_GateWords):

@@ -16,13 +16,20 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from ..core.errors import BadInput
+from .axis import time_axis, TimeAxis
 from .canvas import GATES, add_legend, as_array, method_colour, method_label, new_figure
 if TYPE_CHECKING:
     from dmp_wb.evaluation.effects import Effects, Transfer
     from dmp_wb.evaluation.sample_effects import SampleEffects
 
 # %% ../../nbs/source/look/12_needs.ipynb #005791fa
-def _edges(spans: Sequence[tuple[int, int]]) -> np.ndarray: return np.array([a for a, _ in spans] + [spans[-1][1] + 1])
+def _edges(spans: Sequence[tuple[int, int]], axis: TimeAxis) -> np.ndarray: # [intervals + 1] places on the axis
+    return axis.of([a for a, _ in spans] + [spans[-1][1] + 1])
+
+def _over_time(ax, axis: TimeAxis, edges: np.ndarray, **labels):
+    "Names the lower axis, with its first timestep at the left."
+    ax.set(xlabel=axis.label, **labels)
+    if axis.name != "timestep": ax.set_xlim(edges[0], edges[-1])
 
 def _scale(limit: float) -> Normalize:
     "Of percents, symmetric about 0; above 100 logarithmic, or a few large ones would leave all others white."
@@ -42,9 +49,11 @@ def effect_map(
     limit: float | None = None,   # of the colours, on both sides of 0; the largest value if not given; linear up to 100
     label: str = "",           # of the colour bar
     title: str = "",
+    axis: str | TimeAxis = "timestep",   # timestep, log-snr or step, or what `time_axis` gives
 ):
     "Values over intervals of timesteps and blocks, on axes that are there; colours are symmetric about 0."
-    values, edges = as_array(values), _edges(spans)
+    axis = time_axis(axis)
+    values, edges = as_array(values), _edges(spans, axis)
     if values.shape != (len(spans), len(blocks)):
         raise BadInput(f"values have shape {values.shape}: expected [{len(spans)} intervals, {len(blocks)} blocks]")
     limit = limit or float(np.abs(values).max()) or 1.0
@@ -55,10 +64,10 @@ def effect_map(
     if uncertain is not None:
         for i, j in zip(*np.nonzero(as_array(uncertain))):
             ax.plot((edges[i] + edges[i + 1]) / 2, j, "x", color="#777777", ms=4, mew=0.8)
-    ax.set(xlabel="timestep", title=title)
+    _over_time(ax, axis, edges, title=title)
     fig.colorbar(shown, ax=ax, shrink=0.9, label=label).ax.tick_params(labelsize=8)
 
-def effect_maps(found: "Effects", title: str | None = None) -> Figure:
+def effect_maps(found: "Effects", title: str | None = None, axis: str | TimeAxis = "timestep") -> Figure:
     "What `effects` found, in percent of the loss of each interval: where methods are needed, what they do alone."
     usual = found.loss.mean(-1) if len(found.loss) == len(found.spans) else found.loss.mean().view(1)
     percent = {w: 100 * getattr(found, w).mean(-1) / usual[:, None] for w in ("needed", "alone")}
@@ -67,15 +76,17 @@ def effect_maps(found: "Effects", title: str | None = None) -> Figure:
     fig, axes = new_figure(1, 2, 9.0, height + (0.3 if title else 0), sharey=True)
     titles = ("off here: the loss rises by", "on here alone: the loss falls by")
     for ax, (what, values), words in zip(axes[0], percent.items(), titles):
-        effect_map(fig, ax, values, found.spans, found.blocks, ~found.certain(what), limit, "% of the loss", words)
+        effect_map(fig, ax, values, found.spans, found.blocks, ~found.certain(what), limit, "% of the loss", words,
+                   axis)
     axes[0, 0].set_ylabel("block")
     if title: fig.suptitle(title, fontsize=11)
     return fig
 
 # %% ../../nbs/source/look/12_needs.ipynb #a0773cc4
-def effect_curve(found: "Effects", title: str | None = None) -> Figure:
+def effect_curve(found: "Effects", title: str | None = None, axis: str | TimeAxis = "timestep") -> Figure:
     "How much the loss of each interval rises without the methods, in all blocks and in each, in percent."
-    usual, edges, blocks = found.loss.mean(-1), _edges(found.spans), found.blocks
+    axis = time_axis(axis)
+    usual, edges, blocks = found.loss.mean(-1), _edges(found.spans, axis), found.blocks
     fig, axes = new_figure(1, 1, 5.8, 2.7 + (0.3 if title else 0))
     ax = axes[0, 0]
     for j, colour in enumerate(sns.color_palette("mako", len(blocks)) if len(blocks) > 1 else []):
@@ -83,57 +94,61 @@ def effect_curve(found: "Effects", title: str | None = None) -> Figure:
                   label=f"block {blocks[j][0]}" if len(blocks) <= 8 or j in (0, len(blocks) - 1) else None)
     ax.stairs(100 * found.whole.mean(-1) / usual, edges, baseline=None, color="#d55e00", lw=2.2, label="all blocks")
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(xlabel="timestep", ylabel="the loss rises by, %")
+    _over_time(ax, axis, edges, ylabel="the loss rises by, %")
     ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), title="off in", title_fontsize=8)
     sns.despine(ax=ax)
     if title: ax.set_title(title, fontsize=10)
     return fig
 
 # %% ../../nbs/source/look/12_needs.ipynb #1ff35b81
-def effect_lines(found: Mapping[str, "Effects"], colours: Mapping[str, str] | None = None) -> Figure:
+def effect_lines(found: Mapping[str, "Effects"], colours: Mapping[str, str] | None = None,
+                 axis: str | TimeAxis = "timestep") -> Figure:
     "Run → how much the loss of each interval rises without its methods, in percent, with 95 % bootstrap intervals."
     fig, axes = new_figure(1, 1, 6.2, 2.7)
-    ax = axes[0, 0]
+    ax, axis = axes[0, 0], time_axis(axis)
     for i, (name, f) in enumerate(found.items()):
-        edges, usual, colour = _edges(f.spans), f.loss.mean(-1), method_colour(name, i, colours)
+        edges, usual, colour = _edges(f.spans, axis), f.loss.mean(-1), method_colour(name, i, colours)
         ax.stairs(100 * f.whole.mean(-1) / usual, edges, baseline=None, color=colour, lw=1.8,
                   label=method_label(name, colours))
         low, high = (np.repeat(as_array(100 * v / usual), 2) for v in f.interval("whole"))
         ax.fill_between(np.repeat(edges, 2)[1:-1], low, high, color=colour, alpha=0.2, lw=0)
     ax.axhline(0, color="grey", lw=0.8)
-    ax.set(xlabel="timestep", ylabel="the loss rises by, %")
+    _over_time(ax, axis, _edges(next(iter(found.values())).spans, axis), ylabel="the loss rises by, %")
     add_legend(fig, ax)
     sns.despine(ax=ax)
     return fig
 
 # %% ../../nbs/source/look/12_needs.ipynb #5beeb9ba
-def transfer_map(found: "Transfer", title: str | None = None) -> Figure:
+def transfer_map(found: "Transfer", title: str | None = None, axis: str | TimeAxis = "timestep") -> Figure:
     "The loss of each interval under the gates or masks of the middle of another, in percent of its own."
-    values, edges = as_array(100 * found.change.mean(-1) / found.loss.mean(-1)), _edges(found.spans)
+    axis = time_axis(axis)
+    values, edges = as_array(100 * found.change.mean(-1) / found.loss.mean(-1)), _edges(found.spans, axis)
     limit = float(np.abs(values).max()) or 1.0
     fig, axes = new_figure(1, 1, 4.4, 3.5 + (0.3 if title else 0))
     ax = axes[0, 0]
     shown = ax.pcolormesh(edges, edges, values, cmap=GATES, norm=_scale(limit))
-    ax.set(xlabel="timestep", ylabel="under the gates of timestep", title=title or "")
+    _over_time(ax, axis, edges, title=title or "", ylabel=f"under the gates of {axis.label}")
+    if axis.name != "timestep": ax.set_ylim(edges[0], edges[-1])
     fig.colorbar(shown, ax=ax, shrink=0.9, label="the loss rises by, %").ax.tick_params(labelsize=8)
     return fig
 
 # %% ../../nbs/source/look/12_needs.ipynb #7383426e
 SIDES = {"needed": ("off here", "#d55e00"), "alone": ("on here alone", "#0072b2")}
 
-def _bars(ax, found: "SampleEffects", what: str, shift: float):
+def _bars(ax, found: "SampleEffects", what: str, shift: float, edges: np.ndarray):
     "Fréchet differences with their intervals, beside the middle of each interval of timesteps."
     words, colour = SIDES[what]
-    edges = _edges(found.spans)
-    x, rows = (edges[:-1] + edges[1:]) / 2 + shift, [row[0] for row in found.frechet[what]]
+    x, rows = (edges[:-1] + edges[1:]) / 2 + shift * np.diff(edges), [row[0] for row in found.frechet[what]]
     y = np.array([r["difference"] for r in rows])
     ends = np.array([r["difference_interval"] for r in rows]).T
     ax.errorbar(x, y, np.abs(ends - y), fmt="o", color=colour, ms=4, lw=1.2, capsize=2, label=words)
 
-def sample_effect_curves(found: "SampleEffects", title: str | None = None) -> Figure:
+def sample_effect_curves(found: "SampleEffects", title: str | None = None,
+                         axis: str | TimeAxis = "timestep") -> Figure:
     "By interval of timesteps: how far samples move, and by how much their Fréchet distance changes, with intervals."
     if len(found.blocks) > 1: raise BadInput(f"blocks are {len(found.blocks)}: expected by='timesteps'")
-    edges, bars = _edges(found.spans), bool(found.frechet)
+    axis = time_axis(axis)
+    edges, bars = _edges(found.spans, axis), bool(found.frechet)
     fig, axes = new_figure(1, 1 + bars, 4.3 * (1 + bars), 2.9 + (0.3 if title else 0))
     for what in (w for w in SIDES if w in found.pixels):
         words, colour = SIDES[what]
@@ -141,21 +156,22 @@ def sample_effect_curves(found: "SampleEffects", title: str | None = None) -> Fi
         axes[0, 0].stairs(found.pixels[what].mean(-1)[:, 0], edges, baseline=None, color=colour, lw=1.8, label=words)
         axes[0, 0].fill_between(np.repeat(edges, 2)[1:-1], np.repeat(low[:, 0], 2), np.repeat(high[:, 0], 2),
                                 color=colour, alpha=0.2, lw=0)
-        if bars: _bars(axes[0, 1], found, what, (-1 if what == "needed" else 1) * (edges[1] - edges[0]) / 10)
+        if bars: _bars(axes[0, 1], found, what, -0.1 if what == "needed" else 0.1, edges)
     axes[0, 0].axhline(float(found.pixels["without"].mean()), color="grey", ls="--", lw=1, label="off everywhere")
-    axes[0, 0].set(xlabel="timestep", ylabel="change of pixels, RMS", ylim=(0, None))
+    _over_time(axes[0, 0], axis, edges, ylabel="change of pixels, RMS", ylim=(0, None))
     axes[0, 0].legend(frameon=False, fontsize=8)
     if bars:
         axes[0, 1].axhline(0, color="grey", lw=0.8)
         whole = found.frechet["without"][0][0]["difference"]
         axes[0, 1].axhline(whole, color="grey", ls="--", lw=1)
         axes[0, 1].axhline(-whole, color="grey", ls="--", lw=1)
-        axes[0, 1].set(xlabel="timestep", ylabel="Fréchet distance, change")
+        _over_time(axes[0, 1], axis, edges, ylabel="Fréchet distance, change")
     for ax in axes.flat: sns.despine(ax=ax)
     if title: fig.suptitle(title, fontsize=11)
     return fig
 
-def sample_effect_maps(found: "SampleEffects", title: str | None = None) -> Figure:
+def sample_effect_maps(found: "SampleEffects", title: str | None = None,
+                       axis: str | TimeAxis = "timestep") -> Figure:
     "How far samples move where the methods are off, and where they are on alone, by interval and block."
     whats = [w for w in SIDES if w in found.pixels]
     values = {w: found.pixels[w].mean(-1) for w in whats}
@@ -164,7 +180,7 @@ def sample_effect_maps(found: "SampleEffects", title: str | None = None) -> Figu
     fig, axes = new_figure(1, len(whats), 4.5 * len(whats), height + (0.3 if title else 0), sharey=True)
     for ax, (what, v) in zip(axes[0], values.items()):
         label = "change of pixels, RMS" if what == whats[-1] else ""
-        effect_map(fig, ax, v, found.spans, found.blocks, None, limit, label, SIDES[what][0])
+        effect_map(fig, ax, v, found.spans, found.blocks, None, limit, label, SIDES[what][0], axis)
     axes[0, 0].set_ylabel("block")
     if title: fig.suptitle(title, fontsize=11)
     return fig

@@ -34,6 +34,7 @@ class Looked:
     data: Any = None            # where its images can be opened
     source: str = ""            # the run's name or folder; empty for a model that was given
     patch: str | None = None    # the one of its patches that acts; None: all of them
+    classes: list[str] = field(default_factory=list)   # what the run calls them, for data that are elsewhere
 
     @contextlib.contextmanager
     def acting(self, base: bool = False) -> Iterator[nn.Module]:
@@ -78,7 +79,8 @@ def look_at(
         found = Looked(Path(str(model)).name, loaded, *_made_for(loaded, schedule, prediction_type), source=str(model),
                        patch=name)
         with contextlib.suppress(BadInput):   # the images have moved; the explorers that can do without do
-            exp = open_run(model).experiment
+            run = open_run(model)
+            exp, found.classes = run.experiment, run.class_names
             found.schedule, found.objective = exp.schedule, exp.objective
             found.data = load_data(exp.data)
     if name is not None:
@@ -92,7 +94,7 @@ def look_beside(first: Looked, against) -> list[Looked]:
     if against is None: return []
     given = [against] if isinstance(against, (str, Path, nn.Module)) else list(against)
     found = [Looked(f"{first.title.partition(',')[0]}, {other}", first.model, first.schedule, first.objective,
-                    first.data, first.source, other)
+                    first.data, first.source, other, first.classes)
              if isinstance(other, str) and other in patches_of(first.model) else look_at(other) for other in given]
     for i, other in enumerate(found, 2):
         if sum(other.title == f.title for f in (first, *found)) > 1: other.title = f"{other.title} ({i})"
@@ -106,9 +108,10 @@ def check_alike(first: Looked, others: Sequence[Looked]):
             raise BadInput(f"{other.title} takes images of {its}: expected {size}, as {first.title}")
 
 # %% ../../nbs/source/look/10_sides.ipynb #sd150010
-def class_names(model: nn.Module, data) -> list[str]:
-    n = anatomy_of(model).num_classes(model)
-    names = list(getattr(data, "class_names", []) or [])
+def class_names(looked: Looked) -> list[str]: # empty: a model without classes
+    "What each class is called: as the data have it, else as the run does, else by its number."
+    n = anatomy_of(looked.model).num_classes(looked.model)
+    names = list(getattr(looked.data, "class_names", []) or looked.classes)
     return [] if not n else names if len(names) == n else [str(i) for i in range(n)]
 
 @dataclass
@@ -149,7 +152,7 @@ def ask(
         raise BadInput(f"this {title} takes {' and '.join(taken)}: expected conditions with {missing[0]} [prompts, …], "
                        "as its pipeline's encode_prompt gives")
     if not inputs:
-        names = class_names(looked.model, looked.data)
+        names = class_names(looked)
         return Asked(names, classes=bool(names))
     K = len(next(iter(inputs.values())))
     if wrong := [k for k, v in inputs.items() if len(v) != K]:

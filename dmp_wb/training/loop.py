@@ -245,6 +245,7 @@ def take_folder(parts: Parts, changed: dict, held: contextlib.ExitStack) -> Aske
     if accelerator.is_main_process:
         clear_run(run)
         write_config(run, parts.exp, changed)
+        run.keep_classes(parts.data.class_names)
     return held.enter_context(asked_to_stop(accelerator.is_local_main_process))
 
 def begin(parts: Parts, state: TrainState, changed: dict):
@@ -304,6 +305,7 @@ def train(
         if nothing_to_do(run, exp):
             say(f"{short(run.folder)} is finished: nothing to do")
             return run
+        run.check_classes(parts.data.class_names)
         asked = take_folder(parts, changed, held)
         state = TrainState(parts, optimizer)
         begin(parts, state, changed)

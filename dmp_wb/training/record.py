@@ -181,7 +181,7 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
     "Write samples/step-NNNNNNN.png, and give it to the trackers: the same seeds, labels and captions each time."
     t, learned, n = exp.train, exp.objective.prediction_type, exp.train.sample_images
     images = sample(backbone, n, balanced_labels(n, anatomy_of(backbone).num_classes(backbone)),
-                    t.sample_guidance_scale, sampler=usual_sampler(exp.objective, "ddim"),
+                    t.sample_guidance_scale, sampler=usual_sampler(exp.objective),
                     num_inference_steps=t.sample_steps, schedule=exp.schedule, seed=exp.seed, quiet=True,
                     prediction_type=learned,
                     texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)

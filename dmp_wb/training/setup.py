@@ -52,7 +52,7 @@ from ..models.computing import allow_tf32, computes_in, missing_compiler
 from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.listing import read_experiment, whole_base
-from ..store.run import load_model, Run, trained_objective
+from ..store.run import CLASSES_FILE, load_model, Run, trained_objective
 from ..tasks.weighting import make_aggregator, make_clusters, UncertaintyWeighting
 from dmp_wb.training.distributed import (
     check_launch, check_processes, rendezvous_kwargs, set_up_sharding, splits_weights,
@@ -363,7 +363,7 @@ def room_for(run: Run):
 
 # %% ../../nbs/source/training/02_setup.ipynb #d3fa85c4
 # by this room, as whole files
-WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json", "rollback.json", "launch.log")
+WRITTEN = ("config.yaml", "metrics.jsonl", "summary.json", "rollback.json", "launch.log", CLASSES_FILE)
 
 def clear_run(run: Run):
     "Remove what a process that was killed while it wrote left in a run folder; only who holds its lock may call this."

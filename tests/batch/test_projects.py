@@ -1,5 +1,6 @@
 """Experiments that fit a folder, as dmp-wb new --data writes them."""
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -42,6 +43,15 @@ def test_batch_and_steps_fit_the_number_of_images(count):
     assert 2 <= made.batch_size <= min(64, count) and 1000 <= made.steps <= 12000 and made.patch_steps >= 500
 
 
+@pytest.mark.parametrize("count,share", [(70, None), (200, 0.1), (5000, 0.05)])
+def test_some_images_are_held_out_of_a_folder_that_is_large_enough(count, share, tmp_path, monkeypatch):
+    folder = images(tmp_path / "photos")
+    monkeypatch.setattr("dmp_wb.batch.projects.look_at_data", lambda data: Found(count, [], 8, 1))
+    for exp in map(load_experiment, fit_experiments(str(folder), tmp_path)):
+        assert exp.data.validation == share and exp.train.batch_size < count * (1 - (share or 0))
+        assert exp.train.keep_best == ("validation_loss" if share and exp.base is None else None)
+
+
 def test_the_two_experiments_load_and_name_the_folder_as_the_project_does(tmp_path):
     folder = images(tmp_path / "my Photos")
     base, patch = fit_experiments(str(folder), tmp_path)
@@ -54,6 +64,13 @@ def test_the_two_experiments_load_and_name_the_folder_as_the_project_does(tmp_pa
     base.write_text("# mine\n")
     with pytest.raises(BadInput, match="is there already, and says something else: expected another --name"):
         fit_experiments(str(folder), tmp_path)
+
+
+def test_experiments_of_an_archive_are_called_as_what_was_packed(tmp_path):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", images(tmp_path / "photos"))
+    base, _ = fit_experiments(str(tmp_path / "photos.zip"), tmp_path)
+    exp = load_experiment(base)
+    assert base.name == "photos-pretrain.yaml" and exp.data.name == "photos.zip" and exp.data.size == 28
 
 
 def test_new_says_the_next_commands_and_refuses_what_is_no_data(tmp_path, monkeypatch, capsys):

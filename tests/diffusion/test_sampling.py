@@ -295,7 +295,7 @@ def test_predicted_x0_is_the_posteriors():
 def test_kept_steps():
     model, draw = tiny_dit(), lambda **kw: wb.sample(tiny_dit(), 5, num_inference_steps=8, quiet=True, **kw)
     images, path = draw(keep=3, batch_size=2)
-    assert (path.steps == [0, 4, 8] and path.timesteps.tolist() == [999.0, 499.0, -1.0]
+    assert (path.steps == [0, 4, 8] and path.timesteps.tolist() == [999.0, 500.0, -1.0]
             and path.x_t.shape == (3, 5, 1, 8, 8) and images.shape == (5, 1, 8, 8))
     assert (torch.allclose(path.x_t[-1].clamp(-1, 1), images) and draw(keep=1)[1].steps == [8]
             and draw(keep=9)[1].steps == list(range(9)))
@@ -363,15 +363,15 @@ def test_a_walk_is_checked_before_its_first_step(wrong, match):
     (dict(schedule="sine"), "unknown schedule 'sine'"),
     (dict(guidance_scale=float("inf")), "guidance_scale is inf"),
     (dict(num_inference_steps=0), "num_inference_steps is 0"),
-    (dict(num_inference_steps="10,20"), "only the sampler ddpm takes sections, ddim does not"),
+    (dict(num_inference_steps="10,20"), "only the sampler ddpm takes sections, dpmsolver\\+\\+ does not"),
     (dict(num_inference_steps="600,600", sampler="ddpm"), "at most 500 steps in section 1 of 2"),
     (dict(guidance_interval=(700, 200)), r"guidance_interval is \(700, 200\): .* lower one first"),
     (dict(guidance_interval=(-1, 200)), "timesteps 0 to 999"),
     (dict(guidance_interval=(0, 1000)), "timesteps 0 to 999"),
     (dict(guidance_channels=0), "guidance_channels is 0: expected 1 to 1"),
     (dict(guidance_channels=2), "guidance_channels is 2"),
-    (dict(keep=0), "keep is 0: expected 1 to 51 steps"), (dict(keep=52), "keep is 52"),
-    (dict(keep=[0, 51]), "keep has step 51: expected integers 0 to 50"), (dict(keep=[-1]), "keep has step -1"),
+    (dict(keep=0), "keep is 0: expected 1 to 26 steps"), (dict(keep=52), "keep is 52"),
+    (dict(keep=[0, 51]), "keep has step 51: expected integers 0 to 25"), (dict(keep=[-1]), "keep has step -1"),
     (dict(keep=[]), "at least one step"), (dict(keep=[0.5]), "keep has step 0.5"),
 ])
 def test_bad_input(wrong, match):
@@ -396,7 +396,7 @@ def test_numbers_of_numpy_and_torch_are_as_good():
     "guidance_scale": ("2", None, float("nan"), True, [1.5], 1 + 2j),
     "batch_size": ("8", 8.0, None, True), "first": (None, "0", 0.5, -1),
     "class_labels": ("ab", {"a": 1}, ["x"], [None], [True, False], [[1], [2, 3]], 1.5, [0.5, 1]),
-    "sampler": (None, 3, ["ddim"]), "num_inference_steps": (2.0, None, True, {}), "schedule": (None, 3, ["linear"], {}),
+    "sampler": (None, 3, ["ddim"]), "num_inference_steps": (2.0, True, {}), "schedule": (None, 3, ["linear"], {}),
     "prediction_type": (None, ["epsilon"], 3),
     "conditions": ([1], "text", {"encoder_hidden_states": torch.zeros(16, 2)}, {"class_labels": 3}),
     "null_conditions": ([1], {"class_labels": "x"}),
@@ -414,7 +414,7 @@ def test_an_argument_of_another_type_is_one_line(argument, wrong):
 
 def test_what_is_not_finite_is_said_with_its_reason():
     model = tiny_dit()
-    with pytest.warns(UserWarning, match="image 0 is not finite: the model's answer is not from timestep 499 on, with "
+    with pytest.warns(UserWarning, match="image 0 is not finite: the model's answer is not from timestep 500 on, with "
                       "guidance_scale 1e\\+38"):
         wb.sample(model, 2, guidance_scale=1e38, num_inference_steps=2, quiet=True)
     with torch.no_grad(): model.final_layer.linear.weight[0, 0] = float("nan")

@@ -733,7 +733,7 @@ def test_evaluate_run_notes_a_row(run):
     row = evaluate_run(run.folder, 40, **QUICK)
     summary = wb.open_run(run.folder).summary
     assert summary["evaluations"] == [row] and summary["status"] == "finished" and wb.open_run(run.folder).finished
-    assert (row["guidance_scale"] == 1.5 and row["sampler"] == "ddim" and row["reference"] == "digits"
+    assert (row["guidance_scale"] == 1.5 and row["sampler"] == "dpmsolver++" and row["reference"] == "digits"
             and row["num_images"] == 40)
     images = wb.sample(wb.load_model(run.folder), 40, num_inference_steps=2, schedule=run.experiment.schedule,
                        quiet=True)

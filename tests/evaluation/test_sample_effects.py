@@ -92,6 +92,10 @@ def test_the_known_patch_slants_in_the_late_steps_and_the_distance_says_so(slant
     low, high = found.interval()
     assert (low <= found.pixels["needed"].mean(-1)).all() and (found.pixels["needed"].mean(-1) <= high).all()
     viz.sample_effect_curves(found), viz.sample_effect_maps(found)
+    for figure in (viz.sample_effect_curves(found, axis="log-snr"), viz.sample_effect_maps(found, axis="log-snr")):
+        over = [ax for ax in figure.axes if ax.get_xlabel()]
+        assert over and {ax.get_xlabel() for ax in over} == {"log-SNR"}
+        assert all(ax.get_xlim()[0] > 8 > -8 > ax.get_xlim()[1] for ax in over)
     rows = viz.interval_samples(found, "alone")
     assert [*rows] == ["on everywhere", "on 0–249", "on 250–499", "on 500–749", "on 750–999", "off everywhere"]
 

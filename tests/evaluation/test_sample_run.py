@@ -55,7 +55,7 @@ def test_files_are_what_sample_draws(channels, tmp_path):
     run = make_run(tmp_path / "run", model)
     folder = sample_run(run, 7, tmp_path / "out", batch_size=3, guidance_scale=2.0, seed=5, **FAST)
     drawn = torch.cat([wb.sample(model, class_labels=range(i, min(i + 3, 7)), first=i, guidance_scale=2.0,
-                                 sampler="ddpm", num_inference_steps=3, seed=5, quiet=True) for i in (0, 3, 6)])
+                                 num_inference_steps=3, seed=5, quiet=True) for i in (0, 3, 6)])
     want = ((drawn + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     assert folder == tmp_path / "out" and sorted(files(folder)) == sorted(
         [f"{i:06d}.png" for i in range(7)] + [SAMPLES_PLAN, SAMPLES_FILE])
@@ -86,8 +86,8 @@ def test_settings_reach_the_sampler(run, tmp_path):
     n, draw = itertools.count(), lambda **kw: hashlib.sha256((sample_run(run, 2, tmp_path / str(next(n)), **{
         **FAST, "guidance_scale": 3.0, **kw}) / SAMPLES_FILE).read_bytes()).hexdigest()
     kinds = [{}, dict(seed=1), dict(guidance_scale=1.0), dict(sampler="ddim"), dict(sampler="heun"),
-             dict(num_inference_steps=4), dict(num_inference_steps="1,3"), dict(guidance_interval=(0, 500)),
-             dict(class_labels=[5, 6])]
+             dict(num_inference_steps=4), dict(sampler="ddpm", num_inference_steps="1,3"),
+             dict(guidance_interval=(0, 500)), dict(class_labels=[5, 6])]
     assert (len({draw(**kind) for kind in kinds}) == len(kinds) and draw() == draw() == draw(class_labels=None)
             == draw(class_labels=[0, 1]) == draw(guidance_channels=1) == draw(guidance_interval=(0, 999)))
 
@@ -96,7 +96,7 @@ def test_flow_matching_and_prediction_types_come_from_the_run(tmp_path):
     from dmp_wb.core.settings import ObjectiveConfig
     from dmp_wb.core.settings import ScheduleConfig
     model = tiny_dit()
-    for kind, sampler in (("flow_prediction", "flow-euler"), ("v_prediction", "ddpm")):
+    for kind, sampler in (("flow_prediction", "flow-euler"), ("v_prediction", "dpmsolver++")):
         run = make_run(tmp_path / kind, model, objective=ObjectiveConfig(prediction_type=kind),
                        schedule=ScheduleConfig("cosine", 300))
         folder = sample_run(run, 3, **FAST)
@@ -108,7 +108,7 @@ def test_flow_matching_and_prediction_types_come_from_the_run(tmp_path):
 
 def test_a_shipped_run_writes_below_the_runs_folder(runs_folder):
     folder = sample_run("digits-dmp", 2, **FAST)
-    assert folder == runs_folder / "digits-dmp" / "samples" / "ddpm-3-g1.5-2"
+    assert folder == runs_folder / "digits-dmp" / "samples" / "dpmsolver++-3-g1.5-2"
     base = sample_run("digits-dmp", 2, runs_folder / "base", patched=False, **FAST)
     assert not np.array_equal(array(base), array(folder))
     with pytest.raises(BadInput, match="patch is None there and"): sample_run("digits-dmp", 2, base, **FAST)
@@ -276,7 +276,7 @@ def test_latents_are_decoded(cached, photos, tmp_path):
     run = make_run(tmp_path / "run", model, data=data)
     folder = sample_run(run, 3, **FAST)
     with torch.no_grad():
-        want = coder.decode(wb.sample(model, 3, sampler="ddpm", num_inference_steps=3, quiet=True, clamp=False))
+        want = coder.decode(wb.sample(model, 3, num_inference_steps=3, quiet=True, clamp=False))
     assert array(folder).shape == (3, 16, 16, 3) and np.array_equal(
         array(folder), ((want + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
     with pytest.raises(BadInput, match="vae is '[0-9a-f]{16}' there and"):
@@ -297,7 +297,7 @@ def test_latents_whose_vae_is_gone(photos, tmp_path):
 @pytest.mark.parametrize("change,match", [
     (dict(seed=1), "seed is 0 there and 1 here"),
     (dict(guidance_scale=2.0), "guidance_scale is 1.5 there and 2.0 here"),
-    (dict(sampler="ddim"), "sampler is 'ddpm' there and 'ddim' here"),
+    (dict(sampler="ddim"), "sampler is 'dpmsolver\+\+' there and 'ddim' here"),
     (dict(batch_size=2), "batch_size is 64 there and 2 here"),
     (dict(num_inference_steps=4), "num_inference_steps is 3 there and 4 here"),
     (dict(class_labels=[5, 5, 5]), "class_labels is 'balanced' there and"),
@@ -415,7 +415,7 @@ def test_the_plan_says_what_the_images_are(run, tmp_path):
     plan = json.loads((tmp_path / "out" / SAMPLES_PLAN).read_text())
     assert {k: plan[k] for k in ("run", "num_images", "class_labels", "sampler", "num_inference_steps",
                                  "guidance_scale", "guidance_interval", "seed", "batch_size", "vae")} == dict(
-                                     run="run", num_images=3, class_labels="balanced", sampler="ddpm",
+                                     run="run", num_images=3, class_labels="balanced", sampler="dpmsolver++",
                                      num_inference_steps=3, guidance_scale=1.5, guidance_interval=[10, 900], seed=0,
                                      batch_size=64, vae=None)
 

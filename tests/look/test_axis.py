@@ -23,7 +23,7 @@ def test_places_of_timesteps_on_each_axis():
     assert np.allclose(time_axis("log-snr", "cosine").of(t), want[t])
     flow = time_axis("log-snr", prediction_type="flow_prediction").of(np.arange(1000))
     assert np.isfinite(flow).all() and flow[0] > 0 > flow[-1] and flow[499] == pytest.approx(0, abs=1e-5)
-    visited = sampler("ddim", "linear", 10).timesteps.numpy()
+    visited = sampler("dpmsolver++", "linear", 10).timesteps.numpy()
     assert np.array_equal(time_axis("step", steps=10).of(visited), np.arange(10))
     heun = time_axis("step", sampler="heun", steps=10)   # visits most of its timesteps twice
     assert np.array_equal(np.sort(heun.places), np.arange(len(heun.places))) and heun.places[-1] == 0
@@ -44,7 +44,7 @@ def test_columns_show_the_nearest_timestep():
     grid = np.linspace(0, 999, 334).round()
     found = columns_of(steps, grid)
     assert len(found.rows) == 10 and found.at(0) == 0 and found.at(9) == 9
-    visited = sampler("ddim", "linear", 10).timesteps.numpy()
+    visited = sampler("dpmsolver++", "linear", 10).timesteps.numpy()
     assert (np.abs(grid[found.rows] - visited) <= 2).all()
 
     uneven = columns_of(time_axis(), [0, 1, 2, 999])   # its columns are of one width: most show one of the ends

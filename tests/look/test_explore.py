@@ -66,7 +66,7 @@ def test_routes_count_the_channels_two_timesteps_share(looked_at):
 
 def test_denoising_base_beside_patched(looked_at):
     e = DenoiseExplorer("digits-dmp")
-    want = wb.sample(wb.load_model("digits-dmp"), class_labels=[0], guidance_scale=1.5, sampler="ddim",
+    want = wb.sample(wb.load_model("digits-dmp"), class_labels=[0], guidance_scale=1.5,
                      num_inference_steps=25, seed=0, quiet=True)
     # it opens where the two differ most, among the steps at which an image can be told
     change = e.trajectories()[1]

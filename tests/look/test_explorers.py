@@ -149,6 +149,8 @@ def test_slots_hold_two_patches_or_two_runs():
     assert gates.other.layout.display is None and "two" in gates.other.title.value
     want = wb.get_patch(model, "two").gates(torch.as_tensor(gates.grid)).detach().numpy()
     assert np.allclose(gates.B.table(0), want) and not np.allclose(gates.A.table(0), want)
+    titles = [ax.get_title() for ax in gates.static().axes if ax.get_title()]
+    assert titles[::len(titles) // 2] == ["DiT, one: block 0", "DiT, two: block 0"]
     walk = DenoiseExplorer(model, name="one", against="two")
     assert walk.choices["B"].value == "DiT, two" and walk.ways["patched"].looked.patch == "one"
     with wb.patch_disabled(model, "one"):
@@ -206,6 +208,7 @@ def test_a_model_of_packed_tokens_shows_its_gates_and_no_images():
 
 @pytest.mark.parametrize("make", [
     lambda: GateExplorer("digits-dmp", axis="log-snr"), lambda: RoutingExplorer(64, axis="step"),
+    lambda: GateExplorer("digits-dmp", against="digits-slanted"),
     lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base", "digits-dmp"])])
 def test_the_code_draws_the_figure(make):
     e = make()
@@ -242,7 +245,8 @@ def test_a_sign_says_that_it_computes(monkeypatch):
 
 
 @pytest.mark.parametrize("make", [lambda: GateExplorer("digits-dmp"), lambda: RoutingExplorer(64),
-                                  lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base"])])
+                                  lambda: GateExplorer("digits-dmp", against="digits-slanted"),
+    lambda: DenoiseExplorer("digits-dmp"), lambda: RunExplorer(["digits-base"])])
 def test_every_control_has_a_name_and_every_picture_words(make):
     import ipywidgets as widgets
 

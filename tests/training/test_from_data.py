@@ -13,6 +13,7 @@ from dmp_wb.core.settings import DataConfig, ModelConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.load import sizes_from
 from dmp_wb.data.sources import digits, ImageData, Source
+from dmp_wb.look.sides import class_names, look_at
 from dmp_wb.store.listing import places_of, read_experiment
 from dmp_wb.store.run import open_run
 
@@ -73,8 +74,7 @@ def test_a_run_of_before_goes_on_with_the_classes_it_had(runs_folder):
 def test_what_data_cannot_tell_is_one_line(runs_folder):
     class Unknown(Source): pass
     oblong = ImageData(torch.zeros(4, 1, 8, 6), None, [])
-    with pytest.raises(BadInput, match=r"model.sample_size is null, and data 'x' are 1×8×6: expected square images"):
-        sizes_from(oblong, "x")
+    assert sizes_from(oblong, "x")["sample_size"] == [8, 6]
     with pytest.raises(BadInput, match=r"data 'x' do not say their shape: expected two numbers, or data with a shape"):
         sizes_from(Unknown(), "x")
     assert sizes_from(digits(), "digits") == {"sample_size": 8, "in_channels": 1, "num_classes": 10}
@@ -139,3 +139,22 @@ def test_places_are_looked_at_from_near_to_far(tmp_path):
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(exp))
     assert read_experiment(run).base == "owner/photos"
+
+
+def test_a_run_keeps_the_names_of_its_classes_and_refuses_data_that_call_them_otherwise(photos, runs_folder):
+    words = [*TINY, f"data.name={photos}", "data.size=8", "name=a"]
+    run = train(*words)
+    assert run.class_names == ["a", "b", "c"] and (run.folder / "classes.json").is_file()
+    (photos / "b").rename(photos / "bee")   # the numbers are the same still
+    with pytest.raises(BadInput, match="class 1 of the data is 'bee': expected 'b', as .*classes.json has it") as e:
+        train(*words, "train.steps=3")
+    assert "\n" not in str(e.value)
+    (photos / "bee").rename(photos / "b")
+    assert train(*words, "train.steps=3").steps_done == 3
+    shutil.move(photos, photos.parent / "elsewhere")   # explorers know the names still
+    assert class_names(look_at(run.folder)) == ["a", "b", "c"]
+    plain = train(*TINY, "name=plain")   # digits are called as they are numbered
+    assert plain.class_names == [] and not (plain.folder / "classes.json").exists()
+    (run.folder / "classes.json").unlink()   # of an older version
+    shutil.move(photos.parent / "elsewhere", photos)
+    assert train(*words, "train.steps=4").class_names == ["a", "b", "c"]
