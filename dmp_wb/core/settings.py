@@ -179,7 +179,7 @@ class DataConfig:
     validation: str | float | None = None
     # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does. Built-in data have their
     # own
-    size: int | list[int] | None = None
+    size: int | list | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
     # use labels if there are any: a folder's first subfolders, or a column of numbers or words
     conditional: bool = True
@@ -203,7 +203,8 @@ class DataConfig:
         if self.size is not None:
             found = [self.size] if isinstance(self.size, int) else list(self.size)
             if not (len(found) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in found)):
-                raise BadInput(f"data.size is {self.size}: expected the side in pixels, or [height, width]")
+                raise BadInput(f"data.size is {self.size}: expected the side in pixels, or [height, width], one "
+                               "shape for all images")
             self.size = size_of(found[:1] + found)   # [32, 32] is 32
         v = self.validation
         if v is not None and (isinstance(v, float) and not 0 < v < 1 or v == self.split or v in ("", "all")):

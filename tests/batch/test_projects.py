@@ -1,5 +1,6 @@
 """Experiments that fit a folder, as dmp-wb new --data writes them."""
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def test_the_two_experiments_load_and_name_the_folder_as_the_project_does(tmp_pa
     base.write_text("# mine\n")
     with pytest.raises(BadInput, match="is there already, and says something else: expected another --name"):
         fit_experiments(str(folder), tmp_path)
+
+
+def test_experiments_of_an_archive_are_called_as_what_was_packed(tmp_path):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", images(tmp_path / "photos"))
+    base, _ = fit_experiments(str(tmp_path / "photos.zip"), tmp_path)
+    exp = load_experiment(base)
+    assert base.name == "photos-pretrain.yaml" and exp.data.name == "photos.zip" and exp.data.size == 28
 
 
 def test_new_says_the_next_commands_and_refuses_what_is_no_data(tmp_path, monkeypatch, capsys):
