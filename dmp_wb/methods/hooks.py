@@ -353,8 +353,7 @@ class BlockHooks(AroundBlocks):
         "Exactly these do not act from now on, others at these strengths. One assignment: no thread sees half of it."
         self.chosen = frozenset(keys), self.chosen[1] if strengths is None else strengths
 
-    def attach(self, operation: Operation):
-        self._renew(sorted([*self.operations, operation], key=lambda o: (o.rank, o.key)))
+    def attach(self, new: Operation): self._renew(sorted([*self.operations, new], key=lambda o: (o.rank, o.key)))
 
     def detach(self, operation: Operation):
         self._renew([o for o in self.operations if o is not operation])
@@ -375,6 +374,7 @@ class BlockHooks(AroundBlocks):
                                "its own for each")
             for index, module in modules: around.setdefault(module, []).append((index, operation))
         anatomy = anatomy_of(self.model)
+        names = {module: anatomy.argument_of(module) for module in around}
         places = {module: anatomy.output_index(module) for module in around}
         for handle in self.handles: handle.remove()
         self.operations, self.handles = operations, []
@@ -389,9 +389,9 @@ class BlockHooks(AroundBlocks):
         for module, steps in around.items():
             before = self._note_and_before   # one hook where none comes between the two: each costs microseconds
             if module._forward_pre_hooks:
-                note, before = partial(self._note_call, anatomy.tokens_argument), self._before_block
+                note, before = partial(self._note_call, names[module]), self._before_block
                 self.handles.append(module.register_forward_pre_hook(note, prepend=True, with_kwargs=True))
-            self.handles.append(module.register_forward_pre_hook(partial(before, steps, anatomy.tokens_argument),
+            self.handles.append(module.register_forward_pre_hook(partial(before, steps, names[module]),
                                                                  with_kwargs=True))
             acting = [(i, o) for i, o in reversed(steps) if o.acts_after()]
             if acting:

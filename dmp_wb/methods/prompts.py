@@ -403,9 +403,8 @@ class Table:
         if (value := stray.item()) != -math.inf: raise self._unknown(value)
 
     def _unknown(self, value: float) -> BadInput:
-        return BadInput(f"timestep {self.clock.time(torch.tensor(value)).item():g} is not in the baked table of "
-                        f"{len(self.values)} timesteps: "
-                        "expected one of those it was made for")
+        return BadInput(f"timestep {self.clock.time(torch.tensor(value)):g} is not in the baked table of "
+                        f"{len(self.values)} timesteps: expected one of those it was made for")
 
 # %% ../../nbs/source/methods/07_prompts.ipynb #49089cd0
 class Tables(Watched):
