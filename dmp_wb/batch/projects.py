@@ -177,7 +177,8 @@ def fit_experiments(
     root = Path(project).resolve() if project else project_root()
     path = expanded(data)
     if path.exists(): data = str(path.resolve())
-    short = name or re.sub(r"[^a-z0-9]+", "-", re.sub(r"\.(zip|tar)$", "", Path(data).name.lower())).strip("-") or "data"
+    short = (name or re.sub(r"[^a-z0-9]+", "-", re.sub(r"\.(zip|tar)$", "", Path(data).name.lower())).strip("-")
+             or "data")
     if not re.fullmatch(r"[\w-]+", short): raise BadInput(f"--name is {short!r}: expected letters, digits, - and _")
     # the base comes first
     kinds = sorted((f.stem for f in (assets_folder() / TEMPLATES).glob("*.yaml")), reverse=True)
@@ -185,17 +186,18 @@ def fit_experiments(
     found = look_at_data(data)
     inside = path.exists() and path.resolve().is_relative_to(root)
     model, labels = fitted(found), len(found.class_names)
-    facts = {**dataclasses.asdict(model),
-             "data": os.path.basename(data) or data, "images": found.images, "short": short,
-             "name": json.dumps(path.resolve().relative_to(root).as_posix() if inside else data, ensure_ascii=False),
-             "classes": f"{labels} classes" if labels else "no classes",
-             "size": "" if found.fixed else f", size: {model.size}, channels: {found.channels}",
-             "held_out": f", validation: {model.validation}" if model.validation else "",
-             "best": ", keep_best: validation_loss" if model.validation else "",
-             "split": f"{model.validation:.0%} of the images are held out, and their loss is measured at each checkpoint"
-                      if model.validation else "too few images to hold some out: data.validation is null",
-             "epochs": round(model.steps * model.batch_size / found.images), "every": model.steps // 5,
-             "warmup": model.steps // 20}
+    facts = {
+        **dataclasses.asdict(model),
+        "data": os.path.basename(data) or data, "images": found.images, "short": short,
+        "name": json.dumps(path.resolve().relative_to(root).as_posix() if inside else data, ensure_ascii=False),
+        "classes": f"{labels} classes" if labels else "no classes",
+        "size": "" if found.fixed else f", size: {model.size}, channels: {found.channels}",
+        "held_out": f", validation: {model.validation}" if model.validation else "",
+        "best": ", keep_best: validation_loss" if model.validation else "",
+        "split": f"{model.validation:.0%} of the images are held out, and their loss is measured at each checkpoint"
+        if model.validation else "too few images to hold some out: data.validation is null",
+        "epochs": round(model.steps * model.batch_size / found.images), "every": model.steps // 5,
+        "warmup": model.steps // 20}
     texts = [(assets_folder() / TEMPLATES / f"{kind}.yaml").read_text(encoding="utf-8") for kind in kinds]
     contents = [text.format(**facts) for text in texts]
     for file, content in zip(files, contents):

@@ -153,7 +153,8 @@ def latents(
     data, folder = str(expanded(data)) if data.startswith("~") else data, expanded(folder)
     if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", size):
         raise BadInput(f"--size is {size!r}: expected a side in pixels, or HEIGHTxWIDTH, as 256x384")
-    config = DataConfig(name=data, split=split, size=[int(side) for side in size.split("x")], channels=channels, conditional=not unconditional,
+    config = DataConfig(name=data, split=split, size=[int(side) for side in size.split("x")], channels=channels,
+                        conditional=not unconditional,
                         image_column=image_column, label_column=label_column, caption_column=caption_column,
                         vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images,
                         num_workers=num_workers).check()

@@ -177,7 +177,8 @@ class DataConfig:
     # held out, for the loss on images that are not trained on: the name of another split, or a share of this one, as
     # 0.05; null: none
     validation: str | float | None = None
-    # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does. Built-in data have their
+    # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does.
+    # Built-in data have their
     # own
     size: int | list | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey

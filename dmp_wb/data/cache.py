@@ -315,9 +315,10 @@ class LatentCache(Source):
         another size, VAE or text encoder than the experiment names."""
         cached_split(config, self.folder, self.facts)
         if config.size not in (None, made := self.facts["size"]):
-            raise BadInput(f"data.size is {config.size}, but latent cache {self.folder} was made of "
-                           f"{' × '.join(map(str, made if isinstance(made, list) else (made, made)))} images: expected a "
-                           "cache of that size")
+            raise BadInput(
+                f"data.size is {config.size}, but latent cache {self.folder} was made of "
+                f"{' × '.join(map(str, made if isinstance(made, list) else (made, made)))} images: expected a "
+                "cache of that size")
         facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
         made, found = ((self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]),
                        facts(load_vae(config.vae)) if config.vae else None)

@@ -217,7 +217,8 @@ def _folder_classes(root: Path, files: "FileNames", class_of: Callable, split: s
 
 def _side_files(root: Path, files: "FileNames", config: DataConfig) -> set[str]: # names; empty where none is asked for
     "The files that may be beside an image and say something of it."
-    if not (config.caption_column or config.label_column != DataConfig.label_column or _is_packed(root, files)): return set()
+    if not (config.caption_column or config.label_column != DataConfig.label_column or _is_packed(root, files)):
+        return set()
     return {f"{folder}/{name}" if folder else name
             for folder, names in _runs(root) for name in names if _suffix(name) in BESIDE}
 
@@ -291,8 +292,10 @@ def _tell_others(root: Path, files: "FileNames", suffixes: set[str], others: dic
 def _file(root: Path, files: Sequence[str], i: int) -> Path | bytes: return contents(root / files[i])
 def _printed(files: Sequence[str], i: int) -> str: return _printable(files[i])
 
-SIDE_SUFFIXES = ("", ".txt", ".caption", ".cls", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml", ".yml", ".db", ".ini",
-                 ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")   # often beside images, and none
+# often beside images, and none
+SIDE_SUFFIXES = ("", ".txt", ".caption", ".cls", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".yaml",
+                 ".yml", ".db", ".ini",
+                 ".log", ".sha256", ".md5", ".parquet", ".npz", ".ipynb", ".py")
 _IMAGES, _SIDE = frozenset(IMAGE_SUFFIXES), frozenset(SIDE_SUFFIXES)
 
 def _suffix(name: str) -> str: # in small letters; empty: there is none
@@ -409,7 +412,8 @@ def _runs(root: Path) -> Iterator[tuple[str, list[str]]]:
     for folder, names in walk:
         held.append((folder, names))
         if any(_suffix(name) in _IMAGES for name in names): return itertools.chain(held, walk)
-    shards = sorted(f"{folder}/{name}".lstrip("/") for folder, names in held for name in names if _suffix(name) == ".tar")
+    shards = sorted(f"{folder}/{name}".lstrip("/") for folder, names in held
+                    for name in names if _suffix(name) == ".tar")
     if not shards: return iter(held)
     return ((f"{shard}/{folder}".rstrip("/"), names)
             for shard in shards for folder, names in member_runs(root / shard, whole=True))
@@ -422,7 +426,8 @@ def _in_shards(root: Path, files: FileNames) -> bool:
 def _is_packed(root: Path, files: FileNames) -> bool: return is_archive(root) or _in_shards(root, files)
 
 def _shard_place(folder: str) -> str:
-    "Where a folder in a shard lies among classes and splits: shards named train-000.tar are a folder train, others none."
+    """Where a folder in a shard lies among classes and splits:
+    shards named train-000.tar are a folder train, others none."""
     parts = folder.split("/")
     n = next(n for n, part in enumerate(parts) if _suffix(part) == ".tar")
     split = next((kind for part in parts[:n + 1] if (kind := split_kind(part))), None)

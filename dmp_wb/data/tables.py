@@ -336,8 +336,9 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         if split != EVERY_SPLIT: split = pick_split(config.name, split, list(entry.splits))
         data: Any = entry.make(dataclasses.replace(config, split=split))
         if config.size not in (None, size_of(data.shape)):
-            raise BadInput(f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the built-in "
-                           f"{config.name}")
+            raise BadInput(
+                f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the built-in "
+                f"{config.name}")
         return data if config.conditional or not isinstance(data, ImageData) else ImageData(data.images, None, [])
     if folder.is_dir() and has_idx(folder): return _idx_folder(config, folder)
     if folder.is_dir():

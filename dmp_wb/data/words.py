@@ -96,15 +96,17 @@ def words_beside(
     suffix = column if own or column in CAPTION_SUFFIXES and not _has_json(files, there) else "json"
     lacking = [file for file in files if beside(file, suffix) not in there]
     if len(lacking) == len(files):
-        raise BadInput(f"{option} is {column!r}, but {root} holds no .{suffix} file beside any of its {len(files)} images; "
-                       f"the first, {printable_name(files[0])}: expected {printable_name(beside(files[0], suffix))}"
-                       + "".join(f", or {option}={suffix}" for suffix in known))
+        raise BadInput(
+            f"{option} is {column!r}, but {root} holds no .{suffix} file beside any of its {len(files)} images; "
+            f"the first, {printable_name(files[0])}: expected {printable_name(beside(files[0], suffix))}"
+            + "".join(f", or {option}={suffix}" for suffix in known))
     if suffix == "json": _check_key(root, next(f for f in files if beside(f, suffix) in there), column, option, known)
     if lacking:
         empty = ", so their captions are empty" if option == "data.caption_column" else ""
-        warnings.warn(f"{len(lacking)} of the {len(files)} images in {root} have no .{suffix} file beside them{empty}; the "
-                      f"first, {printable_name(lacking[0])}: expected {printable_name(beside(lacking[0], suffix))}",
-                      stacklevel=5)
+        warnings.warn(
+            f"{len(lacking)} of the {len(files)} images in {root} have no .{suffix} file beside them{empty}; the "
+            f"first, {printable_name(lacking[0])}: expected {printable_name(beside(lacking[0], suffix))}",
+            stacklevel=5)
     return functools.partial(_word, root, files, suffix, column)
 
 def _word(root: Path, files: Sequence[str], suffix: str, key: str, i: int) -> str:

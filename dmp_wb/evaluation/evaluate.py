@@ -122,7 +122,8 @@ def evaluate(
     if not isinstance(reference, (Statistics, type(None))):
         # a wrong name is told before hours of features
         if metrics is not None: _chosen(metrics, extractor, _EVERYTHING)
-        reference = reference_statistics(reference, extractor, size_of(images.shape), images.shape[0], batch_size=batch_size,
+        reference = reference_statistics(reference, extractor, size_of(images.shape), images.shape[0],
+                                         batch_size=batch_size,
                                          cache=cache, quiet=quiet)
     wanted = [METRICS[name] for name in _chosen(metrics, extractor, reference)]
     _check_settings(wanted, images, reference, s)

@@ -120,7 +120,8 @@ class Showing(Learning):
         return []
 
     def facts(self) -> dict[str, Any]:
-        "Plain values that tell it from another one of its kind: its settings and strength, and of its weights a fingerprint."
+        """Plain values that tell it from another one of its kind:
+        its settings and strength, and of its weights a fingerprint."""
         return {**dataclasses.asdict(self.config), **self.kept_strength()}
 
 # %% ../../nbs/source/methods/05_base.ipynb #23963f14

@@ -229,7 +229,8 @@ def _image_tokens(probe: Probe, index: int, grid: Size) -> torch.Tensor: # [rows
 def _same_tokens(found: torch.Tensor, probe: Probe, index: int, grid: Size, says: str, too_many: str = ""):
     wanted = _image_tokens(probe, index, grid)
     missing, others = wanted & ~found.cpu(), ~wanted & found.cpu()
-    if missing.any(): raise Refuted(f"token {_first(missing)} of block {index} {says}: the anatomy calls it the image's")
+    if missing.any():
+        raise Refuted(f"token {_first(missing)} of block {index} {says}: the anatomy calls it the image's")
     if too_many and others.any():
         raise Refuted(f"token {_first(others)} of block {index} {too_many}: the anatomy does not call it the image's")
 

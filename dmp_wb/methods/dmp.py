@@ -410,7 +410,8 @@ def _exchange(p: PromptPatch, config: DMPConfig, weights: dict[str, torch.Tensor
             raise BadInput(f"{origin}: {k} is {_short(its.get(k))}, and {_short(mine.get(k))} in the patch {p.name!r}: "
                            "expected equal settings to exchange it in place, or unpatch and load_patch")
     held = p.prompts[0].dtype
-    if dtype not in (None, held): raise BadInput(f"dtype is {dtype}: expected None or {held}, as the patch {p.name!r} is")
+    if dtype not in (None, held):
+        raise BadInput(f"dtype is {dtype}: expected None or {held}, as the patch {p.name!r} is")
     if (is_offloaded(p) or any(_group(m) is not None for m in (p.model, *p.modules()))
             or any(isinstance(w, DTensor) or w.device.type == "meta" for w in p.parameters())):
         raise BadInput(f"the weights of the patch {p.name!r} are offloaded or split: expected them in one place to "

@@ -66,8 +66,9 @@ class Routing(Intervened, Method):
 
     @strength.setter
     def strength(self, value):
-        raise BadInput(f"strength is {said(value)}, and {name_of(self)} is no adapter, its model learned with it: expected "
-                       "dmp_wb.intervene(model, scale=…), which weakens its masks for a while")
+        raise BadInput(
+            f"strength is {said(value)}, and {name_of(self)} is no adapter, its model learned with it: expected "
+            "dmp_wb.intervene(model, scale=…), which weakens its masks for a while")
 
     def acts_on(self, model: nn.Module) -> list[tuple[int, nn.Module]]:
         return list(enumerate(anatomy_of(model).routed(model)))

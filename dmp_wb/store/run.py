@@ -87,11 +87,13 @@ class Run:
         return []
 
     def check_classes(self, names: list[str]):
-        "Raises `BadInput` where the data give a class another name than when the run began: its number would lead astray."
+        """Raises `BadInput` where the data give a class another name than when the run began:
+        its number would lead astray."""
         for i, (old, new) in enumerate(zip(self.class_names, names)):
             if old != new:
-                raise BadInput(f"class {i} of the data is {new!r}: expected {old!r}, as {self.folder / CLASSES_FILE} has "
-                               "it; bring the old names back, or give the run another name")
+                raise BadInput(
+                    f"class {i} of the data is {new!r}: expected {old!r}, as {self.folder / CLASSES_FILE} has "
+                    "it; bring the old names back, or give the run another name")
 
     def keep_classes(self, names: list[str]):
         "Write down what each class is called, if that is more than its number."
