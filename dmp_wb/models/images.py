@@ -15,6 +15,7 @@ from dmp_wb.models.anatomy import (
     Anatomy, attention_width, called_image_grid, embedded, image_grid, layer_dtype, register_backbone, text_length,
     token_grid,
 )
+from .calling import Calling, FLUX
 from .dit import DiT
 
 # %% ../../nbs/source/models/05_images.ipynb #e6c23aae
@@ -64,6 +65,7 @@ register_backbone("PixArtTransformer2DModel", Anatomy(
     embedding_width=attention_width,
     condition=_pixart_condition,
     condition_inputs=("added_cond_kwargs",),
+    calling=Calling(("added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio")),
     any_length=True,
     tokens_output=0,
 ))
@@ -151,6 +153,7 @@ register_backbone("FluxTransformer2DModel", Anatomy(
     as_called=lambda m, t: t.to(m.dtype) / 1000,
     flow_matching=True,
     tokens_output=1,
+    calling=FLUX,
 ))
 
 # %% ../../nbs/source/models/05_images.ipynb #66017700
