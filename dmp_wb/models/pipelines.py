@@ -8,12 +8,12 @@ __all__ = ['PROMPTINGS', 'Prompting', 'register_pipeline', 'prompting_of']
 # %% ../../nbs/source/models/08_pipelines.ipynb #ac462d68
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from ..core.errors import BadInput
-from .backbones import nearest_of
 
 # %% ../../nbs/source/models/08_pipelines.ipynb #83781c2f
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def prompting_of(
 ) -> Prompting:
     "How a class of pipeline encodes prompts; raises `BadInput` that names the known ones."
     if name in PROMPTINGS: return PROMPTINGS[name]
-    near = nearest_of(name, PROMPTINGS)
+    near = next(iter(get_close_matches(name, PROMPTINGS, n=1, cutoff=0.75)), None)
     raise BadInput(f"{where} is a {name}: expected one of {', '.join(sorted(PROMPTINGS))}"
                    + (f"; its nearest relative is {near}" if near else "")
                    + f"; add yours with register_pipeline({name!r}, Prompting(...))")
