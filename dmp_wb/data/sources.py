@@ -36,6 +36,7 @@ class Source:
     random_latents = False                # whether `batch` wants noise to draw latents with
     null: dict[str, torch.Tensor] = {}    # text embeddings of the empty caption, if there are captions
     facts: dict = {}                      # what a latent cache says about itself
+    pipeline: str | None = None           # the pipeline whose conditions they hold, if it is one's
     captions: Any = None                  # the caption of an image, by its number, if there are captions
 
     def __len__(self) -> int: raise NotImplementedError

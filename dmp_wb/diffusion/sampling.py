@@ -79,7 +79,7 @@ def _as_trained(model, given: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": told.schedule, "prediction_type": told.prediction_type,
             **({"sampler": "flow-euler"} if flow else {})}
 
-_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds")   # what a walk needs beside a SamplingConfig
+_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds", "size", "scheduler")   # what a walk needs beside a SamplingConfig
 
 def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
     "From keywords; raises `BadInput` for one that there is not, with the nearest."
@@ -136,6 +136,8 @@ def sample(
         # conditions and null_conditions: further inputs of the model by name,
         # [num_images, …] each, and what guidance leaves out of them;
         # texts: captions in their place, embedded batch by batch;
+        # size: of the latents, (height, width) with frames before them for videos, where it is not the model's own;
+        # scheduler: one of diffusers whose timesteps are set, as a pipeline's own, in place of sampler and steps;
         # clamp: to [−1, 1]; True if not given, False for a model that was trained on latents;
         # keep: steps to keep, their numbers or how many; quiet: no progress bar
         **settings,

@@ -50,7 +50,7 @@ def sample_decoder(
     if vae is None and is_cache(data.name):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
-    if name := vae or data.vae:
+    if name := vae or data.vae or data.pipeline:
         coder = load_vae(name)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
     if channels not in (1, 3):

@@ -191,7 +191,8 @@ def _original(config: DataConfig) -> DataConfig:
         config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"],
                                      **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
-    return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
+    return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, pipeline=None, caption_column=None,
+                               flip=False)
 
 # %% ../../nbs/source/evaluation/04_images.ipynb #dca78338
 def data_images(config: DataConfig) -> Images:
