@@ -29,7 +29,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
-from diffusers.models.embeddings import LabelEmbedding
 from safetensors import SafetensorError
 from torch import nn
 
@@ -38,21 +37,20 @@ from ..core.errors import BadInput, system_error, unknown
 from ..core.files import flat, write_atomic
 from ..core.paths import assets_folder, expanded, project_root, runs_root, short
 from ..core.processes import clear_leftovers
-from ..core.seeds import git_commit, seed_of
+from ..core.seeds import git_commit
 from ..core.settings import FROM_DATA
 from ..data.load import HeldOut, hold_out, load_data, sizes_from
 from ..data.sources import DATASETS, EpochOrder, Source
 from ..diffusion.objectives import make_tables, Tables
-from ..methods.base import apply_methods, methods_of
+from ..methods.base import methods_of
 from ..methods.registry import method_entry
 from ..methods.weights import fingerprint
 from ..models.anatomy import model_inputs
 from ..models.backbones import anatomy_of
 from ..models.computing import allow_tf32, computes_in, missing_compiler
-from ..models.dit import DiT
 from ..store.checkpoints import list_checkpoints, newest_checkpoint
 from ..store.listing import read_experiment, whole_base
-from ..store.run import CLASSES_FILE, load_model, Run, trained_objective
+from ..store.run import CLASSES_FILE, Run
 from ..tasks.weighting import make_aggregator, make_clusters, UncertaintyWeighting
 # check_text_inputs, put_methods: for those who look for them here
 from .model import check_text_inputs, make_model, put_methods  # noqa: F401

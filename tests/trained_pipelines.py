@@ -1,0 +1,73 @@
+"Tiny whole pipelines that are trained on: those of `pipelines`, and four more, as folders."
+import string
+
+import torch
+from backbones import BACKBONES
+from conftest import randomise
+from diffusers import (AutoencoderDC, AutoencoderKLWan, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler,
+                       FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, SanaPipeline,
+                       SanaTransformer2DModel, StableDiffusionXLPipeline, WanPipeline, WanTransformer3DModel)
+from pipelines import (autoencoder, CLIP_WIDTH, clip, clip_tokenizer, flux_pipeline, PROMPT_LENGTH, sd3_pipeline,
+                       sd_pipeline, seeded, T5_WIDTH, t5)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, UMT5Config, UMT5EncoderModel
+
+
+def sdxl_pipeline(folder):
+    tokenizer, tokenizer_2 = (clip_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2"))
+    unet = dict(BACKBONES["UNet2DConditionModel-SDXL"]().config) | dict(
+        cross_attention_dim=2 * CLIP_WIDTH, projection_class_embeddings_input_dim=CLIP_WIDTH + 6 * 8)
+    return StableDiffusionXLPipeline(
+        unet=randomise(type(BACKBONES["UNet2DConditionModel-SDXL"]()).from_config(unet), 0.1).eval(),
+        vae=autoencoder(4, scaling_factor=0.13, latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[0.5, 0.6, 0.7, 0.8]),
+        scheduler=EulerDiscreteScheduler(), tokenizer=tokenizer, text_encoder=clip(CLIPTextModel, tokenizer),
+        tokenizer_2=tokenizer_2, text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer_2, seed=1))
+
+
+def pixart_pipeline(folder):
+    encoder, tokenizer = t5()
+    model = PixArtTransformer2DModel(sample_size=8, num_layers=3, num_attention_heads=4, attention_head_dim=12,
+                                     cross_attention_dim=48, caption_channels=T5_WIDTH,
+                                     use_additional_conditions=False)
+    return PixArtAlphaPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder(4, scaling_factor=0.13025),
+                               transformer=randomise(model, 0.1).eval(), scheduler=DDIMScheduler(clip_sample=False))
+
+
+def sana_pipeline(folder):
+    _, tokenizer = t5()
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=12)
+    model = SanaTransformer2DModel(sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=4,
+                                   attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=16,
+                                   cross_attention_dim=32, caption_channels=24)
+    vae = seeded(lambda: AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2, encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8), encoder_layers_per_block=(1, 1), decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), downsample_block_type="conv",
+        upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+        scaling_factor=0.41407))
+    return SanaPipeline(tokenizer=tokenizer, text_encoder=seeded(lambda: Gemma2Model(config)), vae=vae,
+                        transformer=randomise(model, 0.1).eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def wan_pipeline(folder):
+    _, tokenizer = t5()
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    model = WanTransformer3DModel(in_channels=4, out_channels=4, num_layers=3, num_attention_heads=2,
+                                  attention_head_dim=12, text_dim=16, freq_dim=32, ffn_dim=48, rope_max_seq_len=32)
+    vae = seeded(lambda: AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.6, 0.7, 0.8]))
+    return WanPipeline(tokenizer=tokenizer, text_encoder=seeded(lambda: UMT5EncoderModel(config)), vae=vae,
+                       transformer=randomise(model, 0.1).eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+# pipeline → how it is made, the side of its images, and what an experiment on it says beside it
+TRAINED = {
+    "StableDiffusion3Pipeline": (sd3_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "FluxPipeline": (flux_pipeline, 16, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[8,8]"]),
+    "StableDiffusionXLPipeline": (sdxl_pipeline, 16, ["schedule.name=scaled_linear"]),
+    "PixArtAlphaPipeline": (pixart_pipeline, 16, []),
+    "SanaPipeline": (sana_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[1,4,4]"]),
+}

@@ -1,0 +1,72 @@
+"A patch trained on the conditions that a whole pipeline gives, sampled by `wb.sample` and by the pipeline itself."
+import csv
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from pipelines import PROMPT_LENGTH
+from trained_pipelines import TRAINED
+
+import dmp_wb as wb
+from dmp_wb.core.settings import DataConfig
+from dmp_wb.data.cache import write_cache
+from dmp_wb.data.load import load_data
+
+CAPTIONS = ["a cat", "two dogs", "a red house", "", "the sea at night", "cats"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    g = torch.Generator().manual_seed(0)
+    with open(folder / "metadata.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["file_name", "text"])
+        for i, caption in enumerate(CAPTIONS):
+            pixels = torch.randint(256, (3, 4, 4), generator=g).float()
+            pixels = torch.nn.functional.interpolate(pixels[None], size=32, mode="bilinear")[0]
+            Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+            rows.writerow([f"{i}.png", caption])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            TRAINED[name][0](made[name] / "scratch").save_pretrained(made[name] / "pipe")
+        return made[name] / "pipe"
+    return folder
+
+
+def data(photos, pipe, side, **more):
+    return DataConfig(name=str(photos), size=side, caption_column="text", pipeline=str(pipe),
+                      prompt_length=PROMPT_LENGTH, conditional=False, num_workers=0, **more)
+
+
+def experiment(name, pipe, source, *more):
+    return ["base=" + str(pipe), f"data.name={source}", "data.num_workers=0", "methods={dmp: {num_prompts: 4}}",
+            "train.batch_size=2", "train.steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.cpu=true",
+            "train.label_dropout=0.3", "name=tried", "train.log_with=null", *TRAINED[name][2], *more]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_cache_holds_what_the_pipeline_gives(name, photos, folders, tmp_path):
+    pipe, side = folders(name), TRAINED[name][1]
+    cache = write_cache(data(photos, pipe, side), tmp_path / "cache", batch_size=4)
+    assert len(cache) == len(CAPTIONS) and cache.pipeline == str(pipe)
+    whole = DiffusionPipeline.from_pretrained(pipe)
+    found = cache.batch(torch.arange(len(cache)))
+    # in the loop the same is made of the same captions
+    direct = load_data(data(photos, pipe, side))
+    batch = direct.encode(direct.batch(torch.arange(len(cache))))
+    assert set(batch) == set(found)
+    for k in cache.null:
+        assert torch.allclose(batch[k].float(), found[k].float(), atol=1e-5), k
+        assert torch.allclose(direct.null[k].float(), cache.null[k].float(), atol=1e-5), k
+    decoded = cache.decode(found["images"])
+    assert decoded.shape == (len(cache), 3, side, side) and whole is not None
