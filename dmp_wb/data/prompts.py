@@ -66,13 +66,14 @@ class PipelineText(nn.Module):
     def check(self, captions: Sequence[str]):
         "Raise `BadInput` for a caption that is longer than every one of the encoders takes."
         limits = self.limits()
-        most = max(limits, key=lambda k: limits[k])
-        tokenizer = self.pipe.components[most]
+        length = lambda k, caption: len(self.pipe.components[k](caption, truncation=False, verbose=False)["input_ids"])
         for caption in captions:
-            if (n := len(tokenizer(caption, truncation=False, verbose=False)["input_ids"])) > limits[most]:
-                raise BadInput(f"caption {caption[:40]!r}… has {n} tokens: expected at most {limits[most]}, which {most} "
-                               f"of pipeline {self.name} takes; shorten it"
-                               + (", or set data.prompt_length" if "max_sequence_length" in self.arguments else ""))
+            counts = {k: length(k, caption) for k in limits}
+            if any(n <= limits[k] for k, n in counts.items()): continue
+            most = max(limits, key=lambda k: limits[k])
+            raise BadInput(f"caption {caption[:40]!r} has {counts[most]} tokens: expected at most {limits[most]}, which "
+                           f"{most} of pipeline {self.name} takes; shorten it"
+                           + (", or set data.prompt_length" if "max_sequence_length" in self.arguments else ""))
 
     @torch.no_grad()
     def embed(self, caption_bytes: torch.Tensor) -> dict[str, torch.Tensor]: # [B, …] each, by argument of the backbone
