@@ -36,7 +36,7 @@ def sana_pipeline(folder):
     _, tokenizer = t5()
     config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
                           num_attention_heads=2, num_key_value_heads=1, head_dim=12)
-    model = SanaTransformer2DModel(sample_size=8, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=4,
+    model = SanaTransformer2DModel(sample_size=16, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=4,
                                    attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=16,
                                    cross_attention_dim=32, caption_channels=24)
     vae = seeded(lambda: AutoencoderDC(
@@ -68,6 +68,6 @@ TRAINED = {
     "FluxPipeline": (flux_pipeline, 16, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[8,8]"]),
     "StableDiffusionXLPipeline": (sdxl_pipeline, 16, ["schedule.name=scaled_linear"]),
     "PixArtAlphaPipeline": (pixart_pipeline, 16, []),
-    "SanaPipeline": (sana_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "SanaPipeline": (sana_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
     "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[1,4,4]"]),
 }

@@ -137,7 +137,8 @@ def sample(
         # [num_images, …] each, and what guidance leaves out of them;
         # texts: captions in their place, embedded batch by batch;
         # size: of the latents, (height, width) with frames before them for videos, where it is not the model's own;
-        # scheduler: one of diffusers whose timesteps are set, as a pipeline's own, in place of sampler and steps;
+        # scheduler: a pipeline, whose own then steps in place of the sampler, or one of diffusers whose timesteps are
+        # set;
         # clamp: to [−1, 1]; True if not given, False for a model that was trained on latents;
         # keep: steps to keep, their numbers or how many; quiet: no progress bar
         **settings,

@@ -23,7 +23,7 @@ from ..core.errors import BadInput, real_number, said, unknown, whole_number
 from ..core.seeds import seed_of
 from ..core.settings import ObjectiveConfig, SamplingConfig
 from .objectives import predicted_x0
-from .schedules import betas, sampler as make_sampler
+from .schedules import betas, pipeline_scheduler, sampler as make_sampler
 from ..methods.base import methods_of
 from ..models.anatomy import learned_variance, model_inputs, unwrap_model
 from ..models.backbones import anatomy_of, called, latent_shape
@@ -198,7 +198,9 @@ def _checked_size(size, texts) -> tuple[int, ...] | None:
         raise BadInput(f"size is {said(size)}: expected height and width of the latents, for videos frames before them")
     return found
 
-def _checked_scheduler(scheduler):
+def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]):
+    if isinstance(scheduler, (str, Path)):
+        return pipeline_scheduler(scheduler, whole_number("num_inference_steps", config.num_inference_steps, 1), shape[1:])
     if scheduler is not None and not (hasattr(scheduler, "step") and getattr(scheduler, "num_inference_steps", None)):
         raise BadInput(f"scheduler is {said(scheduler)}: expected one of diffusers whose set_timesteps was called")
     return scheduler
@@ -223,10 +225,10 @@ class _Checked:
         self._condition(conditions, null_conditions)
         self.param, self.learned = next(backbone.parameters()), learned_variance(backbone)
         self.shape = latent_shape(backbone, _checked_size(size, texts))
-        self.scheduler = _checked_scheduler(scheduler)
         _check_channels(self.config.guidance_channels, self.shape[0])
         self._computing()
         self.flow = self.config.prediction_type == "flow_prediction"
+        self.given_scheduler = _checked_scheduler(scheduler, self.config, self.shape)
         scheduler = self.make_scheduler()
         self.timesteps, self.moves = scheduler.timesteps, _ddim_moves(scheduler)
         self.interval = _guided_interval(self.config.guidance_interval,
@@ -255,7 +257,7 @@ class _Checked:
     def make_scheduler(self):
         "A new one for each batch: solvers of higher order keep a history."
         c = self.config
-        if self.scheduler is not None: return copy.deepcopy(self.scheduler)
+        if self.given_scheduler is not None: return copy.deepcopy(self.given_scheduler)
         settings: dict[str, Any] = {}
         # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
         if not self.flow: settings["prediction_type"] = "epsilon" if c.sampler == "heun" else c.prediction_type

@@ -9,9 +9,10 @@ from pipelines import PROMPT_LENGTH
 from trained_pipelines import TRAINED
 
 import dmp_wb as wb
+from dmp_wb.core.seeds import seed_of
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
-from dmp_wb.data.load import load_data
+from dmp_wb.data.load import captions_of, load_data
 
 CAPTIONS = ["a cat", "two dogs", "a red house", "", "the sea", "cats"]
 
@@ -88,3 +89,37 @@ def test_a_patch_trains_and_resumes(name, photos, folders, tmp_path):
     first = wb.train(wb.Experiment(), [*settings, "train.steps=2"], folder=tmp_path / "halves")
     again = wb.train(wb.Experiment(), settings, folder=first.folder)
     assert all(torch.equal(v, whole[k]) for k, v in kept(again).items())
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_sample_and_the_pipeline_draw_the_same(name, photos, folders, tmp_path):
+    pipe, side = folders(name), TRAINED[name][1]
+    source = data(photos, pipe, side)
+    cache = write_cache(source, tmp_path / "cache", batch_size=4)
+    run = wb.train(wb.Experiment(), experiment(name, pipe, tmp_path / "cache", "optim.lr=0.05"), folder=tmp_path / "run")
+    guidance = 1 if name == "FluxPipeline" else 3.0
+    model = wb.load_model(run.folder, device="cpu")
+    texts = captions_of(model, run.experiment.data, ["a cat", "two dogs"])
+    assert texts is not None
+    latents = wb.sample(model, 2, guidance_scale=guidance, texts=texts, scheduler=pipe, num_inference_steps=3, quiet=True)
+    ours = cache.decode(latents)
+
+    whole = DiffusionPipeline.from_pretrained(pipe)
+    whole.set_progress_bar_config(disable=True)
+    backbone = whole.unet if hasattr(whole, "unet") else whole.transformer
+    more = {"max_sequence_length": PROMPT_LENGTH} if "XL" not in name else {}
+    if "PixArt" in name or "Sana" in name: more["use_resolution_binning"] = False
+    if name == "WanPipeline": more["num_frames"] = 1
+
+    def drawn():
+        streams = [torch.Generator().manual_seed(seed_of(0, "image", i)) for i in range(2)]
+        with torch.no_grad():
+            made = whole(["a cat", "two dogs"], height=side, width=side, num_inference_steps=3, generator=streams,
+                         output_type="pt", **({} if guidance == 1 else {"guidance_scale": guidance}), **more)
+        images = torch.as_tensor(made.frames[:, 0] if hasattr(made, "frames") else made.images)
+        return images * 2 - 1
+    plain = drawn()
+    wb.load_patch(backbone, run.folder / "patch")
+    theirs = drawn()
+    assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
+    assert (theirs - plain).abs().max() > 1e-3
