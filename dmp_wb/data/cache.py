@@ -21,7 +21,7 @@ from ..core.files import read_json, sha256_of, write_atomic, write_json
 from ..core.bars import progress
 from ..core.settings import DataConfig, size_of
 from dmp_wb.data.cache_facts import (
-    CACHE_DTYPES, CACHE_FILE, CACHE_FORMAT, _check_facts, FACTS, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
+    CACHE_DTYPES, CACHE_FILE, _check_facts, FACTS, format_of, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
     verify_shards, _writing,
 )
 from dmp_wb.data.encoders import (
@@ -63,7 +63,7 @@ def write_cache(
     text = _text_coder(config, data)
     if text is not None: text.to(device)
     shape = coder.latent_shape(data.shape)
-    plan = {"format": 1, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
+    plan = {"format": 0, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
             "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
             "vae": vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
             "latent_shape": list(shape),
@@ -72,9 +72,9 @@ def write_cache(
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if config.pipeline is not None:
-        plan |= {"format": CACHE_FORMAT, "pipeline": config.pipeline, "prompt_length": config.prompt_length,
+        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
                  "conditions": sorted(text.null())}
-    elif len(shape) == 4 or isinstance(coder.scale, list): plan["format"] = CACHE_FORMAT
+    plan["format"] = format_of(plan)
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
     with _writing(folder):
         if not (folder / PLAN_FILE).exists(): _put(write_json, folder / PLAN_FILE, plan)

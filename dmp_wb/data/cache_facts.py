@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CACHE_FORMAT', 'CACHE_FILE', 'PLAN_FILE', 'CACHE_DTYPES', 'FACTS', 'PIPELINE_FACTS', 'ENTRY', 'LEFTOVER', 'is_cache',
-           'makes_pixels', 'read_entry', 'read_cache_facts', 'verify_shards']
+           'makes_pixels', 'read_entry', 'format_of', 'read_cache_facts', 'verify_shards']
 
 # %% ../../nbs/source/data/05_cache_facts.ipynb #ab5f8c27
 import contextlib
@@ -109,17 +109,24 @@ def _check_entry(file: Path, entry, number: int):
         raise BadInput(f"{file}: shard {number} is {entry['file'][:60]!r}: expected {_shard(Path(), number).name}")
 
 # %% ../../nbs/source/data/05_cache_facts.ipynb #1d2a34e6
+def format_of(facts: dict) -> int:
+    "The format of a cache: the older one for all that older versions can read."
+    newer = "pipeline" in facts or len(facts["latent_shape"]) == 4 or list in (type(facts["scale"]), type(facts["shift"]))
+    return CACHE_FORMAT if newer else 1
+
 def read_cache_facts(folder: Path) -> dict:
     "What latents.json says, where that can be true; raises `BadInput`."
     file = folder / CACHE_FILE
     facts = read_json(file)
-    if type(facts) is dict and facts.get("format") not in range(1, CACHE_FORMAT + 1):
-        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected {CACHE_FORMAT}, "
+    if type(facts) is dict and (facts.get("format") not in (1, CACHE_FORMAT) or type(facts["format"]) is not int):
+        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected 1 or {CACHE_FORMAT}, "
                        "which this version of dmp_wb reads")
     if type(facts) is dict and "pipeline" in facts: _check_facts(file, facts, PIPELINE_FACTS)
     if type(facts) is dict: facts.setdefault("source", {})   # older than splits
     _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"),
                                        "null_sha256": (_is_text_or_none, "hex digits or null")})
+    if facts["format"] != (made := format_of(facts)):
+        raise BadInput(f"{file}: format is {facts['format']}: expected {made}, as what it holds is")
     for n, entry in enumerate(facts["shards"]): _check_entry(file, entry, n)
     counts, sums = [e["images"] for e in facts["shards"]], [e["sha256"] for e in facts["shards"] if e["images"]]
     if sum(counts) != facts["images"]:

@@ -109,7 +109,8 @@ def load_vae(name: str) -> LatentCoder: # float32, on the CPU
                 break
             except OSError:
                 if place is places[-1]: raise
-        cls = getattr(diffusers, kind, None) if isinstance(kind, str) and kind.startswith("Autoencoder") else None
+        known = isinstance(kind, str) and (kind.startswith("AutoencoderKL") or kind == "AutoencoderDC")
+        cls = getattr(diffusers, kind, None) if known else None
         if cls is None: raise ValueError(f"found a {kind}")
         vae, info = cls.from_pretrained(where, use_safetensors=True, output_loading_info=True, **place)
         if info["missing_keys"]:
