@@ -132,6 +132,7 @@ class TrainedAs:
     schedule: ScheduleConfig
     prediction_type: str
     latents: bool = False   # of a VAE: they may lie outside [−1, 1]
+    shape: tuple[int, ...] | None = None   # of them, where no config of the model says it
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771005
 def aggregators() -> list[str]:

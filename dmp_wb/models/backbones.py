@@ -80,12 +80,14 @@ def _told(anatomy: Anatomy, model: nn.Module, time: torch.Tensor) -> torch.Tenso
 
 def latent_shape(
     model: nn.Module,                     # a backbone
-    size: Sequence[int] | None = None,    # height and width, for videos frames before them; None: what its config says
+    size: Sequence[int] | None = None,    # height and width, for videos frames before them; None: as trained, or configured
 ) -> tuple[int, ...]: # C, and the size
     "What a backbone takes. Raises `BadInput` where neither its config nor `size` says how large."
     anatomy = _registration(model)
     channels = model.config.in_channels if anatomy is None else anatomy.calling.channels(model)
     if size is not None: return (channels, *size)
+    trained = getattr(getattr(model, "trained_as", None), "shape", None)
+    if trained is not None: return tuple(trained)
     own = getattr(model.config, "sample_size", None)
     if own is None:
         raise BadInput(f"a {type(model).__name__} fixes no size of its latents: expected size, as (height, width), with "

@@ -347,7 +347,8 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     frozen = any(method_entry(name).freezes for name in exp.methods)
-    facts = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
+    facts: dict[str, Any] = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
+    if data.pipeline: facts["latent_shape"] = list(data.shape)
     parts = Parts(exp, run, data, order=order, held_out=held_out, accelerator=accelerator, share=share,
                   backbone=backbone, inputs=model_inputs(backbone),
                   null_class=anatomy_of(backbone).num_classes(backbone), tables=tables, facts=facts)

@@ -13,6 +13,12 @@ from dmp_wb.core.seeds import seed_of
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.load import captions_of, load_data
+from dmp_wb.evaluation.draw import draw, image_shape
+from dmp_wb.evaluation.effects import effects
+from dmp_wb.evaluation.sample_files import sample_run
+from dmp_wb.look.compare import mse_by_timestep
+from dmp_wb.look.denoise_explorer import DenoiseExplorer
+from dmp_wb.look.gate_explorer import GateExplorer
 
 CAPTIONS = ["a cat", "two dogs", "a red house", "", "the sea", "cats"]
 
@@ -123,3 +129,38 @@ def test_sample_and_the_pipeline_draw_the_same(name, photos, folders, tmp_path):
     theirs = drawn()
     assert torch.allclose(ours, theirs, atol=2e-4), (ours - theirs).abs().max()
     assert (theirs - plain).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def runs(photos, folders, tmp_path_factory):
+    "A run of a pipeline, whose cache is beside it."
+    made = {}
+
+    def run(name):
+        if name not in made:
+            home, pipe = tmp_path_factory.mktemp("run"), folders(name)
+            write_cache(data(photos, pipe, TRAINED[name][1]), home / "cache", batch_size=4)
+            made[name] = wb.train(wb.Experiment(), experiment(name, pipe, home / "cache", "optim.lr=0.05"),
+                                  folder=home / "run")
+        return made[name]
+    return run
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
+    run = runs(name)
+    folder = sample_run(run.folder, 2, tmp_path / "samples", captions=["a cat", "two dogs"], num_inference_steps=2,
+                        quiet=True, device="cpu")
+    assert len(list(folder.glob("*.png"))) == 2
+    drawn = draw(run.folder, 2, num_inference_steps=2, quiet=True, backbone=wb.load_model(run.folder, device="cpu"))
+    assert drawn.images.shape == (2, *image_shape(run.folder)) and drawn.images.isfinite().all()
+    model = wb.load_model(run.folder, device="cpu")
+    source = load_data(run.experiment.data)
+    found = effects(model, source, intervals=2, num_images=2)
+    assert found.whole.shape == (2, 2) and found.whole.abs().sum() > 0
+    spans, mse = mse_by_timestep(model, run.experiment, source, num_images=2, intervals=2)
+    assert len(spans) == 2 and mse.isfinite().all()
+    shown = DenoiseExplorer(run.folder)
+    assert len(shown.asked.words) == 4 and shown.asked.guided
+    shown = GateExplorer(run.folder, captions=["a cat", "two dogs"])
+    assert shown.asked.words == ["a cat", "two dogs"]
