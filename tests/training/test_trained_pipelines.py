@@ -162,5 +162,7 @@ def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     assert len(spans) == 2 and mse.isfinite().all()
     shown = DenoiseExplorer(run.folder)
     assert len(shown.asked.words) == 4 and shown.asked.guided
+    shown.steps.value = 10
+    assert shown.static().axes
     shown = GateExplorer(run.folder, captions=["a cat", "two dogs"])
-    assert shown.asked.words == ["a cat", "two dogs"]
+    assert shown.asked.words == ["a cat", "two dogs"] and shown.look(500, 1) is not None
