@@ -166,3 +166,19 @@ def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     assert shown.static().axes
     shown = GateExplorer(run.folder, captions=["a cat", "two dogs"])
     assert shown.asked.words == ["a cat", "two dogs"] and shown.look(500, 1) is not None
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_routing_and_conditions_made_in_the_loop(name, photos, folders, tmp_path):
+    pipe, side = folders(name), TRAINED[name][1]
+    settings = [s for s in experiment(name, pipe, photos, f"data.size={side}", "data.caption_column=text",
+                                      f"data.pipeline={pipe}", f"data.prompt_length={PROMPT_LENGTH}",
+                                      "data.conditional=false", "methods={dtr: {}}", "train.checkpoint_every=1")
+                if "dmp" not in s]
+    whole = wb.train(wb.Experiment(), [*settings, "train.steps=2"], folder=tmp_path / "whole")
+    first = wb.train(wb.Experiment(), [*settings, "train.steps=1"], folder=tmp_path / "halves")
+    again = wb.train(wb.Experiment(), [*settings, "train.steps=2"], folder=first.folder)
+    one, two = (wb.load_model(run.folder, device="cpu").state_dict() for run in (whole, again))
+    assert all(torch.equal(v, two[k]) for k, v in one.items())
+    before = wb.load_model(pipe, device="cpu").state_dict()
+    assert any(not torch.equal(v, one[k]) for k, v in before.items())
