@@ -65,9 +65,9 @@ def wan_pipeline(folder):
 # pipeline → how it is made, the side of its images, and what an experiment on it says beside it
 TRAINED = {
     "StableDiffusion3Pipeline": (sd3_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
-    "FluxPipeline": (flux_pipeline, 16, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[8,8]"]),
+    "FluxPipeline": (flux_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
     "StableDiffusionXLPipeline": (sdxl_pipeline, 16, ["schedule.name=scaled_linear"]),
     "PixArtAlphaPipeline": (pixart_pipeline, 16, []),
     "SanaPipeline": (sana_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
-    "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction", "methods.dmp.input_size=[1,4,4]"]),
+    "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
 }

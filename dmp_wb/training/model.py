@@ -7,6 +7,7 @@ __all__ = ['make_model', 'put_methods', 'check_text_inputs', 'check_pipeline', '
 
 # %% ../../nbs/source/training/02_model.ipynb #m0de1005
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
@@ -54,7 +55,8 @@ def make_model(
                        + ("leave model.num_classes null, it then comes from the data" if exp.base is None
                           else f"{exp.base} does not fit; data.conditional=false trains with its null class alone"))
     if data.null: check_text_inputs(model, data, exp)
-    put_methods(model, exp)
+    other = data.pipeline is not None and _own_size(model) != data.shape[1:]
+    put_methods(model, exp, data.shape[1:] if other else None)
     if data.pipeline: check_called(model, data, exp)
     for module in model.modules():
         # diffusers' DiT would drop labels in every block on its own; the loop does it
@@ -63,7 +65,11 @@ def make_model(
     if exp.train.compile: model.compile()
     return model
 
-def put_methods(model: nn.Module, exp: Experiment):
+def _own_size(model: nn.Module) -> tuple[int, ...] | None:
+    try: return latent_shape(model)[1:]
+    except BadInput: return None
+
+def put_methods(model: nn.Module, exp: Experiment, input_size: Sequence[int] | None = None):
     """Put the methods of an experiment on its model.
     Raises `BadInput` for a base that has one of them, or that another freezing one trained."""
     for name in methods_of(model):
@@ -76,7 +82,7 @@ def put_methods(model: nn.Module, exp: Experiment):
     before = list(methods_of(model))
     model.train(not any(method_entry(name).freezes for name in exp.methods))   # a frozen backbone keeps its dropout off
     if exp.base is not None: torch.manual_seed(seed_of(exp.seed, "init"))   # a model from scratch has set it
-    for name, method in apply_methods(model, exp.methods).items():
+    for name, method in apply_methods(model, exp.methods, input_size).items():
         if name not in before and isinstance(method, nn.Module): method.train()
 
 # %% ../../nbs/source/training/02_model.ipynb #d8a6f4fe
