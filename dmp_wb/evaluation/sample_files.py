@@ -35,6 +35,7 @@ from ..core.bars import progress
 from ..core.settings import SamplingConfig
 from ..data.images import BadImage, read_image
 from ..data.load import captions_of
+from ..data.sources import beside
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from .draw import sample_decoder
 from ..methods.base import facts_of
@@ -181,7 +182,7 @@ def _file(folder: Path, number: int) -> Path: return folder / f"{number:06d}.png
 def _pixels(x: torch.Tensor, decode: Callable | None, batch: range, walk: _Walk) -> np.ndarray: # [B, H, W, C] uint8
     if (bad := _not_finite(x)) is not None:
         raise BadInput(f"image {batch[bad]} is not finite: {walk.fault(batch[bad])}")
-    images = x if decode is None else torch.cat([decode(z) for z in x.split(DECODE_BATCH)])
+    images = x if decode is None else torch.cat([beside(decode(z)) for z in x.split(DECODE_BATCH)])
     if (bad := _not_finite(images)) is not None:
         raise BadInput(f"image {batch[bad]} is not finite: its latents are, and what the VAE makes of them is not; "
                        "expected a VAE that decodes them")

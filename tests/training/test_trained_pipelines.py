@@ -1,5 +1,6 @@
 "A patch trained on the conditions that a whole pipeline gives, sampled by `wb.sample` and by the pipeline itself."
 import csv
+import dataclasses
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from pipelines import PROMPT_LENGTH
 from trained_pipelines import TRAINED
 
 import dmp_wb as wb
+from dmp_wb.core.errors import BadInput
 from dmp_wb.core.seeds import seed_of
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.load import captions_of, load_data
+from dmp_wb.data.sources import DATASETS, ImageData, SourceEntry
 from dmp_wb.evaluation.draw import draw, image_shape
 from dmp_wb.evaluation.effects import effects
 from dmp_wb.evaluation.sample_files import sample_run
@@ -182,3 +185,39 @@ def test_routing_and_conditions_made_in_the_loop(name, photos, folders, tmp_path
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     before = wb.load_model(pipe, device="cpu").state_dict()
     assert any(not torch.equal(v, one[k]) for k, v in before.items())
+
+
+def videos(frames):
+    x = torch.randn(4, 3, frames, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.nn.functional.interpolate(x, size=(frames, 32, 32)).clamp(-1, 1)
+    return ImageData(x, None, [], words=["a cat", "two dogs", "a red house", "the sea"])
+
+
+def test_videos(folders, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATASETS, "moving", SourceEntry(lambda config: videos(5)))
+    monkeypatch.setitem(DATASETS, "odd", SourceEntry(lambda config: videos(4)))
+    pipe = folders("WanPipeline")
+    config = DataConfig(name="moving", pipeline=str(pipe), prompt_length=PROMPT_LENGTH)
+    with pytest.raises(BadInput, match="videos have 4 frames: expected one more than a multiple of 4 for VAE"):
+        write_cache(dataclasses.replace(config, name="odd"), tmp_path / "odd")
+    with pytest.raises(BadInput, match="videos have 5 frames, but VAE .* takes images"):
+        write_cache(dataclasses.replace(config, pipeline=str(folders("StableDiffusion3Pipeline"))), tmp_path / "odd")
+    cache = write_cache(config, tmp_path / "cache", batch_size=2)
+    assert cache.shape == (4, 2, 4, 4)
+    settings = experiment("WanPipeline", pipe, tmp_path / "cache", "train.sample_every=4", "train.sample_images=2",
+                          "train.sample_steps=2")
+    run = wb.train(wb.Experiment(), settings, folder=tmp_path / "run")
+    # two grids beside each other would be 64 wide: five frames of 32
+    assert Image.open(run.folder / "samples" / "step-0000004.png").size == (2 * 5 * 32, 32)
+    model = wb.load_model(run.folder, device="cpu")
+    assert wb.get_patch(model).config.input_size == [2, 4, 4]
+    texts = captions_of(model, run.experiment.data, ["a cat"])
+    ours = cache.decode(wb.sample(model, 1, guidance_scale=3, texts=texts, scheduler=pipe, num_inference_steps=2, quiet=True))
+    whole = DiffusionPipeline.from_pretrained(pipe)
+    wb.load_patch(whole.transformer, run.folder / "patch")
+    theirs = whole("a cat", height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=3, output_type="pt",
+                   generator=torch.Generator().manual_seed(seed_of(0, "image", 0)), max_sequence_length=PROMPT_LENGTH)
+    assert torch.allclose(ours[0].movedim(0, 1), torch.as_tensor(theirs.frames[0]) * 2 - 1, atol=2e-4)
+    with pytest.raises(BadInput, match="draws videos of 5 frames"): draw(run.folder, 1, num_inference_steps=1, quiet=True)
+    with pytest.raises(BadInput, match=r"4×3×4×4.*|cannot be called"):
+        wb.train(wb.Experiment(), [*settings, "methods.dmp.input_size=[3,4,4]"], folder=tmp_path / "other")
