@@ -1,15 +1,17 @@
 "Tiny whole pipelines that are trained on: those of `pipelines`, and four more, as folders."
-import string
 
-import torch
+
 from backbones import BACKBONES
 from conftest import randomise
-from diffusers import (AutoencoderDC, AutoencoderKLWan, DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler,
+from diffusers import (AutoencoderDC, AutoencoderKLWan, DDIMScheduler, EulerDiscreteScheduler,
                        FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, SanaPipeline,
                        SanaTransformer2DModel, StableDiffusionXLPipeline, WanPipeline, WanTransformer3DModel)
 from pipelines import (autoencoder, CLIP_WIDTH, clip, clip_tokenizer, flux_pipeline, PROMPT_LENGTH, sd3_pipeline,
-                       sd_pipeline, seeded, T5_WIDTH, t5)
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, UMT5Config, UMT5EncoderModel
+                       seeded, T5_WIDTH, t5)
+from transformers import (CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, UMT5Config,
+                          UMT5EncoderModel)
+
+from dmp_wb.core.settings import DataConfig
 
 
 def sdxl_pipeline(folder):
@@ -71,3 +73,16 @@ TRAINED = {
     "SanaPipeline": (sana_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
     "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
 }
+
+CAPTIONS = ["a cat", "two dogs", "a red house", "", "the sea", "cats"]
+
+
+def data(photos, pipe, side, **more):
+    return DataConfig(name=str(photos), size=side, caption_column="text", pipeline=str(pipe),
+                      prompt_length=PROMPT_LENGTH, conditional=False, num_workers=0, **more)
+
+
+def experiment(name, pipe, source, *more):
+    return ["base=" + str(pipe), f"data.name={source}", "data.num_workers=0", "methods={dmp: {num_prompts: 4}}",
+            "train.batch_size=2", "train.steps=4", "train.checkpoint_every=2", "train.log_every=1", "train.cpu=true",
+            "train.label_dropout=0.3", "name=tried", "train.log_with=null", *TRAINED[name][2], *more]

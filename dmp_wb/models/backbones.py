@@ -69,7 +69,8 @@ def called(
     if anatomy is None: return model(x, timestep=time, **conditions).sample   # a class that nobody registered
     calling = anatomy.calling
     arguments = {anatomy.timestep_argument: _told(anatomy, inside, time), **calling.arguments(inside, x, conditions)}
-    answer = model(x if calling.pack is None else calling.pack(x), **arguments).sample
+    answer = model(x if calling.pack is None else calling.pack(x), **arguments)
+    if not isinstance(answer, torch.Tensor): answer = answer.sample
     return answer if calling.unpack is None else calling.unpack(answer, tuple(x.shape))
 
 def _told(anatomy: Anatomy, model: nn.Module, time: torch.Tensor) -> torch.Tensor:

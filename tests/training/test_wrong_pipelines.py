@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 from pipelines import autoencoder
-from test_trained_pipelines import data, experiment, folders, photos  # noqa: F401
-from trained_pipelines import TRAINED
+from trained_pipelines import data, experiment, TRAINED
 
 import dmp_wb as wb
 from dmp_wb.core.errors import BadInput
@@ -31,7 +30,8 @@ def direct(photos, pipe, name, *more):
 
 def test_a_prompt_that_is_too_long(photos, folders, tmp_path):
     source = load_data(data(photos, folders(SD3), 16))
-    told(lambda: source.texts(["word " * 40]), "caption 'word word", "tokens: expected at most 16", "pipeline", "prompt_length")
+    told(lambda: source.texts(["word " * 40]), "caption 'word word", "tokens: expected at most 16",
+         "pipeline", "prompt_length")
 
 
 def test_an_encoder_gives_what_the_backbone_does_not_take(photos, folders, tmp_path):
@@ -41,7 +41,8 @@ def test_an_encoder_gives_what_the_backbone_does_not_take(photos, folders, tmp_p
     shutil.copytree(xl, tmp_path / "pipe")
     shutil.rmtree(tmp_path / "pipe" / "vae")
     shutil.copytree(sd3 / "vae", tmp_path / "pipe" / "vae")
-    run = lambda: wb.train(wb.Experiment(), direct(photos, tmp_path / "pipe", SD3, f"base={sd3}"), folder=tmp_path / "run")
+    settings = direct(photos, tmp_path / "pipe", SD3, f"base={sd3}")
+    run = lambda: wb.train(wb.Experiment(), settings, folder=tmp_path / "run")
     told(run, "gives added_cond_kwargs.", "SD3Transformer2DModel", "pooled_projections")
     assert not (tmp_path / "run").exists()
 
@@ -70,27 +71,28 @@ def test_another_objective(photos, folders, tmp_path):
 
 
 def test_what_is_no_pipeline(photos, folders, tmp_path):
-    config = lambda name, **more: DataConfig(name=str(photos), size=16, caption_column="text", pipeline=str(name), **more)
+    given = dict(name=str(photos), size=16)
+    config = lambda name, **more: DataConfig(**given, caption_column="text", pipeline=str(name), **more)
     told(lambda: load_data(config(tmp_path)), "data.pipeline", "expected the folder of a diffusers pipeline")
-    told(lambda: load_data(config(folders(SD3), vae="fashion-vae")), "data.pipeline", "data.vae", "expected one of them")
-    told(lambda: load_data(DataConfig(name=str(photos), size=16, pipeline=str(folders(SD3)))), "no captions",
-         "data.caption_column")
+    told(lambda: load_data(config(folders(SD3), vae="fashion-vae")), "data.pipeline", "data.vae",
+         "expected one of them")
+    told(lambda: load_data(DataConfig(**given, pipeline=str(folders(SD3)))), "no captions", "data.caption_column")
     index = json.loads((folders(SD3) / "model_index.json").read_text())
-    for changed, parts in (({"_class_name": "StableDiffusion4Pipeline"}, ("StableDiffusion4Pipeline", "nearest relative")),
+    for changed, parts in (({"_class_name": "StableDiffusion4Pipeline"}, ("Diffusion4Pipeline", "nearest relative")),
                            ({"text_encoder": ["os", "system"]}, ("text_encoder", "diffusers or transformers")),
                            ({"_class_name": ["mine", "Pipe"]}, ("names no class",))):
         broken = tmp_path / f"broken-{list(changed.values())[0]}"
         broken.mkdir()
         (broken / "vae").symlink_to(folders(SD3) / "vae")
         (broken / "model_index.json").write_text(json.dumps(index | changed))
-        told(lambda: load_data(config(broken)), *parts)
+        told(lambda name=broken: load_data(config(name)), *parts)
 
 
 def test_a_cache_of_another_pipeline(photos, folders, tmp_path):
     write_cache(data(photos, folders(SD3), 16), tmp_path / "cache")
     shutil.copytree(folders(SD3), tmp_path / "pipe")
-    autoencoder(16, scaling_factor=2.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False).save_pretrained(
-        tmp_path / "pipe" / "vae")
+    other = autoencoder(16, scaling_factor=2.0, shift_factor=0.0, use_quant_conv=False, use_post_quant_conv=False)
+    other.save_pretrained(tmp_path / "pipe" / "vae")
     told(lambda: load_data(DataConfig(name=str(tmp_path / "cache"), pipeline=str(tmp_path / "pipe"))), "another VAE",
          "data.pipeline")
     told(lambda: write_cache(data(photos, folders(FLUX), 16), tmp_path / "cache"), "latents of something else")
