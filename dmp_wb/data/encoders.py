@@ -35,7 +35,8 @@ class LatentCoder(nn.Module):
         own = getattr(vae, "spatial_compression_ratio", None)
         self.factor = own or 2**(len(vae.config.block_out_channels) - 1)
         self.frames = (getattr(vae.config, "scale_factor_temporal", None)
-                       or getattr(vae.config, "temporal_compression_ratio", None) or 1)
+                       or getattr(vae.config, "temporal_compression_ratio", None)
+                       or 2**sum(getattr(vae.config, "temperal_downsample", ())))
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         "[C, h, w] of an image's latents, [C, f, h, w] of a video's; raises `BadInput` for a size the VAE cannot take."

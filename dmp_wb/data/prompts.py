@@ -96,8 +96,16 @@ class PipelineText(nn.Module):
     def _named(self, found: tuple, sign: str, count: int) -> dict[str, torch.Tensor]:
         own = {name[len(sign):]: v for v, name in zip(found, self.prompting.returns, strict=True)
                if name is not None and name.startswith("-") == bool(sign)}
+        if self.prompting.padded: own |= _padded(own, *self.prompting.padded, self.length)
         device = next(self.encoder.parameters()).device
         return own | {k: v.to(device).expand(count, *v.shape) for k, v in self.sizes.items()}
+
+def _padded(found: dict, text: str, mask: str, length: int) -> dict[str, torch.Tensor]:
+    "Texts and their mask, which is None where none is shorter than the others, both of one length."
+    hidden, kept = found[text], found.get(mask)
+    if kept is None: kept = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    more = length - hidden.shape[1]
+    return {text: nn.functional.pad(hidden, (0, 0, 0, more)), mask: nn.functional.pad(kept, (0, more))}
 
 def _own_defaults(pipe) -> dict[str, Any]:
     "What a pipeline's own call hands to its `encode_prompt` when it is given nothing but a prompt."

@@ -30,6 +30,8 @@ class Prompting:
     sizes: Callable[[Any, int, int], dict[str, torch.Tensor]] | None = None
     # its own noise levels, evenly from 1 to 1/S, in place of its scheduler's
     even_sigmas: bool = False
+    # texts that come as long as they are, and their mask: both are padded to the length that prompts may have
+    padded: tuple[str, ...] = ()
     max_shift: float = 1.16   # of a scheduler that shifts by the number of tokens and does not say how far
 
 PROMPTINGS: dict[str, Prompting] = {}
@@ -77,6 +79,10 @@ register_pipeline("PixArtAlphaPipeline", Prompting(_MASKED, _pixart_sizes))
 register_pipeline("PixArtSigmaPipeline", Prompting(_MASKED))
 register_pipeline("SanaPipeline", Prompting(_MASKED))
 register_pipeline("WanPipeline", Prompting((_TEXT, f"-{_TEXT}")))
+register_pipeline("CogVideoXPipeline", Prompting((_TEXT, f"-{_TEXT}")))
+register_pipeline("AuraFlowPipeline", Prompting((_TEXT, None, f"-{_TEXT}", None)))
+_QWEN = (_TEXT, "encoder_hidden_states_mask")
+register_pipeline("QwenImagePipeline", Prompting(_QWEN, even_sigmas=True, max_shift=1.15, padded=_QWEN))
 
 # %% ../../nbs/source/models/08_pipelines.ipynb #p1pe0003
 BACKBONES = ("transformer", "unet")         # where a pipeline keeps its backbone

@@ -13,6 +13,7 @@ from typing import Any
 from dmp_wb.models.anatomy import (
     Anatomy, attention_width, embedded, layer_dtype, register_backbone, Size, time_embedding, token_grid,
 )
+from .calling import COGVIDEOX
 
 # %% ../../nbs/source/models/06_videos.ipynb #94627a27
 def _cogvideox_grid(m, input_size=None):
@@ -36,6 +37,7 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
     embedding_width=lambda m: m.config.time_embed_dim,
     condition=_cogvideox_condition,
     condition_inputs=("ofs",),
+    calling=COGVIDEOX,
     tokens_output=0,
 ))
 
