@@ -3,10 +3,10 @@
 
 from backbones import BACKBONES
 from conftest import randomise
-from diffusers import (AuraFlowPipeline, AutoencoderDC, AutoencoderKLCogVideoX, AutoencoderKLQwenImage, AutoencoderKLWan,
-                       CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel, DDIMScheduler, EulerDiscreteScheduler,
-                       FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel, QwenImagePipeline,
-                       QwenImageTransformer2DModel, SanaPipeline,
+from diffusers import (AuraFlowPipeline, AutoencoderDC, AutoencoderKLCogVideoX, AutoencoderKLQwenImage,
+                       AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel,
+                       DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline,
+                       PixArtTransformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel, SanaPipeline,
                        SanaTransformer2DModel, StableDiffusionXLPipeline, WanPipeline, WanTransformer3DModel)
 from pipelines import (autoencoder, CLIP_WIDTH, clip, clip_tokenizer, flux_pipeline, PROMPT_LENGTH, sd3_pipeline,
                        seeded, T5_WIDTH, t5)
@@ -69,7 +69,8 @@ def wan_pipeline(folder):
 
 
 def qwen_pipeline(folder):
-    vocabulary = {c: i for i, c in enumerate([*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"])}
+    words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {word: i for i, word in enumerate(words)}
     text = dict(vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                 num_attention_heads=2, num_key_value_heads=2, rope_parameters={"mrope_section": [1, 1, 2],
                                                                                "rope_type": "default"})
@@ -105,7 +106,8 @@ def cogvideox_pipeline(folder):
         sample_height=4, sample_width=4, sample_frames=1, in_channels=4, out_channels=4, num_layers=3,
         num_attention_heads=2, attention_head_dim=16, time_embed_dim=16, text_embed_dim=T5_WIDTH,
         max_text_seq_length=PROMPT_LENGTH, use_rotary_positional_embeddings=True)
-    return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae, transformer=randomise(model, 0.1).eval(),
+    return CogVideoXPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=vae,
+                             transformer=randomise(model, 0.1).eval(),
                              scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction"))
 
 

@@ -128,7 +128,7 @@ def latents(
             help="A diffusers VAE, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
             "ships.")] = None,
         pipeline: Annotated[str | None, typer.Option(
-            help="A whole diffusers pipeline in place of --vae and --text-encoder: captions by its own encoders.")] = None,
+            help="A whole diffusers pipeline in place of --vae and --text-encoder.")] = None,
         prompt_length: Annotated[int | None, typer.Option(
             help="Tokens that a pipeline's encoders are asked for; as many as by itself if not given.")] = None,
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,

@@ -196,7 +196,8 @@ class DataConfig:
     vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
-    # a diffusers pipeline, in place of vae and text_encoder: captions by its own encoders, however many, as its own call
+    # a diffusers pipeline, in place of vae and text_encoder:
+    # captions by its own encoders, however many, as its own call
     # encodes them, and its VAE
     pipeline: str | None = None
     prompt_length: int | None = None  # tokens that its encoders are asked for; null: as many as by itself
@@ -225,8 +226,9 @@ class DataConfig:
             raise BadInput(f"data.prompt_length is {self.prompt_length}: expected at least 1, or null")
         both = next((k for k in ("vae", "text_encoder") if getattr(self, k) is not None), None)
         if self.pipeline is not None and both is not None:
-            raise BadInput(f"data.pipeline is {self.pipeline!r} and data.{both} is {getattr(self, both)!r}: expected one "
-                           "of them, a pipeline has its own")
+            raise BadInput(
+                f"data.pipeline is {self.pipeline!r} and data.{both} is {getattr(self, both)!r}: expected one "
+                "of them, a pipeline has its own")
         return self
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771f05

@@ -71,7 +71,7 @@ def write_cache(
             "text_fingerprint": fingerprint(text.encoder) if text else None,
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
-    if config.pipeline is not None:
+    if config.pipeline is not None and text is not None:
         plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
                  "conditions": sorted(text.null())}
     plan["format"] = format_of(plan)
@@ -79,7 +79,8 @@ def write_cache(
     with _writing(folder):
         if not (folder / PLAN_FILE).exists(): _put(write_json, folder / PLAN_FILE, plan)
         if text is not None and not (folder / "null.safetensors").exists():
-            _put(write_atomic, folder / "null.safetensors", save({k: _narrow(v, dtype) for k, v in text.null().items()}))
+            _put(write_atomic, folder / "null.safetensors",
+                 save({k: _narrow(v, dtype) for k, v in text.null().items()}))
         return _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say)
 
 # %% ../../nbs/source/data/06_cache.ipynb #97deee1a
@@ -337,7 +338,8 @@ class LatentCache(Source):
                        facts(load_vae(vae)) if (vae := config.vae or config.pipeline) else None)
         if found not in (None, made):
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
-                           f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: expected the same")
+                           f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: "
+                           "expected the same")
         if config.text_encoder and self.null and (found := fingerprint(
             load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
             raise BadInput(f"latent cache {self.folder} was made with another text encoder, "

@@ -48,7 +48,7 @@ def _shard(folder: Path, number: int) -> Path: return folder / f"shard-{number:0
 # %% ../../nbs/source/data/05_cache_facts.ipynb #5d1a7c07
 def _is_count(value, least: int = 0) -> bool: return type(value) is int and least <= value < 2**53
 def _is_number(value) -> bool: return type(value) in (int, float) and abs(value) < 1e9
-def _are_numbers(value) -> bool: return _is_number(value) or type(value) is list and all(map(_is_number, value)) and value
+def _are_numbers(v) -> bool: return _is_number(v) or type(v) is list and len(v) > 0 and all(map(_is_number, v))
 def _is_text(value) -> bool: return type(value) is str
 def _is_text_or_none(value) -> bool: return value is None or type(value) is str
 
@@ -111,7 +111,8 @@ def _check_entry(file: Path, entry, number: int):
 # %% ../../nbs/source/data/05_cache_facts.ipynb #1d2a34e6
 def format_of(facts: dict) -> int:
     "The format of a cache: the older one for all that older versions can read."
-    newer = "pipeline" in facts or len(facts["latent_shape"]) == 4 or list in (type(facts["scale"]), type(facts["shift"]))
+    newer = "pipeline" in facts or len(facts["latent_shape"]) == 4 or list in (type(facts["scale"]),
+                                                                               type(facts["shift"]))
     return CACHE_FORMAT if newer else 1
 
 def read_cache_facts(folder: Path) -> dict:
@@ -119,8 +120,9 @@ def read_cache_facts(folder: Path) -> dict:
     file = folder / CACHE_FILE
     facts = read_json(file)
     if type(facts) is dict and (facts.get("format") not in (1, CACHE_FORMAT) or type(facts["format"]) is not int):
-        raise BadInput(f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected 1 or {CACHE_FORMAT}, "
-                       "which this version of dmp_wb reads")
+        raise BadInput(
+            f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected 1 or {CACHE_FORMAT}, "
+            "which this version of dmp_wb reads")
     if type(facts) is dict and "pipeline" in facts: _check_facts(file, facts, PIPELINE_FACTS)
     if type(facts) is dict: facts.setdefault("source", {})   # older than splits
     _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"),

@@ -48,8 +48,9 @@ class LatentCoder(nn.Module):
         if frames and not self.video:
             raise BadInput(f"videos have {frames[0]} frames, but VAE {self.name} takes images: expected another VAE")
         if frames and (frames[0] - 1) % self.frames:
-            raise BadInput(f"videos have {frames[0]} frames: expected one more than a multiple of {self.frames} for VAE "
-                           f"{self.name}")
+            raise BadInput(
+                f"videos have {frames[0]} frames: expected one more than a multiple of {self.frames} for VAE "
+                f"{self.name}")
         made = [(n - 1) // self.frames + 1 for n in frames] or [1] * self.video
         latent = getattr(self.vae.config, "latent_channels", None) or self.vae.config.z_dim
         return (latent, *made, *(s // self.factor for s in side))
@@ -181,8 +182,9 @@ def load_text_encoder(name: str, length: int = 120) -> TextCoder: # on the CPU
 def _text_coder(config: DataConfig, data) -> TextCoder | PipelineText | None:
     if getattr(data, "captions", None) is None:
         if config.pipeline is None: return None
-        raise BadInput(f"data {config.name!r} have no captions, but data.pipeline {config.pipeline} encodes them: expected "
-                       "data.caption_column")
+        raise BadInput(
+            f"data {config.name!r} have no captions, but data.pipeline {config.pipeline} encodes them: expected "
+            "data.caption_column")
     if config.pipeline is not None:
         return load_pipeline_text(config.pipeline, config.prompt_length, tuple(data.shape[-2:]))
     if config.text_encoder is None:
@@ -224,7 +226,8 @@ class EncodedImages(Source):
         if self.coder is not None:
             batch["images"] = self.coder.draw(self.coder.moments(batch["images"]), batch.pop("latent_noise"))
         if self.text is None: return batch
-        embedded, dropped = self.text.embed(*(batch.pop(k) for k in self.text.inputs)), batch.pop("caption_dropped", None)
+        embedded, dropped = (self.text.embed(*(batch.pop(k) for k in self.text.inputs)),
+                             batch.pop("caption_dropped", None))
         if dropped is not None: embedded = _nulled(embedded, self.null, dropped)
         return batch | {k: v.float() if v.is_floating_point() else v for k, v in embedded.items()}
 

@@ -66,9 +66,10 @@ class PipelineText(nn.Module):
             counts = {k: length(k, caption) for k in limits}
             if any(n <= limits[k] for k, n in counts.items()): continue
             most = max(limits, key=lambda k: limits[k])
-            raise BadInput(f"caption {caption[:40]!r} has {counts[most]} tokens: expected at most {limits[most]}, which "
-                           f"{most} of pipeline {self.name} takes; shorten it"
-                           + (", or set data.prompt_length" if "max_sequence_length" in self.arguments else ""))
+            raise BadInput(
+                f"caption {caption[:40]!r} has {counts[most]} tokens: expected at most {limits[most]}, which "
+                f"{most} of pipeline {self.name} takes; shorten it"
+                + (", or set data.prompt_length" if "max_sequence_length" in self.arguments else ""))
 
     @torch.no_grad()
     def embed(self, caption_bytes: torch.Tensor) -> dict[str, torch.Tensor]: # [B, …] each, by argument of the backbone
@@ -96,7 +97,7 @@ class PipelineText(nn.Module):
     def _named(self, found: tuple, sign: str, count: int) -> dict[str, torch.Tensor]:
         own = {name[len(sign):]: v for v, name in zip(found, self.prompting.returns, strict=True)
                if name is not None and name.startswith("-") == bool(sign)}
-        if self.prompting.padded: own |= _padded(own, *self.prompting.padded, self.length)
+        if self.prompting.padded: own |= _padded(own, *self.prompting.padded, length=self.length)
         device = next(self.encoder.parameters()).device
         return own | {k: v.to(device).expand(count, *v.shape) for k, v in self.sizes.items()}
 

@@ -79,7 +79,8 @@ def _as_trained(model, given: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": told.schedule, "prediction_type": told.prediction_type,
             **({"sampler": "flow-euler"} if flow else {})}
 
-_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds", "size", "scheduler")   # what a walk needs beside a SamplingConfig
+# what a walk needs beside a SamplingConfig
+_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds", "size", "scheduler")
 
 def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
     "From keywords; raises `BadInput` for one that there is not, with the nearest."

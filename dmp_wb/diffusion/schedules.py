@@ -212,7 +212,8 @@ def pipeline_scheduler(
         given = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}
     c = scheduler.config
     if c.get("use_dynamic_shifting"):
-        tokens, low, high = (size[-2] // 2) * (size[-1] // 2), c.get("base_image_seq_len", 256), c.get("max_image_seq_len", 4096)
+        tokens, low, high = ((size[-2] // 2) * (size[-1] // 2), c.get("base_image_seq_len", 256),
+                             c.get("max_image_seq_len", 4096))
         base, most = c.get("base_shift", 0.5), c.get("max_shift", how.max_shift)
         slope = (most - base) / (high - low)
         given["mu"] = tokens * slope + (base - slope * low)

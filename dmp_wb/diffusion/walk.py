@@ -97,9 +97,9 @@ def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, gu
         if not (given is None or isinstance(given, dict) and all(isinstance(v, torch.Tensor) for v in given.values())):
             raise BadInput(f"{name} are {said(given)}: expected tensors by the names of the model's inputs")
     conditions, nulls = dict(conditions or {}), dict(nulls or {})
-    takes = {**inspect.signature(model.forward).parameters}
-    takes |= {k: None for k in model_inputs(model) if k not in takes}
-    anything = any(p is not None and p.kind is p.VAR_KEYWORD for p in takes.values())
+    parameters = inspect.signature(model.forward).parameters
+    takes = [*parameters, *(k for k in model_inputs(model) if k not in parameters)]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in conditions.items():
         if name not in takes and not anything:
             raise unknown("condition", name,
@@ -200,7 +200,8 @@ def _checked_size(size, texts) -> tuple[int, ...] | None:
 
 def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]):
     if isinstance(scheduler, (str, Path)):
-        return pipeline_scheduler(scheduler, whole_number("num_inference_steps", config.num_inference_steps, 1), shape[1:])
+        return pipeline_scheduler(scheduler, whole_number("num_inference_steps", config.num_inference_steps, 1),
+                                  shape[1:])
     if scheduler is not None and not (hasattr(scheduler, "step") and getattr(scheduler, "num_inference_steps", None)):
         raise BadInput(f"scheduler is {said(scheduler)}: expected one of diffusers whose set_timesteps was called")
     return scheduler

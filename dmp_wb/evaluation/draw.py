@@ -115,7 +115,8 @@ class _Drawing:
         if self.decode is None: x = images = x.clamp(-1, 1).cpu()
         else: images = torch.cat([self.decode(z).cpu() for z in x.split(16)]).clamp(-1, 1)
         if images.ndim == 5:
-            raise BadInput(f"the model draws videos of {images.shape[2]} frames: expected images, whose distances are known")
+            raise BadInput(
+                f"the model draws videos of {images.shape[2]} frames: expected images, whose distances are known")
         if (bad := _not_finite(x)) is not None:
             warnings.warn(f"image {numbers[bad]} is not finite: {self.walk.fault(numbers[bad])}", stacklevel=3)
         return images

@@ -80,9 +80,10 @@ def _told(anatomy: Anatomy, model: nn.Module, time: torch.Tensor) -> torch.Tenso
     return anatomy.called(model, time[:1]).expand(len(time))
 
 def latent_shape(
-    model: nn.Module,                     # a backbone
-    size: Sequence[int] | None = None,    # height and width, for videos frames before them; None: as trained, or configured
-) -> tuple[int, ...]: # C, and the size
+        model: nn.Module,   # a backbone
+        # height and width, for videos frames before them; None: as trained, or configured
+        size: Sequence[int] | None = None,
+) -> tuple[int, ...]:   # C, and the size
     "What a backbone takes. Raises `BadInput` where neither its config nor `size` says how large."
     anatomy = _registration(model)
     channels = model.config.in_channels if anatomy is None else anatomy.calling.channels(model)
@@ -91,6 +92,7 @@ def latent_shape(
     if trained is not None: return tuple(trained)
     own = getattr(model.config, "sample_size", None)
     if own is None:
-        raise BadInput(f"a {type(model).__name__} fixes no size of its latents: expected size, as (height, width), with "
-                       "frames before them for videos")
+        raise BadInput(
+            f"a {type(model).__name__} fixes no size of its latents: expected size, as (height, width), with "
+            "frames before them for videos")
     return (channels, *(own if isinstance(own, (tuple, list)) else (own, own)))

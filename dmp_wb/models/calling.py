@@ -98,7 +98,9 @@ def cogvideox_arguments(m: nn.Module, x: torch.Tensor, given: dict) -> dict[str,
     base = c.sample_height // c.patch_size, c.sample_width // c.patch_size
     if c.patch_size_t is None:
         how = {"crops_coords": get_resize_crop_region_for_grid(grid, base[1], base[0]), "temporal_size": frames}
-    else: how = {"crops_coords": None, "temporal_size": -(-frames // c.patch_size_t), "grid_type": "slice", "max_size": base}
+    else:
+        how = {"crops_coords": None, "temporal_size": -(-frames // c.patch_size_t), "grid_type": "slice",
+               "max_size": base}
     return {"image_rotary_emb": get_3d_rotary_pos_embed(embed_dim=c.attention_head_dim, grid_size=grid, device=x.device,
                                                         **how)}
 

@@ -31,7 +31,7 @@ class Prompting:
     # its own noise levels, evenly from 1 to 1/S, in place of its scheduler's
     even_sigmas: bool = False
     # texts that come as long as they are, and their mask: both are padded to the length that prompts may have
-    padded: tuple[str, ...] = ()
+    padded: tuple[()] | tuple[str, str] = ()
     max_shift: float = 1.16   # of a scheduler that shifts by the number of tokens and does not say how far
 
 PROMPTINGS: dict[str, Prompting] = {}

@@ -105,11 +105,13 @@ def check_pipeline(model: nn.Module, data: Source, exp: Experiment):
     "Raise `BadInput` if the backbone is another kind than that of the pipeline whose conditions the data hold."
     name, wanted, flows = type(model).__name__, exp.objective.prediction_type, anatomy_of(model).flow_matching
     if strange := [k for k in data.null if k not in model_inputs(model)]:
-        raise BadInput(f"pipeline {data.pipeline} gives {strange[0]}, which the model, a {name}, does not take: expected "
-                       f"{', '.join(k for k in model_inputs(model) if k != 'class_labels') or 'no text'}")
+        raise BadInput(
+            f"pipeline {data.pipeline} gives {strange[0]}, which the model, a {name}, does not take: expected "
+            f"{', '.join(k for k in model_inputs(model) if k != 'class_labels') or 'no text'}")
     if exp.base is not None and trained_objective(exp.base) is None and flows != (wanted == "flow_prediction"):
-        raise BadInput(f"objective.prediction_type is {wanted}: expected {'flow_prediction' if flows else 'another'}, base "
-                       f"{exp.base} is a {name}, {'' if flows else 'not '}of flow matching")
+        raise BadInput(
+            f"objective.prediction_type is {wanted}: expected {'flow_prediction' if flows else 'another'}, base "
+            f"{exp.base} is a {name}, {'' if flows else 'not '}of flow matching")
     try: anatomy_of(model).block_grids(model, data.shape[1:])
     except BadInput as e:
         raise BadInput(f"data {exp.data.name!r} has {'×'.join(map(str, data.shape))} latents: {e}") from None
@@ -125,5 +127,6 @@ def check_called(model: nn.Module, data: Source, exp: Experiment):
     except Exception as e:
         # whatever the model raises
         given = ", ".join(f"{k} {list(v.shape)}" for k, v in data.null.items())
-        raise BadInput(f"the model, a {type(model).__name__}, cannot be called with {'×'.join(map(str, data.shape))} latents "
+        raise BadInput(f"the model, a {type(model).__name__}, cannot be called with {'×'.join(map(str, data.shape))} "
+                       "latents "
                        f"and {given} of pipeline {data.pipeline}: {' '.join(str(e).split())[:200]}") from None

@@ -164,7 +164,8 @@ def share_of_batch(t: TrainConfig, num_processes: int) -> int:
 # %% ../../nbs/source/training/02_setup.ipynb #65f17d42
 def absolute_paths(exp: Experiment) -> Experiment:
     "The experiment with its files and folders by full path: a run must find them from any folder."
-    for config, key in [*((exp.data, key) for key in ("name", "vae", "text_encoder", "pipeline")), (exp.multitask, "clusters")]:
+    for config, key in [*((exp.data, key) for key in ("name", "vae", "text_encoder", "pipeline")),
+                        (exp.multitask, "clusters")]:
         if not (value := getattr(config, key)) or value in DATASETS: continue
         # a command may be given in any folder of the project
         found = next((p for p in (Path(value), project_root() / value) if p.exists()), None)
@@ -347,7 +348,8 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     frozen = any(method_entry(name).freezes for name in exp.methods)
-    facts: dict[str, Any] = {"base_fingerprint": fingerprint(backbone)} if frozen else {}   # while its tensors are whole
+    # while its tensors are whole
+    facts: dict[str, Any] = {"base_fingerprint": fingerprint(backbone)} if frozen else {}
     if data.pipeline: facts["latent_shape"] = list(data.shape)
     parts = Parts(exp, run, data, order=order, held_out=held_out, accelerator=accelerator, share=share,
                   backbone=backbone, inputs=model_inputs(backbone),
