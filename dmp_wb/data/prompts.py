@@ -140,7 +140,7 @@ def load_pipeline_text(
             if k in BACKBONES: parts[k] = _meta_backbone(name, k, v[1])
             elif not k.startswith(("text_encoder", "tokenizer", "scheduler")): parts[k] = None
         cls = getattr(diffusers, index["_class_name"])
-        pipe = cls.from_pretrained(name, use_safetensors=True, torch_dtype=torch.float32, **parts)
+        pipe = cls.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **parts)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as e:
         raise BadInput(f"data.pipeline is {name!r}: expected a {index['_class_name']} with its text encoders, "
                        f"{' '.join(str(e).split())[:200]}") from None
