@@ -19,7 +19,9 @@ from dmp_wb.data.load import captions_of, load_data
 from dmp_wb.data.sources import DATASETS, ImageData, SourceEntry
 from dmp_wb.evaluation.draw import draw, image_shape
 from dmp_wb.evaluation.effects import effects
+from dmp_wb.evaluation.sample_effects import sample_effects
 from dmp_wb.evaluation.sample_files import sample_run
+from dmp_wb.look import compare, tables
 from dmp_wb.look.compare import mse_by_timestep
 from dmp_wb.look.denoise_explorer import DenoiseExplorer
 from dmp_wb.look.gate_explorer import GateExplorer
@@ -115,7 +117,7 @@ def runs(photos, folders, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [f"{n}Pipeline" for n in ("StableDiffusion3", "StableDiffusionXL", "Flux", "Wan")])
 def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     run = runs(name)
     folder = sample_run(run.folder, 2, tmp_path / "samples", captions=["a cat", "two dogs"], num_inference_steps=2,
@@ -129,6 +131,9 @@ def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     assert found.whole.shape == (2, 2) and found.whole.abs().sum() > 0
     spans, mse = mse_by_timestep(model, run.experiment, source, num_images=2, intervals=2)
     assert len(spans) == 2 and mse.isfinite().all()
+    beside = tables.open_compared([str(run.folder)])
+    looked = compare.look_at(beside, 2, 2, num_inference_steps=1, device="cpu", resolution=4)
+    assert len(beside.notes) == 1 and looked.mse and looked.needs and looked.panels and looked.drawn
     shown = DenoiseExplorer(run.folder)
     assert len(shown.asked.words) == 4 and shown.asked.guided
     shown.steps.value = 10
@@ -200,3 +205,9 @@ def test_the_command(photos, folders, tmp_path):
     assert told.exit_code == 0 and "6 images as 16×8×8 latents" in told.output, told.output
     cache = load_data(str(tmp_path / "cache"))
     assert cache.null.keys() == {"encoder_hidden_states", "pooled_projections"}
+
+
+def test_effects_on_samples(runs):
+    found = sample_effects(runs("FluxPipeline").folder, intervals=2, num_images=2, num_inference_steps=1, quiet=True,
+                           backbone=wb.load_model(runs("FluxPipeline").folder, device="cpu"))
+    assert len(found.spans) == 2
