@@ -219,6 +219,8 @@ def sample(
             metavar="FIRST LAST", help="The run's methods act in these timesteps only.")] = None,
         vae: Annotated[str | None,
                        typer.Option(help="What decodes latents; what the run was trained with if not given.")] = None,
+        scheduler: Annotated[str | None, typer.Option(
+            help="A diffusers pipeline, whose own scheduler steps in place of the sampler.")] = None,
         npz: Annotated[bool, typer.Option("--npz/--no-npz",
                                           help="At the end, write samples.npz for ADM's evaluator.")] = True,
         num_processes: Annotated[int, typer.Option(help="Processes on this machine; with GPUs, one GPU each.")] = 1,
@@ -239,7 +241,7 @@ def sample(
     done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed,
                       batch_size=batch_size, part=(rank, world), guidance_interval=guidance_interval,
                       guidance_channels=guidance_channels, patched=not base, gate=gate, patch_interval=patch_interval,
-                      vae=vae,
+                      vae=vae, scheduler=scheduler,
                       device="cpu" if cpu else "auto", npz=npz)
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))

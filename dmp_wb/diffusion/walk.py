@@ -248,6 +248,12 @@ class _Checked:
         tf32 = self.param.device.type == "cuda" and (self.config.tf32 or multiplies_in_tf32(self.param.device))
         return {"dtype": self.config.dtype, "tf32": tf32, "compile": self.config.compile}
 
+    def stepping(self) -> dict[str, Any]:
+        "The scheduler that was given in place of a sampler, as files say it."
+        if self.given_scheduler is None: return {}
+        return {"scheduler": {"class": type(self.given_scheduler).__name__,
+                              "timesteps": [round(float(t), 4) for t in self.timesteps]}}
+
     def _condition(self, conditions, nulls):
         scale = 1.0 if self.texts is not None else self.config.guidance_scale
         self.conditions, self.nulls = _checked_conditions(conditions, nulls, self.backbone, self.num_images, scale)

@@ -123,6 +123,9 @@ def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     folder = sample_run(run.folder, 2, tmp_path / "samples", captions=["a cat", "two dogs"], num_inference_steps=2,
                         quiet=True, device="cpu")
     assert len(list(folder.glob("*.png"))) == 2
+    with pytest.raises(BadInput, match="holds images of something else: scheduler"):
+        sample_run(run.folder, 2, folder, captions=["a cat", "two dogs"], num_inference_steps=2, quiet=True,
+                   device="cpu", scheduler=run.experiment.base)
     drawn = draw(run.folder, 2, num_inference_steps=2, quiet=True, backbone=wb.load_model(run.folder, device="cpu"))
     assert drawn.images.shape == (2, *image_shape(run.folder)) and drawn.images.isfinite().all()
     model = wb.load_model(run.folder, device="cpu")
