@@ -1,8 +1,8 @@
 """The table of sizes on the page “Bring your own backbone”: for every class of backbone that is supported, one that is
 published, its parameters, and those of a patch with default settings and of one with 256 prompts a block.
 
-`python tools/backbone_sizes.py [NAME …]` prints it as Markdown. Models are made on the meta device, where weights take no
-memory, from the settings that the classes of diffusers have of themselves, and those here where they have none.
+`python tools/backbone_sizes.py [NAME …]` prints it as Markdown. Models are made on the meta device, where weights take
+no memory, from the settings that the classes of diffusers have of themselves, and those here where they have none.
 """
 import sys
 import warnings
@@ -33,8 +33,8 @@ PUBLISHED: dict[str, tuple[str, dict, tuple | None]] = {
     "Flux2Transformer2DModel": ("Flux.2 dev, 1024²", {}, None),
     "AuraFlowTransformer2DModel": ("AuraFlow 0.3, 1024²", dict(sample_size=128, pos_embed_max_size=9216), None),
     "ChromaTransformer2DModel": ("Chroma1 HD, 1024²", {}, None),
-    "BriaTransformer2DModel": ("Bria 3.2, 1024²", {}, None),
-    "LongCatImageTransformer2DModel": ("LongCat-Image, 1024²", {}, None),
+    "BriaTransformer2DModel": ("the class's own settings, 1024²", {}, None),
+    "LongCatImageTransformer2DModel": ("LongCat-Image, 1024²", dict(num_layers=10, num_single_layers=20), None),
     "OvisImageTransformer2DModel": ("Ovis-Image, 1024²", {}, None),
     "QwenImageTransformer2DModel": ("Qwen-Image, 1024²", {}, None),
     "Lumina2Transformer2DModel": ("Lumina-Image 2.0, 1024²", dict(cap_feat_dim=2304), None),
@@ -65,7 +65,7 @@ PUBLISHED: dict[str, tuple[str, dict, tuple | None]] = {
     "SanaVideoTransformer3DModel": ("SANA-Video 2B, 81 frames", {}, None),
     "EasyAnimateTransformer3DModel": ("EasyAnimate 5.1, 49 frames", dict(in_channels=16, out_channels=16,
                                                                         patch_size=2), None),
-    "CosmosTransformer3DModel": ("Cosmos-Predict2, 61 frames", dict(extra_pos_embed_type=None), None),
+    "CosmosTransformer3DModel": ("Cosmos 1 7B, 121 frames", {}, None),
     "LatteTransformer3DModel": ("Latte-1, 16 frames", {**PIXART, "in_channels": 4, "out_channels": 8, "num_layers": 28,
                                                       "patch_size": 2, "attention_bias": True,
                                                       "norm_type": "ada_norm_single",
@@ -83,6 +83,12 @@ PUBLISHED: dict[str, tuple[str, dict, tuple | None]] = {
         num_attention_heads=(5, 10, 20, 20)), (72, 128)),
     "Kandinsky3UNet": ("Kandinsky 3, 1024²", {}, None),
 }
+
+
+# where another pipeline than the first in the alphabet is the one to name, or diffusers does not say it
+NAMED = {"PixArtTransformer2DModel": "PixArtSigmaPipeline", "ConsisIDTransformer3DModel": "ConsisIDPipeline",
+         "Kandinsky5Transformer3DModel": "Kandinsky5T2VPipeline", "UNet2DModel": "DDPMPipeline",
+         "UNet2DConditionModel": "StableDiffusionPipeline", "UNetMotionModel": "AnimateDiffPipeline", "DiT": ""}
 
 
 def pipelines(name: str) -> list[str]:
@@ -119,7 +125,7 @@ def main():
     for name in PUBLISHED:
         if sys.argv[1:] and name not in sys.argv[1:]: continue
         backbone, default, small = sizes(name)
-        pipeline = next(iter(pipelines(name)), "") if name != "DiT" else ""
+        pipeline = NAMED[name] if name in NAMED else next(iter(pipelines(name)), "")
         print(f"| `{name}` | {PUBLISHED[name][0]} | {f'`{pipeline}`' if pipeline else ''} | {backbone / 1e6:,.0f} M | "
               f"{default / 1e6:,.1f} M | {default / backbone:.1%} | {small / 1e6:,.1f} M | {small / backbone:.2%} |",
               flush=True)

@@ -1,4 +1,5 @@
 "Every further class of diffusers that is supported, as a tiny model with random weights, through `wb.check_backbone`."
+import re
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import torch
 from more_backbones import CASES, CLASSES, build
 
 import dmp_wb as wb
+from dmp_wb.core.paths import project_root
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -29,3 +31,9 @@ def test_a_class_of_a_newer_diffusers_is_told_its_nearest_relative():
     class Flux4Transformer2DModel(torch.nn.Module): pass
     with pytest.raises(wb.BadInput, match="its nearest relative is Flux.*Transformer2DModel; add yours with"):
         wb.patch(Flux4Transformer2DModel())
+
+
+def test_the_page_of_backbones_lists_every_class_with_its_sizes():
+    page = (project_root() / "nbs" / "howto" / "backbone.ipynb").read_text(encoding="utf-8")
+    listed = set(re.findall(r"\| `(\w+)` \| [^|]+ \| [^|]* \| [\d,]+ M \|", page))
+    assert listed == {n for n in wb.supported_models() if n in CLASSES} | {"DiT"}

@@ -1,9 +1,10 @@
 """How many operations a patch adds to a forward pass of every class of backbone that is supported: counted, not timed.
 
-`python tools/benchmarks/operations.py [NAME …]`: the tiny models of the tests, patched with the default settings, called
-with one timestep for the batch as in sampling. An operation is a multiplication with its addition in a matrix product,
-a convolution or an attention, or one number that any other kernel writes; views cost nothing. Prints, for each class,
-patched / plain where the gates are computed, the same where they come from a table, and how many kernels are added.
+`python tools/benchmarks/operations.py [NAME …]`: the tiny models of the tests, patched with the default settings,
+called with one timestep for the batch as in sampling. An operation is a multiplication with its addition in a product
+of matrices, a convolution or an attention, or one number that any other kernel writes; views cost nothing. Prints, for
+each class, patched / plain where the gates are computed, the same where they come from a table, and how many kernels
+are added.
 """
 import argparse
 import statistics
