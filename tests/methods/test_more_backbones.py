@@ -69,3 +69,13 @@ def test_prepended_prompts_where_blocks_take_any_number_of_tokens():
         randomise(wb.patch(model, wb.DMPConfig(mode="prepend", num_prompts=3, depth=2)), 0.3)
         assert output_of(model, inputs).shape == plain.shape and not torch.allclose(output_of(model, inputs), plain)
         assert torch.equal(output_of(wb.unpatch(model), inputs), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LTXVideoTransformer3DModel", "ZImageTransformer2DModel"])
+def test_a_patched_and_routed_model_is_one_graph(name):
+    model, inputs = build(name), CASES[name][1]()
+    randomise(wb.patch(model, wb.DMPConfig(input_size=list(CASES[name][2]))), 0.3)
+    wb.route(model)
+    plain = output_of(model, inputs)
+    assert torch.allclose(output_of(torch.compile(model, backend="eager", fullgraph=True), inputs), plain, atol=1e-4)
