@@ -177,7 +177,9 @@ def test_a_change_of_weights_is_seen_whole():
         for weights in ((1, 0), (0, 1)) * 30: wb.use_patches(model, "a", "b", weights=weights)
 
     def look():
-        for _ in range(30): assert any(torch.allclose(answer(model), w, atol=1e-5) for w in want)
+        for _ in range(30):
+            got = answer(model)
+            assert any(torch.allclose(got, w, atol=1e-5) for w in want)
 
     def work(job):
         ready.wait()
