@@ -142,6 +142,7 @@ class Anatomy:
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #f75b7c53
 _ANATOMIES: dict[type | str, Anatomy] = {}
+_FOUND: dict[type, Anatomy] = {}   # by class, what was looked up since: a compiled graph cannot walk the bases of each
 
 def register_backbone(
     model_class: type | str,  # the class, or the name of one of diffusers' classes; subclasses are covered
@@ -149,6 +150,7 @@ def register_backbone(
 ) -> Anatomy:
     "Make a class of backbone known to `patch` and `route`. A later registration replaces an earlier one."
     _ANATOMIES[model_class] = anatomy
+    _FOUND.clear()
     return anatomy
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #d17700f0

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.errors import BadInput
 from . import images, unets, videos
-from .anatomy import _ANATOMIES, Anatomy, unwrap_model
+from .anatomy import _ANATOMIES, _FOUND, Anatomy, unwrap_model
 
 _ROOMS = (images, videos, unets)   # whose import registers the classes of diffusers
 
@@ -28,9 +28,13 @@ def supported_models() -> list[str]:
 
 # %% ../../nbs/source/models/03_backbones.ipynb #e105abc6
 def _registration(model) -> Anatomy | None:
+    if (found := _FOUND.get(type(model))) is not None: return found
     for cls in type(model).__mro__:
-        if cls in _ANATOMIES: return _ANATOMIES[cls]
-        if cls.__name__ in _ANATOMIES and cls.__module__.startswith("diffusers."): return _ANATOMIES[cls.__name__]
+        known = _ANATOMIES.get(cls)
+        if known is None and cls.__module__.startswith("diffusers."): known = _ANATOMIES.get(cls.__name__)
+        if known is not None:
+            _FOUND[type(model)] = known
+            return known
     return None
 
 def nearest_relative(name: str) -> str | None:
