@@ -145,6 +145,7 @@ class Anatomy:
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #f75b7c53
 _ANATOMIES: dict[type | str, Anatomy] = {}
+_FOUND: dict[type, Anatomy] = {}   # by class, what was looked up since: a compiled graph cannot walk the bases of each
 
 def register_backbone(
     model_class: type | str,  # the class, or the name of one of diffusers' classes; subclasses are covered
@@ -152,12 +153,17 @@ def register_backbone(
 ) -> Anatomy:
     "Make a class of backbone known to `patch` and `route`. A later registration replaces an earlier one."
     _ANATOMIES[model_class] = anatomy
+    _FOUND.clear()
     return anatomy
 
 def _registration(model) -> Anatomy | None:
+    if (found := _FOUND.get(type(model))) is not None: return found
     for cls in type(model).__mro__:
-        if cls in _ANATOMIES: return _ANATOMIES[cls]
-        if cls.__name__ in _ANATOMIES and cls.__module__.startswith("diffusers."): return _ANATOMIES[cls.__name__]
+        known = _ANATOMIES.get(cls)
+        if known is None and cls.__module__.startswith("diffusers."): known = _ANATOMIES.get(cls.__name__)
+        if known is not None:
+            _FOUND[type(model)] = known
+            return known
     return None
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #d17700f0

@@ -41,7 +41,8 @@ def anatomy_of(model: nn.Module) -> Anatomy:
     hint = f"; did you mean its {' or '.join('.' + part for part in inside)}?" if inside else \
         f"; add yours with dmp_wb.register_backbone({name}, dmp_wb.Anatomy(...))"
     if not inside and (near := nearest_relative(name)) is not None: hint = f"; its nearest relative is {near}{hint}"
-    raise BadInput(f"{name} is not a known backbone: expected one of {', '.join(supported_models())}{hint}")
+    raise BadInput(f"{name} is not a known backbone: expected one of the {len(supported_models())} classes that "
+                   f"dmp_wb.supported_models() lists{hint}")
 
 # %% ../../nbs/source/models/03_backbones.ipynb #1f3aff0f
 def backbones_inside(

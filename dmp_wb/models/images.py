@@ -339,7 +339,7 @@ _COGVIEW: dict[str, Any] = dict(
     embedding_width=lambda m: m.config.time_embed_dim, condition=_cogview_condition,
     condition_inputs=("original_size", "target_size", "crop_coords"), tokens_output=0)
 
-register_backbone("CogView3PlusTransformer2DModel", Anatomy(**_COGVIEW))
+register_backbone("CogView3PlusTransformer2DModel", Anatomy(**_COGVIEW, any_length=True))
 register_backbone("CogView4Transformer2DModel", Anatomy(**_COGVIEW, flow_matching=True))
 
 # %% ../../nbs/source/models/05_images.ipynb #immore08

@@ -26,7 +26,7 @@ def changed():
         kept.setdefault(name, _ANATOMIES[name])
         wb.register_backbone(name, dataclasses.replace(kept[name], **claims))
     yield change
-    _ANATOMIES.update(kept)
+    for name, anatomy in kept.items(): wb.register_backbone(name, anatomy)
 
 
 DIT, FLUX, AURA = DiT, "FluxTransformer2DModel", "AuraFlowTransformer2DModel"
