@@ -59,6 +59,8 @@ def finder_of(module: str, places):
         if not name.startswith("__"):
             for room in rooms(places):
                 if hasattr(held := import_module(room), name): return getattr(held, name)
+            # a room that nobody has imported yet, as wb.look.viz
+            if (room := f"{module}.{name}") in rooms(places): return import_module(room)
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
     return find
 

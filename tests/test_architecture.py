@@ -1,6 +1,8 @@
 "The house: wings import only from wings above them, in no circle; no room outside methods/ names a method; sizes."
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,9 @@ ALLOWED = {
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_no_room_is_longer_than_450_lines(room):
     assert len(ROOMS[room].read_text(encoding="utf-8").splitlines()) <= 450
+
+
+def test_a_room_that_nobody_imported_is_found_by_its_wing():
+    done = subprocess.run([sys.executable, "-c", "import dmp_wb as wb; print(wb.look.viz.film_strip.__name__)"],
+                          capture_output=True, text=True)
+    assert done.stdout.strip() == "film_strip", done.stderr

@@ -19,7 +19,7 @@ import typer
 from ..core.errors import BadInput, one_line_errors, printable
 from ..core.paths import expanded
 from ..core.registries import extractor_words
-from ..core.settings import AXES, SamplingConfig, USUAL_STEPS
+from ..core.settings import AXES, SamplingConfig, usual_steps
 from dmp_wb.cli.base import (
     _at_least, _begin, _check_measure, _check_places, _check_runs, _Compile, _complete_named, _complete_runs, _drawn,
     _DType, _one_of, _SAMPLER, _STEPS, _TF32, app,
@@ -228,7 +228,7 @@ def compare(
     from dmp_wb.batch.plan import find_notebook
     output = _html_file(output)
     _check_runs(runs)
-    steps = USUAL_STEPS.get(sampler, 25) if num_inference_steps is None else num_inference_steps
+    steps = usual_steps(sampler) if num_inference_steps is None else num_inference_steps
     drawn = _drawn(None, sampler=sampler, num_inference_steps=steps, dtype=dtype, tf32=tf32,
                    compiled=compiled)
     _check_measure(extractor, None, max(num_images, 1), 1, 0, drawn)

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULES', 'SAMPLERS', 'FLOW_SAMPLERS', 'AXES', 'USUAL_STEPS', 'SIZES', 'NAMES', 'LIMITS', 'FROM_DATA',
            'PREDICTION_TYPES', 'Weighting', 'WEIGHTINGS', 'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size',
            'ModelConfig', 'ObjectiveConfig', 'TrainedAs', 'aggregators', 'MultitaskConfig', 'size_of', 'DataConfig',
-           'dtype_name', 'SamplingConfig']
+           'dtype_name', 'usual_steps', 'SamplingConfig']
 
 # %% ../../nbs/source/core/07_settings.ipynb #358c47dc
 import ast
@@ -179,8 +179,7 @@ class DataConfig:
     # 0.05; null: none
     validation: str | float | None = None
     # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does.
-    # Built-in data have their
-    # own
+    # Built-in data have their own
     size: int | list | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
     # use labels if there are any: a folder's first subfolders, or a column of numbers or words
@@ -247,6 +246,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "papers": {"sampler": "ddpm", "num_inference_steps": 250, "guidance_scale": 1.5},
     "fast": {"sampler": "dpmsolver++", "num_inference_steps": 25, "guidance_scale": 1.5}}
 
+def usual_steps(sampler: str) -> int:
+    "How many steps a sampler takes if nobody says."
+    return USUAL_STEPS.get(sampler, 25)
+
 @dataclass
 class SamplingConfig:
     "How images are drawn from a model."
@@ -286,7 +289,7 @@ class SamplingConfig:
             raise unknown("prediction_type", self.prediction_type, PREDICTION_TYPES)
         if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
             raise unknown("sampler", self.sampler, SAMPLERS)
-        if self.num_inference_steps is None: self.num_inference_steps = USUAL_STEPS.get(self.sampler, 25)
+        if self.num_inference_steps is None: self.num_inference_steps = usual_steps(self.sampler)
         if not isinstance(self.schedule, (ScheduleConfig, str)):
             raise BadInput(f"schedule is {said(self.schedule)}: expected a name or a ScheduleConfig")
         if (self.sampler in FLOW_SAMPLERS) != (self.prediction_type == "flow_prediction"):

@@ -112,3 +112,12 @@ def draw_time_axis(ax, axis: TimeAxis, ends: tuple[float, float] | None = None, 
     which = ax.yaxis if vertical else ax.xaxis
     if ends is not None: (ax.set_ylim if vertical else ax.set_xlim)(*ends)
     which.set_major_locator(MaxNLocator(5, integer=True))
+
+def _edges(spans: Sequence[tuple[int, int]], axis: TimeAxis) -> np.ndarray: # [intervals + 1] places on the axis
+    "Where intervals of timesteps, one after the other, begin and end."
+    return axis.of([a for a, _ in spans] + [spans[-1][1] + 1])
+
+def _over_time(ax, axis: TimeAxis, edges: np.ndarray, **labels):
+    "Names the lower axis, with its first timestep at the left."
+    ax.set(xlabel=axis.label, **labels)
+    if axis.name != "timestep": ax.set_xlim(edges[0], edges[-1])

@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from ..core.errors import BadInput
 from ..core.registries import lower_is_better as _lower, METRICS
 from .canvas import add_legend, as_array, method_label, new_figure, panel_grid, run_colours, wrapped
-from .axis import time_axis, TimeAxis
+from .axis import _edges, _over_time, time_axis, TimeAxis
 
 # %% ../../nbs/source/look/04_curves.ipynb #84e83127
 def running_mean(
@@ -111,7 +111,7 @@ def loss_by_timestep(
     compared = against in losses and len(losses) > 1
     fig, axes = new_figure(1, 1 + compared, 4.1 * (1 + compared), 3.2)
     axis = time_axis(axis)
-    edges = axis.of([first for first, _ in intervals] + [intervals[-1][1] + 1])
+    edges = _edges(intervals, axis)
     for n, colour in run_colours(losses, colours).items():
         axes[0, 0].stairs(losses[n], edges, color=colour, lw=1.8,
                           label=method_label(n, colours), baseline=None)
@@ -119,8 +119,7 @@ def loss_by_timestep(
     if len(losses) > 1: add_legend(fig, axes[0, 0])
     if compared: _change_steps(axes[0, 1], losses, against, edges, colours)
     for ax in axes.flat:
-        ax.set(xlabel=axis.label)
-        if axis.name != "timestep": ax.set_xlim(edges[0], edges[-1])
+        _over_time(ax, axis, edges)
         sns.despine(ax=ax)
     return fig
 

@@ -16,21 +16,13 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 
 from ..core.errors import BadInput
-from .axis import time_axis, TimeAxis
+from .axis import _edges, _over_time, time_axis, TimeAxis
 from .canvas import GATES, add_legend, as_array, method_colour, method_label, new_figure
 if TYPE_CHECKING:
     from dmp_wb.evaluation.effects import Effects, Transfer
     from dmp_wb.evaluation.sample_effects import SampleEffects
 
 # %% ../../nbs/source/look/12_needs.ipynb #005791fa
-def _edges(spans: Sequence[tuple[int, int]], axis: TimeAxis) -> np.ndarray: # [intervals + 1] places on the axis
-    return axis.of([a for a, _ in spans] + [spans[-1][1] + 1])
-
-def _over_time(ax, axis: TimeAxis, edges: np.ndarray, **labels):
-    "Names the lower axis, with its first timestep at the left."
-    ax.set(xlabel=axis.label, **labels)
-    if axis.name != "timestep": ax.set_xlim(edges[0], edges[-1])
-
 def _scale(limit: float) -> Normalize:
     "Of percents, symmetric about 0; above 100 logarithmic, or a few large ones would leave all others white."
     if limit <= 100: return Normalize(-limit, limit)

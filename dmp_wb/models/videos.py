@@ -27,7 +27,7 @@ def _cogvideox_condition(m, timestep, inputs):
     e_t = time_embedding(m, timestep)
     return e_t if m.ofs_embedding is None else e_t + m.ofs_embedding(m.ofs_proj(inputs["ofs"]).to(e_t.dtype))
 
-register_backbone("CogVideoXTransformer3DModel", Anatomy(
+_COGVIDEOX: dict[str, Any] = dict(
     blocks=lambda m: m.transformer_blocks,
     grid_size=_cogvideox_grid,
     called_grid=lambda m, inputs: _cogvideox_grid(
@@ -35,28 +35,15 @@ register_backbone("CogVideoXTransformer3DModel", Anatomy(
     width=attention_width,
     embed_timestep=time_embedding,
     embedding_width=lambda m: m.config.time_embed_dim,
-    condition=_cogvideox_condition,
-    condition_inputs=("ofs",),
-    calling=COGVIDEOX,
     tokens_output=0,
-))
+)
+register_backbone("CogVideoXTransformer3DModel", Anatomy(
+    **_COGVIDEOX, condition=_cogvideox_condition, condition_inputs=("ofs",), calling=COGVIDEOX))
 
 # %% ../../nbs/source/models/06_videos.ipynb #afd5c5e4
 def _wan_embedding(m, timestep):
     e = m.condition_embedder
     return e.time_embedder(e.timesteps_proj(timestep).to(layer_dtype(m, e.time_embedder.linear_1)))
-
-register_backbone("WanTransformer3DModel", Anatomy(
-    blocks=lambda m: m.blocks,
-    grid_size=lambda m, input_size=(21, 60, 104): token_grid(input_size, tuple(m.config.patch_size)),
-    called_grid=lambda m, inputs: tuple(s // p
-                                        for s, p in zip(inputs["hidden_states"].shape[-3:], m.config.patch_size)),
-    width=attention_width,
-    embed_timestep=_wan_embedding,
-    embedding_width=attention_width,
-    flow_matching=True,
-    tokens_output=0,
-))
 
 # %% ../../nbs/source/models/06_videos.ipynb #vimore01
 def _config_patch(m) -> Size:
@@ -73,20 +60,12 @@ def _video(default: Size, patch: Callable = _config_patch) -> dict[str, Any]:
 _WAN: dict[str, Any] = dict(blocks=lambda m: m.blocks, width=attention_width, embed_timestep=_wan_embedding,
                             embedding_width=attention_width, flow_matching=True, tokens_output=0)
 
+register_backbone("WanTransformer3DModel", Anatomy(**_WAN, **_video((21, 60, 104))))
 register_backbone("WanVACETransformer3DModel", Anatomy(**_WAN, **_video((21, 60, 104))))
 register_backbone("ChronoEditTransformer3DModel", Anatomy(**_WAN, **_video((2, 90, 160))))
 register_backbone("SkyReelsV2Transformer3DModel", Anatomy(**_WAN, **_video((25, 68, 120))))
 
-register_backbone("ConsisIDTransformer3DModel", Anatomy(
-    blocks=lambda m: m.transformer_blocks,
-    grid_size=_cogvideox_grid,
-    called_grid=lambda m, inputs: _cogvideox_grid(
-        m, (inputs["hidden_states"].shape[1], *inputs["hidden_states"].shape[-2:])),
-    width=attention_width,
-    embed_timestep=time_embedding,
-    embedding_width=lambda m: m.config.time_embed_dim,
-    tokens_output=0,
-))
+register_backbone("ConsisIDTransformer3DModel", Anatomy(**_COGVIDEOX))
 
 # %% ../../nbs/source/models/06_videos.ipynb #vimore03
 def _pooled(name: str) -> Callable:
