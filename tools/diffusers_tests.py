@@ -1,15 +1,16 @@
-"""diffusers' own tests of its models: on plain models, on patched ones, and on routed ones.
+"""diffusers' own tests of its models, on models that are patched and routed.
 
 `python tools/diffusers_tests.py --diffusers CLONE [--at v0.40.0] [--out tools/diffusers_tests.json] [CLASS …]`: CLONE
 is a git clone of diffusers, a bare one too, since its wheels hold no tests; `--at` names a tag of about the version
 that is installed. In the test classes of every supported class `model_class` is exchanged for one whose models come
-with a patch of random numbers, or with routing; what that changes in the list of outcomes is printed, and written with
---out. Tests that ask for an accelerator only to save time run here too; those that need the network do not. Graphs are
-compiled with --compiled alone, by the backend `eager`. A class that diffusers has no test of gets one of the same
-parts, with the model that the tests of this package have of it.
+with a patch of random numbers and with routing. What does not pass then is run on plain models; where the outcome is
+another it is printed, and written with --out. Tests that ask for an accelerator only to save time run here too; those
+of offloading and those that need the network do not. Graphs are compiled with --compiled alone, by the backend `eager`.
+A class that diffusers has no test of gets one of the same parts, with the model that this package's tests have of it.
 """
 import argparse
 import contextlib
+import gc
 import io
 import json
 import os
@@ -26,8 +27,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-MODES = ("plain", "patched", "routed")
-LEFT_OUT = "slow or nightly or quantization or single_file or context_parallel or tensor_parallel"
+LEFT_OUT = "slow or nightly or memory or quantization or single_file or context_parallel or tensor_parallel"
 # outcomes that differ and are no fault, by the end of a test's name: why
 ARTEFACTS: dict[str, str] = {}
 
@@ -72,6 +72,7 @@ class Made:
     def __call__(self, *args, **kw): return self._put(self._cls(*args, **kw))
     def __getattr__(self, name): return getattr(self._cls, name)
     def __setattr__(self, name, value): setattr(self._cls, name, value)
+    def __delattr__(self, name): delattr(self._cls, name)
     def __instancecheck__(self, thing): return isinstance(thing, self._cls)
     def __copy__(self): return self
     def from_pretrained(self, *args, **kw):
@@ -80,20 +81,15 @@ class Made:
         return self._put(found)
 
 
-def patched(model, size=None):
-    "With a patch of random numbers, the same for every model of these settings; the global ones go on as they were."
+def adapted(model, size=None):
+    "With routing, and a patch of random numbers: the same for every model of these settings, whatever was drawn."
     import dmp_wb as wb
     with torch.random.fork_rng():
         patch = wb.patch(model, wb.DMPConfig(input_size=size))
         g = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for w in patch.parameters(): w.copy_(torch.randn(w.shape, generator=g) * 0.1)
-    return model
-
-
-def routed(model):
-    import dmp_wb as wb
-    wb.route(model)
+        wb.route(model)
     return model
 
 
@@ -114,50 +110,66 @@ def sizes(inputs: dict):
                 if tokens % rows == 0: yield rows * scale, tokens // rows * scale
 
 
+def placed(inputs: dict) -> dict:
+    "With tokens that lie row by row, which many of the tests leave to chance: a patch looks at where they are."
+    ids = inputs.get("img_ids")
+    if not isinstance(ids, torch.Tensor): return inputs
+    tokens = ids.shape[-2]
+    columns = next(n for n in range(int(tokens**0.5), 0, -1) if tokens % n == 0)
+    places = torch.zeros_like(ids)
+    places[..., 1] = torch.arange(tokens) // columns
+    places[..., 2] = torch.arange(tokens) % columns
+    return {**inputs, "img_ids": places}
+
+
 def fitting(make, inputs):
     "The input size with which a patched model takes the inputs, as its pipeline would give them."
     from dmp_wb.core.errors import BadInput
     told = None
     for size in sizes(inputs()):
         try:
-            model = patched(make().eval(), None if size is None else list(size))
+            model = adapted(make().eval(), None if size is None else list(size))
             with torch.no_grad(): model(**inputs())
             return None if size is None else list(size)
         except BadInput as e: told = told or e
     raise RuntimeError(f"no size fits the inputs of the tests: {told}")
 
 
+def test_of(node: str) -> str: return node.partition("::")[2]
+
+
 class Exchange:
-    "A plug-in of pytest: models of one class in one mode, and what became of every test."
-    def __init__(self, name: str, mode: str):
-        self.name, self.mode = name, mode
+    "A plug-in of pytest: models of one class, adapted or not, and what became of every test."
+    def __init__(self, name: str, only: set[str] | None):
+        self.name, self.only = name, only   # tests to run on plain models; None: all, on adapted ones
         self.outcomes: dict[str, str] = {}
         self.why: dict[str, str] = {}
 
     def pytest_collection(self, session):
         "Tests run here that ask for an accelerator as for their speed."
         import tests.testing_utils as utils
+        gc.collect = lambda *args: 0   # which they do before and after each, for a GPU's memory
         for need in ("accelerator", "torch_accelerator_with_training", "torch_accelerator"):
             setattr(utils, f"require_{need}", lambda test: test)
 
     @pytest.hookimpl(trylast=True)   # when marks have been looked at
     def pytest_collection_modifyitems(self, items):
         kept = [cls for cls in {i.cls for i in items} if hasattr(cls, "model_class") and self.exchanged(cls)]
-        items[:] = [i for i in items if i.cls in kept]
+        items[:] = [i for i in items if i.cls in kept and (self.only is None or test_of(i.nodeid) in self.only)]
 
     def exchanged(self, cls) -> bool:
         "Whether it tests the class: if so it tests others in its place from now on."
-        test, found = cls(), cls.model_class
+        test, found, inputs = cls(), cls.model_class, cls.get_dummy_inputs
         if isinstance(found, property): found = found.fget(test)
         if found.__name__ != self.name: return False
-        if self.mode == "routed": cls.model_class = Made(found, routed)
-        if self.mode == "patched":
+        cls.get_dummy_inputs = lambda self, *args, **kw: placed(inputs(self, *args, **kw))
+        if self.only is None:
             size = fitting(lambda: found(**test.get_init_dict()), test.get_dummy_inputs)
-            cls.model_class = Made(found, lambda model: patched(model, size))
+            cls.model_class = Made(found, lambda model: adapted(model, size))
         return True
 
     def pytest_runtest_logreport(self, report):
-        name, worst = report.nodeid.partition("::")[2], ("passed", "skipped", "failed")
+        name, worst = test_of(report.nodeid), ("passed", "skipped", "failed")
         if worst.index(report.outcome) < worst.index(self.outcomes.get(name, "passed")): return
         self.outcomes[name] = report.outcome
         if report.failed:
@@ -165,14 +177,15 @@ class Exchange:
             self.why[name] = " ".join((crash.message if crash else str(report.longrepr)).split())[:300]
 
 
-def run(name: str, mode: str, files: list[str], compiled: bool) -> tuple[dict, dict]:
+def run(name: str, files: list[str], compiled: bool, only: set[str] | None = None) -> tuple[dict, dict]:
     "In a process of its own: what becomes of the tests of one class, and what those say that fail."
     if compiled:
         whole = torch.compile
         torch.compile = lambda *args, **kw: whole(*args, **{**kw, "backend": "eager"})
-    plug, said = Exchange(name, mode), io.StringIO()
+    plug, said = Exchange(name, only), io.StringIO()
     with contextlib.redirect_stdout(said):
-        code = pytest.main([*files, "-q", "-p", "no:cacheprovider", "--tb=short", "-k", "not aot and not hotswap",
+        code = pytest.main([*files, "-q", "-p", "no:cacheprovider", "-p", "no:warnings", "--tb=short",
+                            "-k", "not aot and not hotswap",
                             "-m", f"not ({LEFT_OUT}){' and compile' if compiled else ' and not compile'}"],
                            plugins=[plug])
     if not plug.outcomes: raise RuntimeError(f"pytest ended with {code}: {said.getvalue()[-2000:]}")
@@ -198,29 +211,25 @@ def artefact(test: str) -> str | None:
     return next((why for end, why in ARTEFACTS.items() if re.search(end, test)), None)
 
 
-def compared(files: list[str], found: dict[str, tuple[dict, dict]]) -> dict:
-    "The row of a class: how many tests pass in each mode, and each whose outcome differs, with the reason."
-    row: dict = {"tests": [Path(f).name for f in files], "differ": {},
-                 **{mode: sum(o == "passed" for o in outcomes.values()) for mode, (outcomes, _) in found.items()}}
-    for mode in MODES[1:]:
-        outcomes, why = found[mode]
-        for test, plain in found["plain"][0].items():
-            if (other := outcomes.get(test, "missing")) == plain: continue
-            row["differ"][f"{mode} {test}"] = artefact(test) or f"{plain} → {other}: {why.get(test, '')}"
-    return row
+def apart(*args) -> tuple[dict, dict]:
+    "`run` in a process of its own."
+    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as one: return one.submit(run, *args).result()
 
 
 def each(names: list[str], tests: Path, compiled: bool):
-    "The row of each class, or what went wrong."
+    "The row of each class: how many tests pass, and each that ends otherwise on a plain model; or what went wrong."
     for name, files in files_of(tests).items():
         if names and name not in names: continue
-        found = {}
         try:
-            for mode in MODES:
-                with ProcessPoolExecutor(1, mp_context=get_context("fork")) as apart:
-                    found[mode] = apart.submit(run, name, mode, files, compiled).result()
-            yield name, compared(files, found)
-        except (RuntimeError, BrokenProcessPool) as e: yield name, f"{mode}: {e}"
+            ours, why = apart(name, files, compiled)
+            rest = {test for test, outcome in ours.items() if outcome != "passed"}
+            plain = apart(name, files, compiled, rest)[0] if rest else {}
+            differ = {test: artefact(test) or f"{plain[test]} → {ours[test]}: {why.get(test, '')}"
+                      for test in sorted(rest) if plain[test] != ours[test]}
+            outcomes = list(ours.values())
+            yield name, {"tests": [Path(f).name for f in files], "passed": outcomes.count("passed"),
+                         "as plain": len(rest) - len(differ), "differ": differ}
+        except (RuntimeError, BrokenProcessPool, KeyError) as e: yield name, str(e)
 
 
 def main():
@@ -242,12 +251,13 @@ def main():
         import diffusers.models, peft, transformers   # noqa: E401, F401   once for all
         for name, row in each(args.names, Path(folder), args.compiled):
             if isinstance(row, str):
-                print(f"{name}, {row}", flush=True)
+                print(f"{name}: {row}", flush=True)
                 wrong += 1
                 continue
             rows[name], faults = row, {k: v for k, v in row["differ"].items() if v not in ARTEFACTS.values()}
             wrong += len(faults)
-            print(name, *(f"{row[mode]} {mode}" for mode in MODES), f"{len(row['differ'])} differ", flush=True)
+            print(f"{name}: {row['passed']} pass, {row['as plain']} do not as on a plain model, "
+                  f"{len(row['differ'])} differ", flush=True)
             for test, why in faults.items(): print("   ", test, why, flush=True)
             if out: out.write_text(json.dumps({"diffusers": args.at, "classes": rows}, indent=1) + "\n")
         os.chdir(ROOT)

@@ -340,6 +340,9 @@ class LatentCache(Source):
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
                            f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: "
                            "expected the same")
+        if self.pipeline and config.prompt_length not in (None, length := self.facts["prompt_length"]):
+            raise BadInput(f"latent cache {self.folder} was made with prompts of {length or 'the usual number of'} "
+                           f"tokens, but data.prompt_length is {config.prompt_length}: expected the same, or null")
         if config.text_encoder and self.null and (found := fingerprint(
             load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
             raise BadInput(f"latent cache {self.folder} was made with another text encoder, "
