@@ -72,7 +72,7 @@ def write_cache(
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if config.pipeline is not None and text is not None:
-        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
+        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length, "prompt_dtype": config.prompt_dtype,
                  "conditions": sorted(text.null())}
     plan["format"] = format_of(plan)
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
@@ -313,7 +313,8 @@ class LatentCache(Source):
         if self.pipeline is None: return load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
         side = self.facts["size"]
         height, width = side if isinstance(side, list) else (side, side)
-        return load_pipeline_text(self.pipeline, self.facts["prompt_length"], (height, width))
+        return load_pipeline_text(self.pipeline, self.facts["prompt_length"], (height, width),
+                                  self.facts["prompt_dtype"])
 
     def decode(self, images):
         "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."

@@ -106,6 +106,7 @@ class PipelineText(nn.Module):
                if name is not None and name.startswith("-") == bool(sign)}
         if self.prompting.padded: own |= _padded(own, *self.prompting.padded, length=self.length)
         device = next(self.encoder.parameters()).device
+        own = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
         return own | {k: v.to(device).expand(count, *v.shape) for k, v in self.sizes.items()}
 
 def _padded(found: dict, text: str, mask: str, length: int) -> dict[str, torch.Tensor]:
@@ -137,7 +138,8 @@ def load_pipeline_text(
     name: str,                      # a folder, or an id on the hub
     length: int | None = None,      # tokens of a prompt; None: what the pipeline's own call takes
     size: tuple[int, int] = (0, 0), # of the images, in pixels: some backbones are told it
-) -> PipelineText: # float32, on the CPU
+    dtype: str = "float32",         # of the encoders
+) -> PipelineText: # on the CPU
     "The text encoders of a pipeline. Raises `BadInput`."
     try: import transformers  # noqa: F401
     except ImportError:
@@ -156,7 +158,7 @@ def load_pipeline_text(
             if k in BACKBONES: parts[k] = _meta_backbone(name, k, v[1])
             elif not k.startswith(("text_encoder", "tokenizer", "scheduler")): parts[k] = None
         cls = getattr(diffusers, index["_class_name"])
-        pipe = cls.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **parts)
+        pipe = cls.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype), **parts)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as e:
         raise BadInput(f"data.pipeline is {name!r}: expected a {index['_class_name']} with its text encoders, "
                        f"{' '.join(str(e).split())[:200]}") from None

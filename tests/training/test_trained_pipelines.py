@@ -239,3 +239,15 @@ def test_a_class_without_text(name, tmp_path):
     shown = DenoiseExplorer(run.folder)
     shown.steps.value = 10
     assert shown.static().axes and GateExplorer(run.folder).look(500, 1) is not None
+
+
+def test_encoders_in_half_precision(photos, folders, tmp_path):
+    pipe = folders("StableDiffusion3Pipeline")
+    whole, half = (write_cache(data(photos, pipe, 16, prompt_dtype=dtype), tmp_path / dtype, batch_size=4)
+                   for dtype in ("float32", "bfloat16"))
+    assert next(half._load_text().parameters()).dtype == torch.bfloat16
+    one, two = (cache.texts(["a cat"])["encoder_hidden_states"] for cache in (whole, half))
+    assert two.dtype == torch.float32 and torch.allclose(one, two, atol=0.1) and not torch.equal(one, two)
+    assert torch.equal(two[0], half.batch(torch.tensor([0]))["encoder_hidden_states"][0])
+    with pytest.raises(BadInput, match="unknown data.prompt_dtype .int8.*float32, float16, bfloat16"):
+        data(photos, pipe, 16, prompt_dtype="int8").check()
