@@ -89,10 +89,11 @@ def test_sample_and_the_pipeline_draw_the_same(name, photos, folders, tmp_path):
     if name == "Lumina2Pipeline": more["cfg_normalization"] = False
 
     def drawn():
-        streams = [torch.Generator().manual_seed(seed_of(0, "image", i)) for i in range(2)]
-        given = {}
-        if name == "CogVideoXPipeline":   # draws its noise with frames before channels
-            given["latents"] = torch.cat([torch.randn(1, *cache.shape, generator=g) for g in streams]).transpose(1, 2)
+        draws = lambda: [torch.Generator().manual_seed(seed_of(0, "image", i)) for i in range(2)]
+        streams, given = draws(), {}
+        noise = torch.cat([torch.randn(1, *cache.shape, generator=g) for g in draws()])
+        if name == "CogVideoXPipeline": given["latents"] = noise.transpose(1, 2)   # with frames before channels
+        if name == "Lumina2Pipeline": given["latents"] = noise                     # takes every VAE for one of 8 × 8
         with torch.no_grad():
             made = whole(["a cat", "two dogs"], height=side, width=side, num_inference_steps=3, generator=streams,
                          output_type="pt", **more, **given)
