@@ -1,4 +1,5 @@
 "Shared pieces: tiny models with weights away from their zero initialisation, and a folder for runs."
+import csv
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")   # torch reads it when it i
 import nbformat
 import pytest
 import torch
+from PIL import Image
 from diffusers import DiTTransformer2DModel
 
 from dmp_wb.core.paths import project_root
@@ -90,3 +92,34 @@ def environment():
 def runs_folder(tmp_path, monkeypatch, environment):
     monkeypatch.setenv("DMP_WB_RUNS", str(tmp_path / "runs"))
     return tmp_path / "runs"
+
+
+@pytest.fixture(scope="session", name="photos")
+def captioned_photos(tmp_path_factory):
+    "A folder of six pictures of 32 × 32, with metadata.csv."
+    folder = tmp_path_factory.mktemp("photos")
+    from trained_pipelines import CAPTIONS
+    g = torch.Generator().manual_seed(0)
+    with open(folder / "metadata.csv", "w", newline="") as f:
+        rows = csv.writer(f)
+        rows.writerow(["file_name", "text"])
+        for i, caption in enumerate(CAPTIONS):
+            pixels = torch.randint(256, (3, 4, 4), generator=g).float()
+            pixels = torch.nn.functional.interpolate(pixels[None], size=32, mode="bilinear")[0]
+            Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()).save(folder / f"{i}.png")
+            rows.writerow([f"{i}.png", caption])
+    return folder
+
+
+@pytest.fixture(scope="session", name="folders")
+def pipeline_folders(tmp_path_factory):
+    "By its class's name, the folder of a tiny pipeline, made when it is first asked for."
+    made = {}
+
+    def folder(name):
+        from trained_pipelines import TRAINED   # whose imports take a while
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            TRAINED[name][0](made[name] / "scratch").save_pretrained(made[name] / "pipe")
+        return made[name] / "pipe"
+    return folder

@@ -122,11 +122,15 @@ def latents(
             help="A folder of images, a folder that `datasets` wrote, owner/name of a data set on the hub, or the name "
             "of data that the package knows.")],
         folder: Annotated[Path, typer.Argument(help="Where the cache goes.")],
-        vae: Annotated[str, typer.Option(
-            help="A diffusers AutoencoderKL, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
-            "ships.")],
         size: Annotated[str, typer.Option(
             help="Pixels that images are scaled and cropped to: a side, or HEIGHTxWIDTH.")],
+        vae: Annotated[str | None, typer.Option(
+            help="A diffusers VAE, or a pipeline that holds one, local or on the hub; or fashion-vae, which "
+            "ships.")] = None,
+        pipeline: Annotated[str | None, typer.Option(
+            help="A whole diffusers pipeline in place of --vae and --text-encoder.")] = None,
+        prompt_length: Annotated[int | None, typer.Option(
+            help="Tokens that a pipeline's encoders are asked for; as many as by itself if not given.")] = None,
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,
                          typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
@@ -153,11 +157,13 @@ def latents(
     data, folder = str(expanded(data)) if data.startswith("~") else data, expanded(folder)
     if not re.fullmatch(r"\d{1,6}(x\d{1,6})?", size):
         raise BadInput(f"--size is {size!r}: expected a side in pixels, or HEIGHTxWIDTH, as 256x384")
+    if vae is None and pipeline is None:
+        raise BadInput("neither --vae nor --pipeline is given: expected one, that makes the latents")
     config = DataConfig(name=data, split=split, size=[int(side) for side in size.split("x")], channels=channels,
                         conditional=not unconditional,
                         image_column=image_column, label_column=label_column, caption_column=caption_column,
-                        vae=vae, text_encoder=text_encoder, text_length=text_length, max_bad_images=max_bad_images,
-                        num_workers=num_workers).check()
+                        vae=vae, text_encoder=text_encoder, text_length=text_length, pipeline=pipeline,
+                        prompt_length=prompt_length, max_bad_images=max_bad_images, num_workers=num_workers).check()
     _one_of("dtype", dtype, DTYPE_NAMES)
     _at_least(1, batch_size=batch_size, images_per_shard=images_per_shard)
     _begin(f"latents of {data}, into {folder}")
@@ -213,6 +219,8 @@ def sample(
             metavar="FIRST LAST", help="The run's methods act in these timesteps only.")] = None,
         vae: Annotated[str | None,
                        typer.Option(help="What decodes latents; what the run was trained with if not given.")] = None,
+        scheduler: Annotated[str | None, typer.Option(
+            help="A diffusers pipeline, whose own scheduler steps in place of the sampler.")] = None,
         npz: Annotated[bool, typer.Option("--npz/--no-npz",
                                           help="At the end, write samples.npz for ADM's evaluator.")] = True,
         num_processes: Annotated[int, typer.Option(help="Processes on this machine; with GPUs, one GPU each.")] = 1,
@@ -233,7 +241,7 @@ def sample(
     done = sample_run(home, num_images, folder and expanded(folder), labels, captions, **drawn, seed=seed,
                       batch_size=batch_size, part=(rank, world), guidance_interval=guidance_interval,
                       guidance_channels=guidance_channels, patched=not base, gate=gate, patch_interval=patch_interval,
-                      vae=vae,
+                      vae=vae, scheduler=scheduler,
                       device="cpu" if cpu else "auto", npz=npz)
     if done is not None:
         print(printable(f"{done}: {num_images:,} images" + (f", and {done / 'samples.npz'}" if npz else "")))

@@ -127,7 +127,8 @@ def _values(exp: Experiment) -> dict[str, Any]:
             **{key: value(key) for key in of_methods}}
 
 # %% ../../nbs/source/config/02_reading.ipynb #bfb19164
-_PATHS = ("base", "data.name", "data.vae", "data.text_encoder", "multitask.clusters")   # may be files or folders
+# may be files or folders
+_PATHS = ("base", "data.name", "data.vae", "data.text_encoder", "data.pipeline", "multitask.clusters")
 
 def load_experiment(
         experiment: str | Path | Experiment,   # a YAML file, a bare name, or an experiment made in Python

@@ -132,6 +132,7 @@ class TrainedAs:
     schedule: ScheduleConfig
     prediction_type: str
     latents: bool = False   # of a VAE: they may lie outside [−1, 1]
+    shape: tuple[int, ...] | None = None   # of them, where no config of the model says it
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771005
 def aggregators() -> list[str]:
@@ -194,6 +195,11 @@ class DataConfig:
     vae: str | None = None
     text_encoder: str | None = None   # a pipeline folder or hub id with tokenizer/ and text_encoder/, for captions
     text_length: int = 120            # tokens of a caption, where the tokenizer names no smaller limit (CLIP: 77)
+    # a diffusers pipeline, in place of vae and text_encoder:
+    # captions by its own encoders, however many, as its own call
+    # encodes them, and its VAE
+    pipeline: str | None = None
+    prompt_length: int | None = None  # tokens that its encoders are asked for; null: as many as by itself
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
     num_workers: int | None = None    # processes that read images; None: 0 for data in memory, up to 4 for files
 
@@ -215,6 +221,13 @@ class DataConfig:
         if self.num_workers is not None and self.num_workers < 0:
             raise BadInput(f"data.num_workers is {self.num_workers}: expected 0 or more, or null")
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
+        if self.prompt_length is not None and self.prompt_length < 1:
+            raise BadInput(f"data.prompt_length is {self.prompt_length}: expected at least 1, or null")
+        both = next((k for k in ("vae", "text_encoder") if getattr(self, k) is not None), None)
+        if self.pipeline is not None and both is not None:
+            raise BadInput(
+                f"data.pipeline is {self.pipeline!r} and data.{both} is {getattr(self, both)!r}: expected one "
+                "of them, a pipeline has its own")
         return self
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771f05

@@ -21,7 +21,7 @@ from ..core.files import read_json, sha256_of, write_atomic, write_json
 from ..core.bars import progress
 from ..core.settings import DataConfig, size_of
 from dmp_wb.data.cache_facts import (
-    CACHE_DTYPES, CACHE_FILE, CACHE_FORMAT, _check_facts, FACTS, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
+    CACHE_DTYPES, CACHE_FILE, _check_facts, FACTS, format_of, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
     verify_shards, _writing,
 )
 from dmp_wb.data.encoders import (
@@ -29,6 +29,7 @@ from dmp_wb.data.encoders import (
 )
 from .folders import data_path, EVERY_SPLIT, ImageFiles, pick_split, SkippedImages
 from .images import BadImage
+from .prompts import load_pipeline_text, PipelineText
 from .sources import ImageData, readers, Source
 from .tables import load_images
 from ..methods.weights import fingerprint
@@ -53,28 +54,33 @@ def write_cache(
     folder = data_path(folder)
     if not 0 <= part[0] < part[1]: raise BadInput(f"part is {part}: expected a number from 0, and how many there are")
     if dtype not in CACHE_DTYPES: raise unknown("dtype", dtype, CACHE_DTYPES)
-    if not config.vae: raise BadInput("data.vae is null: expected the VAE that makes the latents")
+    vae = config.vae or config.pipeline
+    if not vae: raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
     for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
     data = load_images(config)
-    coder = load_vae(config.vae).to(device)
+    coder = load_vae(vae).to(device)
     text = _text_coder(config, data)
     if text is not None: text.to(device)
     shape = coder.latent_shape(data.shape)
-    plan = {"format": CACHE_FORMAT, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
+    plan = {"format": 0, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
             "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
-            "vae": config.vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
+            "vae": vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
             "latent_shape": list(shape),
-            "text_encoder": config.text_encoder if text else None,
+            "text_encoder": (config.text_encoder or config.pipeline) if text else None,
             "text_fingerprint": fingerprint(text.encoder) if text else None,
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
+    if config.pipeline is not None and text is not None:
+        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
+                 "conditions": sorted(text.null())}
+    plan["format"] = format_of(plan)
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
     with _writing(folder):
         if not (folder / PLAN_FILE).exists(): _put(write_json, folder / PLAN_FILE, plan)
         if text is not None and not (folder / "null.safetensors").exists():
-            empty = text.embed(**{k: v.to(device) for k, v in text.tokens([""]).items()})
-            _put(write_atomic, folder / "null.safetensors", save({k: _narrow(v[0], dtype) for k, v in empty.items()}))
+            _put(write_atomic, folder / "null.safetensors",
+                 save({k: _narrow(v, dtype) for k, v in text.null().items()}))
         return _write_shards(config, folder, plan, data, coder, text, batch_size, device, part, say)
 
 # %% ../../nbs/source/data/06_cache.ipynb #97deee1a
@@ -178,11 +184,11 @@ def _same_plan(folder: Path, old: dict, new: dict):
     if type(old) is not dict:
         raise BadInput(
             f"{folder / PLAN_FILE} holds a {type(old).__name__}: expected an object, as dmp-wb latents writes it")
-    if old.get("format") != CACHE_FORMAT:
-        raise BadInput(f"{folder} holds a cache of format {old.get('format')}: expected {CACHE_FORMAT}, which this "
+    if old.get("format") != new["format"]:
+        raise BadInput(f"{folder} holds a cache of format {old.get('format')}: expected {new['format']}, which this "
                        "version of dmp_wb writes")
     # where they lay; the fingerprints tell what they are
-    same = lambda k: old[k] == new[k] or k in ("data", "vae", "text_encoder")
+    same = lambda k: old[k] == new[k] or k in ("data", "vae", "text_encoder", "pipeline")
     if lacks := [k for k in new if k not in old]:
         raise BadInput(f"{folder / PLAN_FILE} lacks {lacks[0]}: expected what dmp-wb latents writes")
     differs = [k for k in new if not same(k)]
@@ -224,7 +230,8 @@ class LatentCache(Source):
         self._starts = torch.tensor([0] + [entry["images"] for entry in facts["shards"]]).cumsum(0)
         self._open: dict[int, dict[str, torch.Tensor]] = {}
         self._coder: LatentCoder | None = None
-        self._text: TextCoder | None = None
+        self._text: TextCoder | PipelineText | None = None
+        self.pipeline = facts.get("pipeline")
         self.null = {} if facts["text_encoder"] is None else self._null()
         verify_shards(folder, facts, self.null)
         self.workers, self.labels = readers(), None
@@ -243,9 +250,10 @@ class LatentCache(Source):
                 null = {k: v.float() if (v := f.get_tensor(k)).is_floating_point() else v for k in f.keys()}
         except (SafetensorError, OSError) as e:
             raise BadInput(f"{file} is no file of tensors, {' '.join(str(e).split())[:200]}: {again}") from None
-        if not null or not null.keys() <= set(TEXT_INPUTS):
+        known = self.facts.get("conditions") or TEXT_INPUTS
+        if not null or not null.keys() <= set(known):
             raise BadInput(f"{file} holds {', '.join(null)[:100] or 'nothing'}: expected some of "
-                           f"{', '.join(TEXT_INPUTS)}; {again}")
+                           f"{', '.join(known)}; {again}")
         if odd := [k for k, v in null.items() if not v.isfinite().all()]:
             raise BadInput(f"{file} holds NaN or infinite numbers in {odd[0]}: {again}")
         return null
@@ -295,11 +303,17 @@ class LatentCache(Source):
         if not self.null: return {}
         if captions is None: return {k: v for k, v in self.batch(indices).items() if k in self.null}
         if self._text is None:
-            self._text = load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
+            self._text = self._load_text()
             if fingerprint(self._text.encoder) != self.facts["text_fingerprint"]:
                 raise BadInput(f"text encoder {self.facts['text_encoder']} is not the one that latent cache "
                                f"{self.folder} was made with: expected fingerprint {self.facts['text_fingerprint']}")
         return self._text.embed(**self._text.tokens(captions))
+
+    def _load_text(self) -> TextCoder | PipelineText:
+        if self.pipeline is None: return load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
+        side = self.facts["size"]
+        height, width = side if isinstance(side, list) else (side, side)
+        return load_pipeline_text(self.pipeline, self.facts["prompt_length"], (height, width))
 
     def decode(self, images):
         "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."
@@ -321,10 +335,11 @@ class LatentCache(Source):
                 "cache of that size")
         facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
         made, found = ((self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]),
-                       facts(load_vae(config.vae)) if config.vae else None)
+                       facts(load_vae(vae)) if (vae := config.vae or config.pipeline) else None)
         if found not in (None, made):
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
-                           f"scale and shift {made}), than data.vae {config.vae} {found}: expected the same")
+                           f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: "
+                           "expected the same")
         if config.text_encoder and self.null and (found := fingerprint(
             load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
             raise BadInput(f"latent cache {self.folder} was made with another text encoder, "

@@ -8,7 +8,6 @@ __all__ = ['load_data', 'sizes_from', 'HeldOut', 'hold_out', 'Captions', 'captio
 # %% ../../nbs/source/data/07_load.ipynb #c70050df
 import dataclasses
 import hashlib
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ from .encoders import EncodedImages, load_vae, _text_coder
 from .folders import data_path
 from .sources import Source
 from .tables import load_images
-from ..models.anatomy import TEXT_INPUTS, unwrap_model
+from ..models.anatomy import model_inputs, TEXT_INPUTS, unwrap_model
 
 # %% ../../nbs/source/data/07_load.ipynb #ee556273
 def load_data(
@@ -39,7 +38,8 @@ def load_data(
         return cache
     data = load_images(config)
     text = _text_coder(config, data)
-    return EncodedImages(data, load_vae(config.vae) if config.vae else None, text) if config.vae or text else data
+    vae = config.vae or config.pipeline
+    return EncodedImages(data, load_vae(vae) if vae else None, text) if vae or text else data
 
 def sizes_from(
     data: Source,
@@ -92,6 +92,7 @@ class Captions:
     ):
         if captions is not None and not len(captions): raise BadInput("captions are empty: expected at least one")
         self.data, self.captions, self.null = data, captions, {k: v for k, v in data.null.items() if k in inputs}
+        self.shape = data.shape   # of what the model sees
 
     def of(self, numbers: range) -> dict[str, torch.Tensor]: # as `null`, [B, …] each
         "The embeddings for images of these numbers."
@@ -116,7 +117,7 @@ def captions_of(
     """The captions for a model's images; None for a model that takes no text.
     Raises `BadInput` where model and data do not fit."""
     model = unwrap_model(model)
-    name, takes = type(model).__name__, [k for k in TEXT_INPUTS if k in inspect.signature(model.forward).parameters]
+    name, takes = type(model).__name__, [k for k in model_inputs(model) if k != "class_labels"]
     if not takes:
         if captions is not None:
             raise BadInput(
@@ -125,5 +126,5 @@ def captions_of(
     source = load_data(data) if isinstance(data, DataConfig) else data
     if not source.null:
         raise BadInput(f"the model, a {name}, is conditioned on text, but its data have no captions: expected "
-                       "data.caption_column and data.text_encoder, or a latent cache with text")
+                       "data.caption_column and data.text_encoder or data.pipeline, or a latent cache with text")
     return Captions(source.to(next(model.parameters()).device), captions, takes)

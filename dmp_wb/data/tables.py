@@ -312,7 +312,8 @@ def _idx_folder(config: DataConfig, folder: Path) -> ImageData:
     if config.size not in (None, size_of(data.shape)):
         raise BadInput(
             f"data.size is {config.size}: expected null or {size_of(data.shape)}, the size of the images in {folder}")
-    return data if config.conditional else ImageData(data.images, None, [])
+    return data if config.conditional else dataclasses.replace(
+            data, labels=None, class_names=[])
 
 # %% ../../nbs/source/data/03_tables.ipynb #7772abf7
 def _reads_metadata(config: DataConfig, folder: Path) -> bool:

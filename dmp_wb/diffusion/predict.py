@@ -13,6 +13,7 @@ from torch import nn
 
 from .objectives import Tables
 from ..models.anatomy import learned_variance, unwrap_model
+from ..models.backbones import called
 
 # %% ../../nbs/source/diffusion/04_predict.ipynb #9ed1c004
 def predict(
@@ -24,7 +25,7 @@ def predict(
     "What a model answers at x_t, made of images and noise."
     x_t = tables.add_noise(batch["images"], batch["noise"], batch["timesteps"])
     conditions = {name: batch[name] for name in inputs if name in batch}
-    return model(x_t, timestep=tables.model_timestep(batch["timesteps"]), **conditions).sample
+    return called(model, x_t, tables.model_timestep(batch["timesteps"]), conditions)
 
 # %% ../../nbs/source/diffusion/04_predict.ipynb #9ed1c008
 @torch.no_grad()
@@ -41,6 +42,6 @@ def seen_x0(
     param = next(inside.parameters())
     to_model = lambda v: v.to(param.device) if isinstance(v, torch.Tensor) else v
     seen, told = x_t.to(param.device, param.dtype), to_model(tables.model_timestep(timesteps))
-    output = model(seen, timestep=told, **{k: to_model(v) for k, v in conditions.items()}).sample
+    output = called(model, seen, told, {k: to_model(v) for k, v in conditions.items()})
     if learned_variance(inside): output = output[:, :x_t.shape[1]]
     return tables.x0(output.to(x_t), x_t, timesteps, prediction_type)

@@ -79,7 +79,8 @@ def _as_trained(model, given: dict[str, Any]) -> dict[str, Any]:
     return {"schedule": told.schedule, "prediction_type": told.prediction_type,
             **({"sampler": "flow-euler"} if flow else {})}
 
-_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds")   # what a walk needs beside a SamplingConfig
+# what a walk needs beside a SamplingConfig
+_INPUTS = ("first", "conditions", "null_conditions", "texts", "seeds", "size", "scheduler")
 
 def _walk(model, num_images, class_labels, settings: dict[str, Any]) -> _Walk:
     "From keywords; raises `BadInput` for one that there is not, with the nearest."
@@ -136,6 +137,9 @@ def sample(
         # conditions and null_conditions: further inputs of the model by name,
         # [num_images, …] each, and what guidance leaves out of them;
         # texts: captions in their place, embedded batch by batch;
+        # size: of the latents, (height, width) with frames before them for videos, where it is not the model's own;
+        # scheduler: a pipeline, whose own then steps in place of the sampler, or one of diffusers whose timesteps are
+        # set;
         # clamp: to [−1, 1]; True if not given, False for a model that was trained on latents;
         # keep: steps to keep, their numbers or how many; quiet: no progress bar
         **settings,

@@ -7,6 +7,7 @@ __all__ = ['guided', 'balanced_labels', 'usual_sampler', 'Step']
 
 # %% ../../nbs/source/diffusion/02_walk.ipynb #c0301e02
 import contextlib
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator
@@ -22,10 +23,10 @@ from ..core.errors import BadInput, real_number, said, unknown, whole_number
 from ..core.seeds import seed_of
 from ..core.settings import ObjectiveConfig, SamplingConfig
 from .objectives import predicted_x0
-from .schedules import betas, sampler as make_sampler
+from .schedules import betas, pipeline_scheduler, sampler as make_sampler
 from ..methods.base import methods_of
-from ..models.anatomy import input_size, learned_variance, unwrap_model
-from ..models.backbones import anatomy_of
+from ..models.anatomy import learned_variance, model_inputs, unwrap_model
+from ..models.backbones import anatomy_of, called, latent_shape
 from ..models.computing import check_compiler, check_dtype, compiled, computing, multiplies_in_tf32
 
 # %% ../../nbs/source/diffusion/02_walk.ipynb #5714410e
@@ -50,8 +51,8 @@ def _with_nulls(conditions: dict[str, torch.Tensor], nulls: dict[str, torch.Tens
 def _answer(model, x, timesteps, conditions, both, scale, channels, wanted=None):
     """One forward pass; with `both`, the conditions followed by the null ones, of twice the batch.
     Of the answer's channels the first so many that are `wanted`; None: all."""
-    if not both: return model(x, timestep=timesteps, **conditions).sample[:, :wanted]
-    cond, uncond = model(torch.cat([x, x]), timestep=timesteps, **both).sample[:, :wanted].chunk(2)
+    if not both: return called(model, x, timesteps, conditions)[:, :wanted]
+    cond, uncond = called(model, torch.cat([x, x]), timesteps, both)[:, :wanted].chunk(2)
     channels = channels or x.shape[1]
     if channels == cond.shape[1]: return torch.lerp(uncond, cond, scale)
     return torch.cat([torch.lerp(uncond[:, :channels], cond[:, :channels], scale), cond[:, channels:]], dim=1)
@@ -95,8 +96,10 @@ def _checked_conditions(conditions, nulls, model: nn.Module, num_images: int, gu
     for name, given in (("conditions", conditions), ("null_conditions", nulls)):
         if not (given is None or isinstance(given, dict) and all(isinstance(v, torch.Tensor) for v in given.values())):
             raise BadInput(f"{name} are {said(given)}: expected tensors by the names of the model's inputs")
-    conditions, nulls, takes = dict(conditions or {}), dict(nulls or {}), inspect.signature(model.forward).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    conditions, nulls = dict(conditions or {}), dict(nulls or {})
+    parameters = inspect.signature(model.forward).parameters
+    takes = [*parameters, *(k for k in model_inputs(model) if k not in parameters)]
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for name, value in conditions.items():
         if name not in takes and not anything:
             raise unknown("condition", name,
@@ -184,10 +187,29 @@ def _ddim_moves(scheduler) -> list[_Move] | None:
     return found
 
 # %% ../../nbs/source/diffusion/02_walk.ipynb #2b4dfd85
+def _checked_size(size, texts) -> tuple[int, ...] | None:
+    "The sides of the latents, as given, or those of the data whose captions the images are of."
+    if size is None:
+        shape = getattr(texts, "shape", None)
+        return None if shape is None else tuple(shape[1:])
+    try: found = tuple(whole_number("size", n, 1) for n in ((size, size) if isinstance(size, int) else size))
+    except TypeError: found = ()
+    if len(found) not in (2, 3):
+        raise BadInput(f"size is {said(size)}: expected height and width of the latents, for videos frames before them")
+    return found
+
+def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]):
+    if isinstance(scheduler, (str, Path)):
+        return pipeline_scheduler(scheduler, whole_number("num_inference_steps", config.num_inference_steps, 1),
+                                  shape[1:])
+    if scheduler is not None and not (hasattr(scheduler, "step") and getattr(scheduler, "num_inference_steps", None)):
+        raise BadInput(f"scheduler is {said(scheduler)}: expected one of diffusers whose set_timesteps was called")
+    return scheduler
+
 class _Checked:
     "The checked settings of a walk."
     def __init__(self, model, config: SamplingConfig, num_images=None, class_labels=None, *, first=0, conditions=None,
-                 null_conditions=None, texts=None, seeds=None):
+                 null_conditions=None, texts=None, seeds=None, size=None, scheduler=None):
         if isinstance(model, (str, Path)):
             raise BadInput(
                 f"model is {said(str(model))}: expected a backbone, as wb.load_model({said(str(model))}) gives")
@@ -202,11 +224,12 @@ class _Checked:
             raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
         self.texts = texts
         self._condition(conditions, null_conditions)
-        self.param, self.learned, self.shape = (next(backbone.parameters()), learned_variance(backbone),
-                                                input_size(backbone))
+        self.param, self.learned = next(backbone.parameters()), learned_variance(backbone)
+        self.shape = latent_shape(backbone, _checked_size(size, texts))
         _check_channels(self.config.guidance_channels, self.shape[0])
         self._computing()
         self.flow = self.config.prediction_type == "flow_prediction"
+        self.given_scheduler = _checked_scheduler(scheduler, self.config, self.shape)
         scheduler = self.make_scheduler()
         self.timesteps, self.moves = scheduler.timesteps, _ddim_moves(scheduler)
         self.interval = _guided_interval(self.config.guidance_interval,
@@ -225,6 +248,12 @@ class _Checked:
         tf32 = self.param.device.type == "cuda" and (self.config.tf32 or multiplies_in_tf32(self.param.device))
         return {"dtype": self.config.dtype, "tf32": tf32, "compile": self.config.compile}
 
+    def stepping(self) -> dict[str, Any]:
+        "The scheduler that was given in place of a sampler, as files say it."
+        if self.given_scheduler is None: return {}
+        return {"scheduler": {"class": type(self.given_scheduler).__name__,
+                              "timesteps": [round(float(t), 4) for t in self.timesteps]}}
+
     def _condition(self, conditions, nulls):
         scale = 1.0 if self.texts is not None else self.config.guidance_scale
         self.conditions, self.nulls = _checked_conditions(conditions, nulls, self.backbone, self.num_images, scale)
@@ -235,6 +264,7 @@ class _Checked:
     def make_scheduler(self):
         "A new one for each batch: solvers of higher order keep a history."
         c = self.config
+        if self.given_scheduler is not None: return copy.deepcopy(self.given_scheduler)
         settings: dict[str, Any] = {}
         # Heun's scheduler knows no prediction of x0, so it is told the noise that one amounts to
         if not self.flow: settings["prediction_type"] = "epsilon" if c.sampler == "heun" else c.prediction_type

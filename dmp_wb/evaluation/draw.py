@@ -34,8 +34,8 @@ from ..data.load import captions_of, load_data
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from ..methods.base import facts_of
 from ..methods.weights import fingerprint
-from ..models.anatomy import input_size, model_inputs, unwrap_model
-from ..models.backbones import anatomy_of
+from ..models.anatomy import model_inputs, unwrap_model
+from ..models.backbones import anatomy_of, latent_shape
 from ..store.run import load_model, open_run, Run
 
 # %% ../../nbs/source/evaluation/06_draw.ipynb #de17340a
@@ -50,7 +50,7 @@ def sample_decoder(
     if vae is None and is_cache(data.name):
         cache = load_data(data)
         return cache.decode, cache.facts["vae_fingerprint"]
-    if name := vae or data.vae:
+    if name := vae or data.vae or data.pipeline:
         coder = load_vae(name)
         return lambda z: coder.to(z.device).decode(z), fingerprint(coder.vae)
     if channels not in (1, 3):
@@ -81,7 +81,7 @@ def own_folder(run: Run) -> Path:
 
 def image_shape(model: str | Path) -> tuple[int, ...]:
     "[C, H, W] of the images that a model's samples are decoded to."
-    shape = input_size(load_model(model, device="cpu"))
+    shape = latent_shape(load_model(model, device="cpu"))
     decode, _ = sample_decoder(open_run(model) if _experiment(model) else None, shape[0], None)
     with torch.no_grad(): return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
@@ -114,6 +114,9 @@ class _Drawing:
         x = self.walk.finish(numbers, tick=tick)
         if self.decode is None: x = images = x.clamp(-1, 1).cpu()
         else: images = torch.cat([self.decode(z).cpu() for z in x.split(16)]).clamp(-1, 1)
+        if images.ndim == 5:
+            raise BadInput(
+                f"the model draws videos of {images.shape[2]} frames: expected images, whose distances are known")
         if (bad := _not_finite(x)) is not None:
             warnings.warn(f"image {numbers[bad]} is not finite: {self.walk.fault(numbers[bad])}", stacklevel=3)
         return images
@@ -181,7 +184,7 @@ def draw(
     num_images, batch_size = whole_number("num_images", num_images, 1), whole_number("batch_size", batch_size, 1)
     exp, backbone = _experiment(model), load_model(model) if backbone is None else backbone
     objective = exp.objective if exp else ObjectiveConfig()
-    decode, decoder = sample_decoder(open_run(model) if exp else None, input_size(backbone)[0], vae)
+    decode, decoder = sample_decoder(open_run(model) if exp else None, latent_shape(backbone, ())[0], vae)
     if exp is None and set(model_inputs(backbone)) - {"class_labels"}:
         raise BadInput(f"{model} is conditioned on text and is no run: expected one that says where its captions are")
     labels = balanced_labels(num_images, anatomy_of(backbone).num_classes(backbone))

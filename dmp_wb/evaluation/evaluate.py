@@ -31,8 +31,8 @@ from .measures import figures_of, Given, MeasureConfig
 from .sample_files import SAMPLES_PLAN
 from .statistics import collect, reference_statistics, Statistics
 from ..methods.registry import load_plugins
-from ..models.anatomy import input_size, unwrap_model
-from ..models.backbones import anatomy_of
+from ..models.anatomy import unwrap_model
+from ..models.backbones import anatomy_of, latent_shape
 from ..store.run import load_model, open_run, Run
 
 # %% ../../nbs/source/evaluation/09_evaluate.ipynb #acfc0371
@@ -150,7 +150,7 @@ class _Drawing:
     inputs: dict = field(default_factory=dict)  # further arguments of `sample`, as texts
 
     def shape(self) -> Any: # [C, H, W] of its images
-        return tuple(self.decode(torch.zeros(1, *input_size(unwrap_model(self.backbone)))).shape[1:])
+        return tuple(self.decode(torch.zeros(1, *latent_shape(unwrap_model(self.backbone)))).shape[1:])
 
     def images(self, scale: float, num_images: int) -> Images:
         "Samples at a guidance scale, drawn when they are measured: they are never in memory together."

@@ -191,7 +191,9 @@ def _original(config: DataConfig) -> DataConfig:
         config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"],
                                      **{**facts["source"], "split": split})
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
-    return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, caption_column=None, flip=False)
+    return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, pipeline=None,
+                               caption_column=None,
+                               flip=False)
 
 # %% ../../nbs/source/evaluation/04_images.ipynb #dca78338
 def data_images(config: DataConfig) -> Images:
@@ -199,6 +201,9 @@ def data_images(config: DataConfig) -> Images:
     those that cannot be read are named and skipped, up to `max_bad_images`."""
     config = _original(config.check())
     data = load_images(config)
+    if len(data.shape) != 3:
+        raise BadInput(f"data {config.name!r} are videos: expected images, whose distances are known")
+    channels, height, width = data.shape
 
     def batches(batch_size: int) -> Iterator[torch.Tensor]:
         if isinstance(data, ImageData): yield from data.images.split(batch_size); return
@@ -208,7 +213,7 @@ def data_images(config: DataConfig) -> Images:
                                                     batch_size=None, num_workers=workers):
             if "images" in skipped.take(batch): yield batch["images"]
     return Images(
-        f"the images of {config.name}", len(data), data.shape, batches,
+        f"the images of {config.name}", len(data), (channels, height, width), batches,
         functools.partial(_data_fingerprint, data, config) if isinstance(data, (ImageData, ImageFiles)) else None)
 
 # %% ../../nbs/source/evaluation/04_images.ipynb #88f03623

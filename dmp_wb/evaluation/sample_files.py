@@ -35,6 +35,7 @@ from ..core.bars import progress
 from ..core.settings import SamplingConfig
 from ..data.images import BadImage, read_image
 from ..data.load import captions_of
+from ..data.sources import beside
 from ..diffusion.sampling import balanced_labels, _not_finite, usual_sampler, _Walk
 from .draw import sample_decoder
 from ..methods.base import facts_of
@@ -58,6 +59,7 @@ class SampleJob:
     gate: str | None = None
     patch_interval: Any = None    # the first and the last timestep at which the run's methods act; None: at all
     vae: Any = None           # what decodes latents; None: what the run was trained with
+    scheduler: Any = None     # a pipeline whose own scheduler steps; None: the sampler
     device: Any = "auto"      # "auto": the GPU if there is one
     npz: bool = True          # at the end, write the .npz that ADM's evaluator reads
     quiet: bool = False       # no progress bar
@@ -67,6 +69,7 @@ class SampleJob:
         self.part, self.batch_size = _checked_part(self.part), whole_number("batch_size", self.batch_size, 1)
         for name in ("patched", "npz", "quiet"): setattr(self, name, yes_or_no(name, getattr(self, name)))
         _check_path("vae", self.vae)
+        _check_path("scheduler", self.scheduler)
         if self.gate is not None: read_gate(str(self.gate))
         if self.patch_interval is not None:
             try: self.patch_interval = tuple(whole_number("patch_interval", t, 0) for t in self.patch_interval)
@@ -81,7 +84,8 @@ class SampleJob:
     def words(self) -> str:
         "What is changed, for the name of a folder."
         interval = f"-t{'-'.join(map(str, self.patch_interval))}" if self.patch_interval is not None else ""
-        return (f"-{self.gate.replace('=', '')}" if self.gate else "") + interval
+        own = f"-scheduler-{Path(self.scheduler).name}" if self.scheduler else ""
+        return (f"-{self.gate.replace('=', '')}" if self.gate else "") + interval + own
 
 def _check_path(name: str, value, needed: bool = False):
     if not (isinstance(value, (str, Path)) or value is None and not needed):
@@ -148,7 +152,7 @@ def _plan(run: Run, model: nn.Module, walk: _Walk, batch_size: int, decoder: str
             "guidance_channels": how.guidance_channels,
             "schedule": dataclasses.asdict(exp.schedule), "prediction_type": how.prediction_type, "seed": how.seed,
             "vae": decoder,
-            "batch_size": batch_size, "device": walk.param.device.type, **walk.numbers()}
+            "batch_size": batch_size, "device": walk.param.device.type, **walk.stepping(), **walk.numbers()}
 
 # %% ../../nbs/source/evaluation/07_sample_files.ipynb #c7dd26c4
 def _same_images(folder: Path, plan: dict):
@@ -158,7 +162,7 @@ def _same_images(folder: Path, plan: dict):
     if (folder / SAMPLES_PLAN).exists():
         old = read_json(folder / SAMPLES_PLAN)
         old = COMPUTED_ALWAYS | old if isinstance(old, dict) else {}
-        differs = [k for k in (*plan, "interventions") if old.get(k) != plan.get(k)]
+        differs = [k for k in {**plan, "interventions": 0, "scheduler": 0} if old.get(k) != plan.get(k)]
         if differs:
             raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there "
                            f"and {plan.get(differs[0])!r} here; expected the same, or another folder")
@@ -181,7 +185,7 @@ def _file(folder: Path, number: int) -> Path: return folder / f"{number:06d}.png
 def _pixels(x: torch.Tensor, decode: Callable | None, batch: range, walk: _Walk) -> np.ndarray: # [B, H, W, C] uint8
     if (bad := _not_finite(x)) is not None:
         raise BadInput(f"image {batch[bad]} is not finite: {walk.fault(batch[bad])}")
-    images = x if decode is None else torch.cat([decode(z) for z in x.split(DECODE_BATCH)])
+    images = x if decode is None else torch.cat([beside(decode(z)) for z in x.split(DECODE_BATCH)])
     if (bad := _not_finite(images)) is not None:
         raise BadInput(f"image {batch[bad]} is not finite: its latents are, and what the VAE makes of them is not; "
                        "expected a VAE that decodes them")
@@ -277,7 +281,7 @@ def sample_run(
     # preset (papers: ddpm with 250 steps) or config, and what comes before it: sampler (dpmsolver++; flow-euler for
     # flow matching), num_inference_steps, guidance_scale (1.5), guidance_interval, guidance_channels, seed,
     # dtype (float32), tf32, compile; and those of `SampleJob`: batch_size, part, patched, gate, patch_interval, vae,
-    # device, npz, quiet
+    # scheduler, device, npz, quiet
     **settings,
 ) -> Path | None: # the folder; None if other processes are not done yet
     """Write `num_images` images of a run as NNNNNN.png, 8 bits, grey
@@ -294,7 +298,7 @@ def sample_run(
     labels = _read_labels(class_labels)
     model = load_model(run.folder, patched=job.patched, device=job.device)
     walk = _Walk(model, how, num_images, labels,
-                 texts=captions_of(model, run.experiment.data, _read_captions(captions)))
+                 texts=captions_of(model, run.experiment.data, _read_captions(captions)), scheduler=job.scheduler)
     decode, decoder = sample_decoder(run, walk.shape[0], job.vae)
     home = run.folder if not run.folder.is_relative_to(assets_folder()) else runs_root() / run.name
     folder = expanded(folder or home / "samples" / re.sub(

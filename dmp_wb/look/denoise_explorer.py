@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
+from ..data.sources import beside
 from ..diffusion.sampling import sample_trajectory, usual_sampler
 from .axis import Columns, columns_of, time_axis, TimeAxis
 from .canvas import GATES, MAGNITUDE, scale_ends
@@ -60,7 +61,7 @@ def walk_of(way: Way, switches: Switches | None, decode: Callable[[torch.Tensor]
     with way.looked.acting(way.base) as model, (switches.acting(model) if way.changed and switches
                                                 else torch.no_grad()):
         steps = list(sample_trajectory(model, **settings))
-    pixels = lambda x: decode(x.flatten(0, 1)).cpu().unflatten(0, x.shape[:2])
+    pixels = lambda x: beside(decode(x.flatten(0, 1))).cpu().unflatten(0, x.shape[:2])
     x_t, x0 = (torch.stack([part.float().cpu() for part in parts])
                for parts in zip(*((s.x_t, s.pred_x0) for s in steps)))
     seen = pixels(x0)

@@ -32,8 +32,7 @@ from dmp_wb.look.widgets import (
     titled,
 )
 from ..methods.patches import get_patch, patches_of
-from ..models.anatomy import input_size
-from ..models.backbones import anatomy_of
+from ..models.backbones import anatomy_of, latent_shape
 
 # %% ../../nbs/source/look/12_gate_explorer.ipynb #ge150005
 class Gates:
@@ -302,7 +301,7 @@ class GateExplorer(_GateWords):
         self.B = Gates(others[0], self.A.grid, resolution, self.asked) if others else None
         self.model, self.patch, self.grid, self.T = self.A.model, self.A.patch, self.A.grid, self.A.T
         self.conditioned, self._seen = self.A.conditioned, self.A._seen
-        self.noise = (torch.randn(1, *input_size(self.model), generator=torch.Generator().manual_seed(0))
+        self.noise = (torch.randn(1, *latent_shape(self.model), generator=torch.Generator().manual_seed(0))
                       if image is not None or self.data is not None else None)
         self._maps, self._around, self._axes = _Kept(), {}, {}
         self._controls(axis)

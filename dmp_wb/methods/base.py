@@ -285,6 +285,8 @@ def methods_of(model: nn.Module) -> dict[str, Any]: # name → Method
 def apply_methods(
     model: nn.Module,              # a supported backbone; changed in place
     configs: Mapping[str, Any],    # name → settings, as `Experiment.methods`
+    # of the latents it will be called with, for settings that have an `input_size` and leave it open
+    input_size: Sequence[int] | None = None,
 ) -> dict[str, Any]: # as `methods_of`
     """Put methods on a model, those that freeze it first.
     Raises `BadInput`, leaving the model as it was, where one does not fit."""
@@ -292,11 +294,16 @@ def apply_methods(
     _check_company(model, order)
     done: list[Any] = []
     try:
-        for name in order: done.append(method_class(name).attach_to(model, configs[name]))
+        for name in order: done.append(method_class(name).attach_to(model, _sized(configs[name], input_size)))
     except BaseException:
         for method in reversed(done): method.remove()
         raise
     return methods_of(model)
+
+def _sized(config, size: Sequence[int] | None):
+    "Settings with an `input_size` that was left open."
+    if size is None or getattr(config, "input_size", size) is not None: return config
+    return dataclasses.replace(config, input_size=list(size))
 
 def _check_company(model: nn.Module, names: Sequence[str]):
     there = list(methods_of(model))

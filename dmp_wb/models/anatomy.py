@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..core.errors import BadInput
+from .calling import Calling
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #dd8e3371
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ class Anatomy:
     tokens_argument: str = "hidden_states"
     # their place in the block's output, where that is a tuple; None: as diffusers records it
     tokens_output: int | None = None
+    # how it is called with latents [B, C, …] and conditions by name
+    calling: Calling = Calling()
 
     def clock(self, model: nn.Module) -> "Clock":
         "How the model's own timesteps lie in 0…T."
@@ -152,6 +155,16 @@ def register_backbone(
     _ANATOMIES[model_class] = anatomy
     _FOUND.clear()
     return anatomy
+
+def _registration(model) -> Anatomy | None:
+    if (found := _FOUND.get(type(model))) is not None: return found
+    for cls in type(model).__mro__:
+        known = _ANATOMIES.get(cls)
+        if known is None and cls.__module__.startswith("diffusers."): known = _ANATOMIES.get(cls.__name__)
+        if known is not None:
+            _FOUND[type(model)] = known
+            return known
+    return None
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #d17700f0
 def token_grid(
@@ -274,8 +287,10 @@ def by_row(
 TEXT_INPUTS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
 
 def model_inputs(model: nn.Module) -> list[str]:
-    "The conditions of a backbone that batches may hold: class labels, text."
-    return [k for k in ("class_labels", *TEXT_INPUTS) if k in inspect.signature(model.forward).parameters]
+    "The conditions of a backbone that batches may hold: class labels, text, and what its class names beside them."
+    known = [k for k in ("class_labels", *TEXT_INPUTS) if k in inspect.signature(model.forward).parameters]
+    anatomy = _registration(model)
+    return known if anatomy is None else [*known, *(k for k in anatomy.calling.conditions if k not in known)]
 
 # %% ../../nbs/source/models/02_anatomy.ipynb #5d3f890c
 def check_timesteps(

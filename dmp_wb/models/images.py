@@ -15,6 +15,7 @@ from dmp_wb.models.anatomy import (
     Anatomy, attention_width, called_image_grid, embedded, image_grid, layer_dtype, register_backbone, text_length,
     token_grid,
 )
+from .calling import Calling, FLUX, QWEN
 from .dit import DiT
 
 # %% ../../nbs/source/models/05_images.ipynb #e6c23aae
@@ -64,6 +65,7 @@ register_backbone("PixArtTransformer2DModel", Anatomy(
     embedding_width=attention_width,
     condition=_pixart_condition,
     condition_inputs=("added_cond_kwargs",),
+    calling=Calling(("added_cond_kwargs.resolution", "added_cond_kwargs.aspect_ratio")),
     any_length=True,
     tokens_output=0,
 ))
@@ -151,6 +153,7 @@ register_backbone("FluxTransformer2DModel", Anatomy(
     as_called=lambda m, t: t.to(m.dtype) / 1000,
     flow_matching=True,
     tokens_output=1,
+    calling=FLUX,
 ))
 
 # %% ../../nbs/source/models/05_images.ipynb #66017700
@@ -224,13 +227,18 @@ def _qwen_grid(m, inputs):
     frames, rows, columns = inputs["img_shapes"][0][0]
     return (rows, columns) if frames == 1 else (frames, rows, columns)
 
+def _qwen_sides(m, input_size=(128, 128)):
+    grid = token_grid(input_size, (1,) * (len(input_size) - 2) + (2, 2))
+    return grid[1:] if len(grid) == 3 and grid[0] == 1 else grid
+
 def _qwen_condition(m, timestep, inputs):
     like = m.time_text_embed.timestep_embedder.linear_1.weight[:0]   # gives the dtype
     return m.time_text_embed(timestep.to(layer_dtype(m, m.img_in)), like, inputs.get("additional_t_cond"))
 
 register_backbone("QwenImageTransformer2DModel", Anatomy(
     blocks=lambda m: m.transformer_blocks,
-    grid_size=lambda m, input_size=(128, 128): token_grid(input_size, (1,) * (len(input_size) - 2) + (2, 2)),
+    grid_size=_qwen_sides,
+    calling=QWEN,
     called_grid=_qwen_grid,
     width=attention_width,
     embed_timestep=lambda m, t: embedded(m, m.time_text_embed, t.to(layer_dtype(m, m.img_in))),

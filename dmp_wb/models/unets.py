@@ -12,6 +12,7 @@ from torch import nn
 
 from ..core.errors import BadInput
 from .anatomy import Anatomy, layer_dtype, register_backbone, time_embedding
+from .calling import Calling
 from .videos import quarter_log_sigma
 
 # %% ../../nbs/source/models/07_unets.ipynb #57daf5dc
@@ -84,7 +85,8 @@ register_backbone("UNet2DModel", Anatomy(**_UNET, condition=_unet2d_condition, c
 register_backbone("UNet2DConditionModel", Anatomy(
     **_UNET, condition=_unet2d_condition_condition,
     condition_inputs=("timestep_cond", "class_labels", "encoder_hidden_states", "added_cond_kwargs"),
-    num_classes=lambda m: m.config.num_class_embeds))
+    num_classes=lambda m: m.config.num_class_embeds,
+    calling=Calling(("added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"))))
 
 # %% ../../nbs/source/models/07_unets.ipynb #unmore01
 _VIDEO_UNET: dict[str, Any] = {**_UNET, "num_classes": lambda m: None}

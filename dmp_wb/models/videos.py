@@ -13,6 +13,7 @@ from typing import Any
 from dmp_wb.models.anatomy import (
     Anatomy, attention_width, embedded, layer_dtype, register_backbone, Size, time_embedding, token_grid,
 )
+from .calling import COGVIDEOX
 
 # %% ../../nbs/source/models/06_videos.ipynb #94627a27
 def _cogvideox_grid(m, input_size=None):
@@ -37,7 +38,7 @@ _COGVIDEOX: dict[str, Any] = dict(
     tokens_output=0,
 )
 register_backbone("CogVideoXTransformer3DModel", Anatomy(
-    **_COGVIDEOX, condition=_cogvideox_condition, condition_inputs=("ofs",)))
+    **_COGVIDEOX, condition=_cogvideox_condition, condition_inputs=("ofs",), calling=COGVIDEOX))
 
 # %% ../../nbs/source/models/06_videos.ipynb #afd5c5e4
 def _wan_embedding(m, timestep):

@@ -212,7 +212,8 @@ def read_experiment(
     if not moved: return exp
     if exp.base: exp.base = bases_of(folder, exp.base)[0]
     no_run = lambda p: p.exists() and not (p / "config.yaml").is_file()
-    for config, key in ((exp.data, "name"), (exp.data, "vae"), (exp.data, "text_encoder"), (exp.multitask, "clusters")):
+    for config, key in [*((exp.data, k) for k in ("name", "vae", "text_encoder", "pipeline")),
+                        (exp.multitask, "clusters")]:
         value = getattr(config, key)
         if value and os.path.isabs(value) and (found := places_of(folder, value, no_run)):
             setattr(config, key, str(found[0]))

@@ -202,9 +202,14 @@ def trained_objective(model: str | Path) -> ObjectiveConfig | None:
 def trained_as(model: str | Path) -> TrainedAs | None: # None for what is no run
     "What a run's model was trained to do: of a run, or of the folder `model` inside of one."
     inside = expanded(model).name == "model" and (expanded(model).parent / "config.yaml").is_file()
-    try: exp = open_run(expanded(model).parent if inside else model).experiment
+    try:
+        run = open_run(expanded(model).parent if inside else model)
+        exp = run.experiment
     except BadInput: return None
-    return TrainedAs(exp.schedule, exp.objective.prediction_type, latents=not makes_pixels(exp.data))
+    shape = run.summary.get("latent_shape")
+    known = isinstance(shape, list) and all(isinstance(n, int) and 0 < n < 1 << 20 for n in shape)
+    return TrainedAs(exp.schedule, exp.objective.prediction_type, not makes_pixels(exp.data),
+                     tuple(shape) if known and shape else None)
 
 # %% ../../nbs/source/store/02_run.ipynb #08280c7a
 def _check_against_weights(folder: Path, config: dict):

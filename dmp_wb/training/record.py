@@ -27,7 +27,7 @@ from ..core.errors import printable
 from ..core.files import append_text, atomic_folder, write_atomic, write_json
 from ..core.seeds import seed_of
 from ..data.load import captions_of
-from ..data.sources import Source
+from ..data.sources import beside, Source
 from ..diffusion.objectives import diffusion_losses
 from ..diffusion.predict import predict
 from ..diffusion.sampling import balanced_labels, sample, usual_sampler
@@ -186,7 +186,7 @@ def write_samples(run: Run, step: int, backbone: nn.Module, data: Source, exp: E
                     prediction_type=learned,
                     texts=captions_of(backbone, data) if data.null else None, clamp=not data.random_latents)
     if not write: return   # this process was needed for the forward passes
-    with torch.no_grad(): images = data.decode(images.to(next(backbone.parameters()).device)).cpu()
+    with torch.no_grad(): images = beside(data.decode(images.to(next(backbone.parameters()).device))).cpu()
     rows = int(n**0.5)
     grid = torch.cat([torch.cat(list(r), -1)
                       for r in torch.cat([images, -torch.ones(-n % rows, *images.shape[1:])]).unflatten(0, (rows, -1))],

@@ -1344,7 +1344,7 @@ def test_a_damaged_null_embedding(damage, models, tmp_path):
 
 @pytest.mark.parametrize("name,text,match", [
     ("latents.json", "{", "is not valid JSON"),
-    ("latents.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb reads"),
+    ("latents.json", '{"format": 7}', "holds a cache of format 7: expected 1 or 2, which this version of dmp_wb reads"),
     ("plan.json", "{", "is not valid JSON"),
     ("plan.json", '{"format": 7}', "holds a cache of format 7: expected 1, which this version of dmp_wb writes")])
 def test_another_format(name, text, match, models, tmp_path):
