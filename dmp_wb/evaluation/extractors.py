@@ -145,7 +145,8 @@ def usual_extractor(
     if tuple(shape) == (1, 8, 8): return "digits"
     try: inception_weights()
     except MissingFile as e:
-        size, fits = "×".join(map(str, shape)), [n for n, entry in EXTRACTORS.items() if entry.ships and _takes(n, shape)]
+        size = "×".join(map(str, shape))
+        fits = [n for n, entry in EXTRACTORS.items() if entry.ships and _takes(n, shape)]
         here = (f"of those that ship, {' and '.join(fits)} takes {size} images, though it was made for "
                 f"{EXTRACTORS[fits[0]].classifies[0]}" if fits else f"none of those that ship takes {size} images")
         raise MissingFile(f"no extractor is named, and {here}: expected --extractor, one of "

@@ -74,7 +74,7 @@ def gate_verdict(
     share = np.where(real, np.clip(gates * sizes[:, None], 2.0**-10, None), 1)
     apart = float(np.abs(share - 1).max())
     if apart <= small: return f"Gates are uniform within {max(100 * apart, 0.1):.2g} %."
-    ratio = np.where(share.max(0) >= 1, share.max(0) / share.min(0), 1)     # of prompts that are used: [blocks, prompts]
+    ratio = np.where(share.max(0) >= 1, share.max(0) / share.min(0), 1)     # [blocks, prompts]
     i, j = np.unravel_index(int(ratio.argmax()), ratio.shape)
     if ratio[i, j] < 1.02: return f"Gates are the same at all timesteps, up to {share.max():.2g} × uniform."
     low, high = sorted((t[share[:, i, j].argmin()], t[share[:, i, j].argmax()]))

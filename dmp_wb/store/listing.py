@@ -377,8 +377,8 @@ def run_folder(
     known = [run_name(p, root) for root in (runs_root(), assets_folder())
              for p in find_runs(root) if (p / "config.yaml").is_file()]
     if str(run) in named_files("experiments"):
-        raise BadInput(f"run {run} is not there yet: expected one in {runs_root()}; `dmp-wb train {run}` makes it, from "
-                       "the experiment of that name")
+        raise BadInput(f"run {run} is not there yet: expected one in {runs_root()}; `dmp-wb train {run}` makes it, "
+                       "from the experiment of that name")
     error = unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
     raise BadInput(f"{error}; those that ship, and those in {runs_root()}")
 
