@@ -72,7 +72,8 @@ def write_cache(
             "text_length": text.length if text else None, "caption_column": config.caption_column if text else None,
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if config.pipeline is not None and text is not None:
-        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length, "prompt_dtype": config.prompt_dtype,
+        plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
+                 "prompt_dtype": config.prompt_dtype,
                  "conditions": sorted(text.null())}
     plan["format"] = format_of(plan)
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)

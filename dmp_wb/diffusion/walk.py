@@ -208,8 +208,9 @@ def _check_texts(backbone: nn.Module, given: dict):
     "Raise `BadInput` for a model of diffusers that looks at a text and was given none."
     takes = [k for k in model_inputs(backbone) if k in ("encoder_hidden_states", "cap_feats")]
     if takes and takes[0] not in given and type(backbone).__module__.startswith("diffusers."):
-        raise BadInput(f"the model, a {type(backbone).__name__}, is conditioned on text: expected texts, as captions_of "
-                       f"gives, or {takes[0]} among conditions")
+        raise BadInput(
+            f"the model, a {type(backbone).__name__}, is conditioned on text: expected texts, as captions_of "
+            f"gives, or {takes[0]} among conditions")
 
 def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]):
     if isinstance(scheduler, (str, Path)):

@@ -30,7 +30,8 @@ class Prompting:
     sizes: Callable[[Any, int, int], dict[str, torch.Tensor]] | None = None
     # its own noise levels, evenly from 1 to 1/S, in place of its scheduler's
     even_sigmas: bool = False
-    # texts that come as long as they are, as a list or with their mask: both are padded to the length that prompts may have
+    # texts that come as long as they are, as a list or with their mask:
+    # both are padded to the length that prompts may have
     padded: tuple[()] | tuple[str, str] = ()
     max_shift: float = 1.16   # of a scheduler that shifts by the number of tokens and does not say how far
     # the pipeline → what it puts before a caption and counts among its tokens
