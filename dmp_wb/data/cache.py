@@ -57,8 +57,8 @@ def write_cache(
     vae = config.vae or config.pipeline
     if not vae: raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
     if len(size_list(config.size)) > 1:
-        raise BadInput(f"data.size is {config.size}: expected one size, a cache holds latents of one shape; a cache for "
-                       "each, or data.vae, which encodes while it trains")
+        raise BadInput(f"data.size is {config.size}: expected one size, a cache holds latents of one shape; a cache "
+                       "for each, or data.vae, which encodes while it trains")
     for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
     data = load_images(config)

@@ -109,7 +109,8 @@ def read_size(file: str | Path | bytes) -> tuple[int, int]: # height and width, 
                 # of a PNG whose EXIF is not in its head, every pixel would be read
                 told = image.getexif().get(ORIENTATION, 1) if image.format != "PNG" or "exif" in image.info else 1
                 # some versions have turned a TIFF's size by now
-                size = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+                tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+                size = (tags[256], tags[257]) if tags else image.size
         except Exception as e: raise BadImage(f"has no head that can be read: {type(e).__name__}") from None
     if 0 in size: raise BadImage("has no pixels")
     return size if told in (5, 6, 7, 8) else size[::-1]

@@ -97,7 +97,7 @@ def take_sizes(model: nn.Module, data: Source, exp: Experiment):
     if lacking and any(method_entry(name).freezes for name in exp.methods):
         raise BadInput(f"data.size has {size_list(exp.data.size)[lacking[0]]}, but base {exp.base} stays as it is and "
                        f"was trained on {', '.join(f'{h}×{w}' for h, w in known)} alone: expected its sizes")
-    try: model.take_sizes(sizes)   # type: ignore[operator]
+    try: model.take_sizes(sizes)
     except BadInput as e: raise BadInput(f"data.size is {exp.data.size}: {e}") from None
 
 @torch.no_grad()

@@ -158,7 +158,8 @@ def held_out_batch(
 def _own_places(parts: Parts) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The places that this process measures, as many at once as it trains on, all of one size; and which of them count.
     The last process measures some twice, so that all pass through a split model equally often."""
-    world, rank, groups = parts.accelerator.num_processes, parts.accelerator.process_index, parts.held_out.source.groups
+    world, rank = parts.accelerator.num_processes, parts.accelerator.process_index
+    groups = parts.held_out.source.groups   # type: ignore[union-attr]
     every = torch.arange(parts.exp.train.validation_images)
     of_size = torch.zeros_like(every) if groups is None else groups[held_out_places(parts)[0]]
     for size in of_size.unique():
