@@ -30,7 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = "slow or nightly or memory or quantization or single_file or context_parallel or tensor_parallel"
 # outcomes that differ and are no fault, by the end of a test's name: why
 ARTEFACTS = {
-    "keep_in_fp32_modules(_as_str)?$": "a patch stays in float32, whatever its backbone is in: small steps would be lost",
+    "keep_in_fp32_modules(_as_str)?$": "a patch stays in float32, whatever its backbone is in",
+    "test_sharded_checkpoints": "the size that the test has files split by counts the patch, which is not in them",
+    "Flux2TransformerKVCache::": "Flux 2 with the tokens of other images is refused, as the page of backbones says",
 }
 
 OWN_TEST = '''
