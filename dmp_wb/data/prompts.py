@@ -22,7 +22,8 @@ from ..models.pipelines import BACKBONES, pipeline_index, Prompting, prompting_o
 # %% ../../nbs/source/data/04_prompts.ipynb #6ea6f241
 def caption_bytes(captions: Sequence[str]) -> torch.Tensor: # [B, longest] uint8
     "Captions as numbers that batches can hold."
-    rows = [torch.frombuffer(bytearray(c.encode() + b"\0"), dtype=torch.uint8) for c in captions]
+    # a zero ends a caption
+    rows = [torch.frombuffer(bytearray(c.encode().replace(b"\0", b"") + b"\0"), dtype=torch.uint8) for c in captions]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 def captions_in(rows: torch.Tensor) -> list[str]: # of `caption_bytes`

@@ -224,8 +224,13 @@ register_backbone("OvisImageTransformer2DModel", Anatomy(
     **_PACKED, **_THOUSANDTHS, embed_timestep=lambda m, t: _thousandfold(m, m, t)))
 
 # %% ../../nbs/source/models/05_images.ipynb #immore03
+def _qwen_shapes(inputs):
+    "Frames, rows and columns of the images of a sample: a pipeline gives a list of them, or one."
+    shapes = inputs["img_shapes"][0]
+    return shapes if isinstance(shapes, list) else [shapes]
+
 def _qwen_grid(m, inputs):
-    frames, rows, columns = inputs["img_shapes"][0][0]
+    frames, rows, columns = _qwen_shapes(inputs)[0]
     return (rows, columns) if frames == 1 else (frames, rows, columns)
 
 def _qwen_sides(m, input_size=(128, 128)):
@@ -246,7 +251,7 @@ register_backbone("QwenImageTransformer2DModel", Anatomy(
     embedding_width=attention_width,
     condition=_qwen_condition,
     condition_inputs=("additional_t_cond",),
-    trailing_tokens=lambda m, inputs: [sum(f * r * c for f, r, c in inputs["img_shapes"][0][1:])] * len(
+    trailing_tokens=lambda m, inputs: [sum(f * r * c for f, r, c in _qwen_shapes(inputs)[1:])] * len(
         m.transformer_blocks),
     **_THOUSANDTHS,
     flow_matching=True,

@@ -88,3 +88,12 @@ def test_a_patched_and_routed_model_is_one_graph(name):
     wb.route(model)
     plain = output_of(model, inputs)
     assert torch.allclose(output_of(torch.compile(model, backend="eager", fullgraph=True), inputs), plain, atol=1e-4)
+
+
+@torch.no_grad()
+def test_qwen_s_grids_are_given_as_a_list_or_as_one_for_each_sample():
+    name = "QwenImageTransformer2DModel"
+    model, inputs = build(name), CASES[name][1]()
+    randomise(wb.patch(model, wb.DMPConfig(input_size=[8, 12])), 0.3)
+    assert inputs["img_shapes"] == [[(1, 4, 6)]] * 2
+    assert torch.equal(output_of(model, inputs | {"img_shapes": [(1, 4, 6)] * 2}), output_of(model, inputs))

@@ -11,6 +11,7 @@ from dmp_wb.core.errors import BadInput
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.load import captions_of, load_data
+from dmp_wb.data.prompts import caption_bytes, captions_in
 
 SD3, FLUX, WAN = "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"
 
@@ -131,3 +132,7 @@ def test_what_is_sampled(photos, folders):
     told(lambda: draw(words="a cat"), "captions are 'a cat': expected a list")
     told(lambda: draw(scheduler=folders("StableDiffusionXLPipeline")), "EulerDiscreteScheduler for epsilon",
          "the model gives flow_prediction")
+
+
+def test_captions_of_any_signs():
+    assert captions_in(caption_bytes(["", "a\0b", "ü🎉\n", " "])) == ["", "ab", "ü🎉\n", " "]
