@@ -62,7 +62,9 @@ def unknown(
         last = str(word).split(".")[-1]
         near = [k for k in known if k.split(".")[-1] == last][:1]
     hint = f"did you mean {near[0]!r}? " if near else ""
-    listed = (", ".join(known[:40]) or "none") + (f", … ({len(known)} in all)" if len(known) > 40 else "")
+    beside = f"{near[0]}".rpartition(".")[0] if near else ""   # of a hundred keys, those of its group are listed
+    some = [k for k in known if k.startswith(f"{beside}." if beside else "")][:40] if len(known) > 40 else known
+    listed = (", ".join(some) or "none") + (f", … ({len(known)} in all)" if len(known) > len(some) else "")
     return BadInput(f"unknown {kind} {str(word)!r}: {hint}known: {listed}")
 
 # %% ../../nbs/source/core/00_errors.ipynb #e0a7c51d

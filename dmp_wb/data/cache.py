@@ -19,7 +19,7 @@ from safetensors.torch import save
 from ..core.errors import BadInput, unknown
 from ..core.files import read_json, sha256_of, write_atomic, write_json
 from ..core.bars import progress
-from ..core.settings import DataConfig, size_of
+from ..core.settings import DataConfig, size_list, size_of
 from dmp_wb.data.cache_facts import (
     CACHE_DTYPES, CACHE_FILE, _check_facts, FACTS, format_of, PLAN_FILE, _put, read_cache_facts, read_entry, _shard,
     verify_shards, _writing,
@@ -56,6 +56,9 @@ def write_cache(
     if dtype not in CACHE_DTYPES: raise unknown("dtype", dtype, CACHE_DTYPES)
     vae = config.vae or config.pipeline
     if not vae: raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
+    if len(size_list(config.size)) > 1:
+        raise BadInput(f"data.size is {config.size}: expected one size, a cache holds latents of one shape; a cache "
+                       "for each, or data.vae, which encodes while it trains")
     for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
     data = load_images(config)

@@ -39,6 +39,9 @@ def load_data(
     data = load_images(config)
     text = _text_coder(config, data)
     vae = config.vae or config.pipeline
+    if data.shapes and getattr(text, "sizes", None):
+        raise BadInput(f"data.size is {config.size}: expected one size with pipeline {config.pipeline}, whose model is "
+                       "told the size of its images")
     return EncodedImages(data, load_vae(vae) if vae else None, text) if vae or text else data
 
 def sizes_from(

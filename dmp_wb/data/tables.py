@@ -360,4 +360,4 @@ def load_images(config: DataConfig) -> ImageData | ImageFiles:
         raise MissingFile(f"data.name is {config.name!r}: there is no such folder; expected a folder of images, a "
                           "latent cache, or owner/name of a data set on the hub")
     raise BadInput(
-        f"data.name is {config.name!r}: there is no such folder, and an {unknown('data set', config.name, DATASETS)}")
+        f"data.name is {config.name!r}: there is no such folder; {unknown('data set', config.name, DATASETS)}")

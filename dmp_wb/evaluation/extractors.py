@@ -140,19 +140,26 @@ def usual_extractor(
     """The one that classifies the data, if it takes such images; digits for 1 × 8 × 8 ones, else inception.
     Raises `MissingFile` if its weights are not here."""
     load_plugins()
-    if name := classifier_of(str(data.name if isinstance(data, DataConfig) else data)):
-        try: load_extractor(name, "cpu").check(tuple(shape))
-        except BadInput: pass   # the data's classes, of another size
-        else: return name
+    name = classifier_of(str(data.name if isinstance(data, DataConfig) else data))
+    if name and _takes(name, shape): return name   # not the data's classes of another size
     if tuple(shape) == (1, 8, 8): return "digits"
     try: inception_weights()
     except MissingFile as e:
-        raise MissingFile(f"no extractor is named, and none whose weights are here fits {'×'.join(map(str, shape))} "
-                          f"images: expected --extractor FILE.py:FUNCTION that makes a network of yours, or one of "
+        size = "×".join(map(str, shape))
+        fits = [n for n, entry in EXTRACTORS.items() if entry.ships and _takes(n, shape)]
+        here = (f"of those that ship, {' and '.join(fits)} takes {size} images, though it was made for "
+                f"{EXTRACTORS[fits[0]].classifies[0]}" if fits else f"none of those that ship takes {size} images")
+        raise MissingFile(f"no extractor is named, and {here}: expected --extractor, one of "
                           f"{extractor_words()}; {e}") from None
     return "inception"
 
 # %% ../../nbs/source/evaluation/03_extractors.ipynb #f3241557
+def _takes(name: str, shape: tuple[int, ...]) -> bool:
+    "Whether an extractor takes images [C, H, W]."
+    try: load_extractor(name, "cpu").check(tuple(shape))
+    except BadInput: return False
+    return True
+
 @torch.no_grad()
 def extract(
         # a name, or a network with a method `features`, or one that is called directly; on any device

@@ -35,17 +35,23 @@ def running_mean(
 # %% ../../nbs/source/look/04_curves.ipynb #a9574a7f
 FEW = 40   # lines of metrics.jsonl that are drawn as marks
 
+def _log_if_wide(ax, values: np.ndarray) -> bool: # whether it is logarithmic
+    "Logarithmic if finite values span a factor of four; plain numbers at the ticks."
+    low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+    if wide := high > 4 * low > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+        ax.yaxis.set_minor_formatter("")
+    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    return wide
+
 def _loss_axis(ax, key: str, values: np.ndarray):
     "The axes of a loss: logarithmic if the values span a factor of four; steps are whole numbers."
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    ax.set(xlabel="optimiser step", ylabel=key, yscale="log" if high > 4 * low > 0 else "linear")
-    if ax.get_yscale() == "log":
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_minor_formatter("")
-    elif (room := max(0.05 * abs(high + low) / 2, 1e-9) - (high - low)) > 0:
+    ax.set(xlabel="optimiser step", ylabel=key)
+    if not _log_if_wide(ax, values) and (room := max(0.05 * abs(high + low) / 2, 1e-9) - (high - low)) > 0:
         ax.set_ylim(low - room / 2, high + room / 2)
-    ax.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     first, last = ax.dataLim.intervalx
     if first == last: ax.set_xlim(first - 1, last + 1)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
@@ -115,7 +121,9 @@ def loss_by_timestep(
     for n, colour in run_colours(losses, colours).items():
         axes[0, 0].stairs(losses[n], edges, color=colour, lw=1.8,
                           label=method_label(n, colours), baseline=None)
-    axes[0, 0].set(ylabel=name, yscale="log")
+    axes[0, 0].set(ylabel=name)
+    drawn = np.concatenate([*losses.values()])
+    _log_if_wide(axes[0, 0], drawn[np.isfinite(drawn)])
     if len(losses) > 1: add_legend(fig, axes[0, 0])
     if compared: _change_steps(axes[0, 1], losses, against, edges, colours)
     for ax in axes.flat:

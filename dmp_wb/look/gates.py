@@ -66,14 +66,15 @@ def gate_verdict(
     blocks: Sequence[int | str] | None = None,  # the blocks' numbers or names; 0, 1, … if None
     small: float = 0.05,  # gates nearer to uniform than this count as uniform
 ) -> str:
-    "Whether the gates are uniform, or by how much the one that changes most does, and between which timesteps."
+    """Whether the gates are uniform, or by how much the one that changes most does, and between which timesteps.
+    Those that are below uniform at every timestep do not count: a hundred times next to nothing is next to nothing."""
     gates, t = as_array(gates), as_array(timesteps)
     sizes = np.asarray([gates.shape[2]] * gates.shape[1] if counts is None else counts)
     real = np.arange(gates.shape[2]) < sizes[:, None]                       # [blocks, prompts]
     share = np.where(real, np.clip(gates * sizes[:, None], 2.0**-10, None), 1)
     apart = float(np.abs(share - 1).max())
     if apart <= small: return f"Gates are uniform within {max(100 * apart, 0.1):.2g} %."
-    ratio = share.max(0) / share.min(0)                                     # [blocks, prompts]
+    ratio = np.where(share.max(0) >= 1, share.max(0) / share.min(0), 1)     # [blocks, prompts]
     i, j = np.unravel_index(int(ratio.argmax()), ratio.shape)
     if ratio[i, j] < 1.02: return f"Gates are the same at all timesteps, up to {share.max():.2g} × uniform."
     low, high = sorted((t[share[:, i, j].argmin()], t[share[:, i, j].argmax()]))

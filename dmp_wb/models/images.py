@@ -31,6 +31,7 @@ register_backbone(DiT, Anatomy(
     condition=lambda m, t, inputs: m.condition(t, inputs.get("class_labels")),
     condition_inputs=("class_labels",),
     num_classes=lambda m: m.config.num_classes or None,
+    called_grid=lambda m, inputs: called_image_grid(m, inputs) if m.config.sizes else None,
     any_length=True,
 ))
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import BadInput, printable, unknown
 from ..core.files import flat, last_row, read_json, read_regular
-from ..core.paths import assets_folder, expanded, runs_root, short
+from ..core.paths import assets_folder, expanded, named_files, runs_root, short
 from ..core.processes import changed, fresh, writer_of
 from ..core.registries import METRICS
 from ..core.values import received_yaml
@@ -352,7 +352,7 @@ def runs_table(
     extra: Sequence[str] = (),   # more columns: keys of the config
 ) -> str:
     "The runs as lines of text, their metrics at the right; what failed tells why below."
-    if not runs: return "no runs"
+    if not runs: return f"no runs in {printable(runs_root())}"
     # those of an evaluation of several models would be a column a model
     metrics = [m for m in dict.fromkeys(k for r in runs for k in r.metrics) if " " not in m]
     cell = (lambda v: "–" if v is None or v == "" else f"{v:.4g}" if isinstance(v, float)
@@ -376,7 +376,11 @@ def run_folder(
         if (folder / "config.yaml").is_file(): return folder
     known = [run_name(p, root) for root in (runs_root(), assets_folder())
              for p in find_runs(root) if (p / "config.yaml").is_file()]
-    raise unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
+    if str(run) in named_files("experiments"):
+        raise BadInput(f"run {run} is not there yet: expected one in {runs_root()}; `dmp-wb train {run}` makes it, "
+                       "from the experiment of that name")
+    error = unknown("run", str(run), known, Path(run).name if Path(run).is_absolute() else None)
+    raise BadInput(f"{error}; those that ship, and those in {runs_root()}")
 
 def whole_base(base: str) -> str:
     "A base by full path: a model or run at that path, else the run of that name; names that ship stay as they are."

@@ -10,6 +10,7 @@ from dmp_wb import cli
 from dmp_wb.batch.projects import fit_experiments, fitted, Found, look_at_data, new_project
 from dmp_wb.config import load_experiment
 from dmp_wb.core.errors import BadInput
+from dmp_wb.store.listing import run_folder
 
 
 def images(root, count=6, size=(40, 28), mode="L", classes=2):
@@ -93,5 +94,7 @@ def test_new_says_the_next_commands_and_refuses_what_is_no_data(tmp_path, monkey
         status, said = new(*words)
         errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
         assert status == 2 and len(errors) == 1 and why in errors[0], words
+    with pytest.raises(BadInput, match="run photos-pretrain is not there yet: .*`dmp-wb train photos-pretrain`"):
+        run_folder("photos-pretrain")   # the base of the patch, which is trained first
     assert load_experiment(tmp_path / "work/nbs/experiments/mine-dmp.yaml").data.name == str(tmp_path / "photos")
     assert new_project(tmp_path / "work", add=True) == ([], [])

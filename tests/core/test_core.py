@@ -49,6 +49,13 @@ def test_run_time_needs_no_nbdev():
                           check=True).stdout.strip() == "[]"
 
 
+def test_of_many_known_names_those_beside_the_suggested_one_are_listed():
+    known = [f"{group}.{i}" for group in ("data", "model") for i in range(30)] + ["train.step_size", "train.steps"]
+    said = str(unknown("key", "train.step", known))
+    assert said.endswith("did you mean 'train.steps'? known: train.step_size, train.steps, … (62 in all)")
+    assert "data.0, data.1" in str(unknown("key", "zzzzzz", known))   # nothing near
+
+
 def test_unknown_suggests_whole_and_last_part():
     assert "did you mean 'optim.lr'" in str(unknown("key", "lr", ["optim.lr", "train.steps"]))
     assert "did you mean" not in str(unknown("key", "zzzzzz", ["optim.lr"]))

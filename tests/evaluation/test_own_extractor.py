@@ -81,9 +81,11 @@ def test_the_extractor_that_fits_is_taken_if_none_is_named(monkeypatch):
     from dmp_wb.evaluation import extractors
     def gone(): raise MissingFile("extractor inception needs its weights")
     monkeypatch.setattr(extractors, "inception_weights", gone)
-    with pytest.raises(MissingFile, match=r"fits 1×28×28 images: expected --extractor FILE.py:FUNCTION .* clip\[.*"
-                                          "; extractor inception needs its weights"):
+    why = "expected --extractor, one of .* clip.*FILE.py:NAME.*; extractor inception needs its weights"
+    with pytest.raises(MissingFile, match=f"of those that ship, fashion takes 1×28×28 images, .*{why}"):
         evaluate(images, images)
+    with pytest.raises(MissingFile, match=f"none of those that ship takes 3×28×28 images: {why}"):
+        usual_extractor((3, 28, 28))
 
 
 def test_samples_that_are_drawn_are_measured_as_they_are(runs_folder):

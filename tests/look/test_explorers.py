@@ -227,6 +227,28 @@ def test_the_code_draws_the_figure(make):
     assert html.escape(last) in e.given.value and "<button type='button'" in e.given.value
 
 
+def test_the_code_sets_the_strength_at_which_a_patch_acts():
+    model = two_patches()
+    wb.get_patch(model, "two").strength = 0.25
+    lines = DenoiseExplorer(model).code().splitlines()
+    assert "wb.get_patch(model, 'two').strength = 0.25" in lines
+    assert not any("'one'" in line for line in lines)   # it acts as it was trained
+    wb.use_patches(model, "one", "two", weights=[1, 1])
+    assert ".strength" not in GateExplorer(model, name="one").code()
+
+
+def test_the_code_leaves_out_the_strength_that_a_run_is_loaded_with(tmp_path, monkeypatch):
+    loaded = wb.load_model("digits-dmp", device="cpu")
+    wb.get_patch(loaded).strength = 2
+    monkeypatch.setattr("dmp_wb.look.sides.load_model", lambda *args, **settings: loaded)
+    e = DenoiseExplorer("digits-dmp")
+    assert ".strength" not in e.code()
+    wb.get_patch(loaded).strength = 0.5   # by hand, while it is looked at
+    assert "wb.get_patch(model).strength = 0.5" in e.code().splitlines()
+    wb.get_patch(loaded).strength = 1
+    assert "wb.get_patch(model).strength = 1.0" in e.code().splitlines()
+
+
 def test_a_figure_is_saved_as_png_and_svg():
     e = RoutingExplorer(64)
     e.save()

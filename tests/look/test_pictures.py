@@ -89,6 +89,22 @@ def test_the_verdict_names_the_largest_change_and_its_timesteps():
     assert viz.gate_verdict(gates(0.8, 0.8), [0, 9]) == "Gates are the same at all timesteps, up to 1.6 × uniform."
 
 
+def test_the_verdict_leaves_out_prompts_that_no_timestep_uses():
+    hardly = np.array([[[1 - s - 1e-3, 1e-3, s]] for s in (1e-3, 1e-2)])   # a tenfold change of next to nothing
+    assert viz.gate_verdict(hardly, [0, 9]).startswith("Gates are the same at all timesteps")
+
+
+def test_a_loss_by_timestep_has_plain_numbers_at_its_ticks():
+    def ticks(values):
+        figure = viz.loss_by_timestep([(0, 499), (500, 999)], {"base": values})
+        figure.draw_without_rendering()
+        ax = figure.axes[0]
+        return ax.get_yscale(), [t.get_text() for t in ax.get_yticklabels() if t.get_text()]
+    assert ticks([0.25, 0.6])[0] == "linear"   # too narrow for a logarithm, whose ticks would be 3 and 4 × 10⁻¹
+    scale, words = ticks([0.01, 0.3])
+    assert scale == "log" and {"0.02", "0.05", "0.1"} <= set(words)
+
+
 def test_the_verdict_counts_the_prompts_that_a_block_has():
     padded = np.zeros((3, 2, 4))
     padded[:, 0], padded[:, 1, :2] = 0.25, 0.5
