@@ -24,7 +24,7 @@ _PUBLIC = {
     "routing_mask": "methods.masks",
     "diffusion_losses": "diffusion.objectives",
     "timestep_clusters": "tasks.intervals", "task_affinity": "tasks.affinity",
-    "load_data": "data.load",
+    "load_data": "data.load", "aspect_sizes": "data.buckets",
     "Method": "methods.base", "ModuleMethod": "methods.base", "Panel": "methods.base",
     "methods_of": "methods.base", "apply_methods": "methods.base", "intervene": "methods.interventions",
     "register_method": "methods.registry", "register_gate": "methods.registry", "register_mask": "methods.registry",

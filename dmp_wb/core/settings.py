@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'SAMPLERS', 'FLOW_SAMPLERS', 'AXES', 'USUAL_STEPS', 'SIZES', 'NAMES', 'LIMITS', 'FROM_DATA',
            'PREDICTION_TYPES', 'Weighting', 'WEIGHTINGS', 'DTYPE_NAMES', 'PRESETS', 'ScheduleConfig', 'Size',
-           'ModelConfig', 'ObjectiveConfig', 'TrainedAs', 'aggregators', 'MultitaskConfig', 'size_of', 'DataConfig',
-           'dtype_name', 'usual_steps', 'SamplingConfig']
+           'ModelConfig', 'ObjectiveConfig', 'TrainedAs', 'aggregators', 'MultitaskConfig', 'size_of', 'size_list',
+           'DataConfig', 'dtype_name', 'usual_steps', 'SamplingConfig']
 
 # %% ../../nbs/source/core/07_settings.ipynb #358c47dc
 import ast
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput, real_number, said, unknown, whole_number, yes_or_no
-from .values import plain_fields
+from .values import plain_fields, python_numbers
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771000
 SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2", "squaredcos_cap_v2": "squaredcos_cap_v2",
@@ -167,6 +167,23 @@ def size_of(shape) -> int | list[int]: # of […, H, W]
     height, width = shape[-2:]
     return width if height == width else [height, width]
 
+def size_list(size) -> list[list[int]]: # height and width of each; none of None
+    "The sizes that `data.size` names: one as a side or as [height, width], or a list of such."
+    if size is None: return []
+    several = isinstance(size, (list, tuple)) and any(isinstance(s, (list, tuple)) for s in size)
+    pair = lambda s: [*s] * (2 if len(s) == 1 else 1) if isinstance(s, (list, tuple)) else [s, s]
+    return [pair(s) for s in (size if several else [size])]
+
+def _checked_size(given) -> int | list:
+    "`data.size` as it is kept; raises `BadInput`."
+    given = python_numbers(given)
+    sizes = size_list(given)
+    right = lambda s: len(s) == 2 and all(type(side) is int and side >= 1 for side in s)
+    if not sizes or not all(map(right, sizes)) or len({*map(tuple, sizes)}) < len(sizes):
+        raise BadInput(f"data.size is {given}: expected the side in pixels, or [height, width], or a list of such "
+                       "sizes, each another")
+    return sizes if len(sizes) > 1 else size_of(sizes[0])   # [32, 32] is 32
+
 @dataclass
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
@@ -178,8 +195,9 @@ class DataConfig:
     # held out, for the loss on images that are not trained on: the name of another split, or a share of this one, as
     # 0.05; null: none
     validation: str | float | None = None
-    # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does.
-    # Built-in data have their own
+    # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does. Or a list of sizes, as
+    # [[28, 28], [24, 32]], of which each image gets the one of the nearest shape; grids of samples and evaluation have
+    # the first. Built-in data have their own
     size: int | list | None = None
     channels: int = 3                 # of images read from files: 3 is RGB, 1 is grey
     # use labels if there are any: a folder's first subfolders, or a column of numbers or words
@@ -200,18 +218,14 @@ class DataConfig:
     # encodes them, and its VAE
     pipeline: str | None = None
     prompt_length: int | None = None  # tokens that its encoders are asked for; null: as many as by itself
+    prompt_dtype: str = "float32"     # of the encoders; T5-XXL takes 19 GB in float32, 9.5 in bfloat16
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
     num_workers: int | None = None    # processes that read images; None: 0 for data in memory, up to 4 for files
 
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
         plain_fields(self)
-        if self.size is not None:
-            found = [self.size] if isinstance(self.size, int) else list(self.size)
-            if not (len(found) in (1, 2) and all(isinstance(side, int) and side >= 1 for side in found)):
-                raise BadInput(f"data.size is {self.size}: expected the side in pixels, or [height, width], one "
-                               "shape for all images")
-            self.size = size_of(found[:1] + found)   # [32, 32] is 32
+        if self.size is not None: self.size = _checked_size(self.size)
         v = self.validation
         if v is not None and (isinstance(v, float) and not 0 < v < 1 or v == self.split or v in ("", "all")):
             raise BadInput(f"data.validation is {v!r}: expected a share between 0 and 1, or the name of another split "
@@ -223,6 +237,7 @@ class DataConfig:
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         if self.prompt_length is not None and self.prompt_length < 1:
             raise BadInput(f"data.prompt_length is {self.prompt_length}: expected at least 1, or null")
+        self.prompt_dtype = dtype_name("data.prompt_dtype", self.prompt_dtype)
         both = next((k for k in ("vae", "text_encoder") if getattr(self, k) is not None), None)
         if self.pipeline is not None and both is not None:
             raise BadInput(

@@ -186,7 +186,7 @@ def _text_coder(config: DataConfig, data) -> TextCoder | PipelineText | None:
             f"data {config.name!r} have no captions, but data.pipeline {config.pipeline} encodes them: expected "
             "data.caption_column")
     if config.pipeline is not None:
-        return load_pipeline_text(config.pipeline, config.prompt_length, tuple(data.shape[-2:]))
+        return load_pipeline_text(config.pipeline, config.prompt_length, tuple(data.shape[-2:]), config.prompt_dtype)
     if config.text_encoder is None:
         raise BadInput("data.text_encoder is null: expected a pipeline with tokenizer/ and text_encoder/, for the "
                        "captions of data.caption_column")
@@ -203,20 +203,22 @@ class EncodedImages(Source):
     def __init__(self, data: Source, coder: LatentCoder | None, text: TextCoder | PipelineText | None):
         self.data, self.coder, self.text = data, coder, text
         self.shape, self.class_names = coder.latent_shape(data.shape) if coder else data.shape, data.class_names
-        self.workers, self.random_latents = data.workers, coder is not None
+        self.shapes = [coder.latent_shape(shape) for shape in data.shapes] if coder else data.shapes
+        self.groups, self.workers, self.random_latents = data.groups, data.workers, coder is not None
         if text is not None: self.null = text.null()
         if isinstance(text, PipelineText): self.pipeline = text.name
 
     def __len__(self) -> int: return len(self.data)
 
-    def batch(self, indices, flip=None, noise=None, drop=None):
+    def batch(self, indices, flip=None, noise=None, drop=None, **sized):
         "Pixels and tokens: `encode` makes latents and embeddings of them."
         # a pipeline may have another thing in place of no prompt than what the empty one is encoded as
         own_null = isinstance(self.text, PipelineText) and drop is not None
-        batch = self.data.batch(indices, flip, None, None if own_null else drop)
+        batch = self.data.batch(indices, flip, None, None if own_null else drop, **sized)
         if own_null: batch["caption_dropped"] = drop
         if self.coder is not None:
-            batch["latent_noise"] = torch.zeros(len(indices), *self.shape) if noise is None else noise
+            shape = self.shapes[sized["size"]] if sized else self.shape
+            batch["latent_noise"] = torch.zeros(len(indices), *shape) if noise is None else noise
         if self.text is not None: batch |= self.text.tokens(batch.pop("captions"))
         return batch
 

@@ -18,14 +18,16 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ..core.errors import BadInput, unknown
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_list
 from .archives import contents, is_archive, member_runs, printable_name as _printable
+from .buckets import sort_by_shape
 from .images import BadImage, centre_crop, _formats, IMAGE_SUFFIXES, put_pixels, read_image, to_tensor
 from .sources import readers, Source
 from .words import BESIDE, beside, CLASS_SUFFIX, labels_beside, words_beside
@@ -105,7 +107,7 @@ class ImageFiles(Source):
         read: Callable[[int], bytes | str | Path],  # image i's file, or its bytes
         names: Callable[[int], str],                # what to call it
         num_images: int,
-        size: int | Sequence[int],                  # side in pixels, or height and width
+        size: int | Sequence[Any],                  # side in pixels, height and width, or a list of sizes
         channels: int = 3,
         labels: torch.Tensor | None = None,         # [N]
         class_names: Sequence[str] = (),
@@ -115,15 +117,17 @@ class ImageFiles(Source):
         self.source = source or {}
         self.read, self.names, self.num_images, self.labels, self.class_names, self.captions = (
             read, names, num_images, labels, list(class_names), captions)
-        height, width = (size, size) if isinstance(size, int) else size
-        self.shape, self.bad = (channels, height, width), {}
-        self.workers = readers()
+        sizes = size_list(size)
+        self.shape, self.bad, self.workers = (channels, *sizes[0]), {}, readers()
+        if len(sizes) > 1:
+            self.shapes = [(channels, *s) for s in sizes]
+            self.groups = sort_by_shape(read, num_images, sizes)
 
     def __len__(self) -> int: return self.num_images
 
-    def cropped(self, index: int) -> Image.Image:
+    def cropped(self, index: int, shape: tuple[int, ...] = ()) -> Image.Image:
         "Image `index`, cropped; raises `BadImage`."
-        return centre_crop(read_image(self.read(index), self.shape[0]), self.shape[1:])
+        return centre_crop(read_image(self.read(index), self.shape[0]), (shape or self.shape)[1:])
 
     def image(self, index: int) -> torch.Tensor: # [C, H, W]
         "Image `index`, cropped; raises `BadImage`."
@@ -133,15 +137,16 @@ class ImageFiles(Source):
         "The caption of image `index`; raises `BadImage`."
         return "" if self.captions is None else self.captions(index)
 
-    def batch(self, indices, flip=None, noise=None, drop=None) -> dict:
-        """A batch; an image that cannot be read is replaced by the next in the list that can. With `captions`
-        (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."""
-        images, taken, said, met = torch.empty(len(indices), *self.shape, dtype=torch.float32), [], [], {}
+    def batch(self, indices, flip=None, noise=None, drop=None, size: int | None = None) -> dict:
+        """A batch; an image that cannot be read is replaced by the next in the list, of its size, that can. With
+        `captions` (strings), if there are any, and `bad_images` {name: reason}, if some were met for the first time."""
+        shape, groups = (self.shape, None) if size is None else (self.shapes[size], self.groups)
+        images, taken, said, met = torch.empty(len(indices), *shape, dtype=torch.float32), [], [], {}
         mirrored = [False] * len(indices) if flip is None else flip.tolist()
         for index, place, mirror in zip(indices.tolist(), images.numpy(), mirrored):
             for i in (n % self.num_images for n in range(index, index + self.num_images)):
-                if i in self.bad: continue
-                try: image, words = self.cropped(i), self.caption(i)
+                if i in self.bad or groups is not None and groups[i] != groups[index]: continue
+                try: image, words = self.cropped(i, shape), self.caption(i)
                 except BadImage as e:
                     self.bad[i] = met[self.names(i)] = str(e)
                     continue
@@ -149,8 +154,9 @@ class ImageFiles(Source):
                 said.append(words)
                 break
             else:
-                raise BadInput(
-                    f"none of the {self.num_images} images can be read; the first, {self.names(0)}, {self.bad[0]}")
+                i, of_size = (0, "") if groups is None else (index, f" of size {list(shape[1:])}")
+                raise BadInput(f"none of the {self.num_images} images{of_size} can be read; the first, "
+                               f"{self.names(i)}, {self.bad[i]}")
             put_pixels(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else image, place)
         batch: dict = {"images": images}
         if self.labels is not None: batch["class_labels"] = self.labels[taken]
@@ -316,7 +322,7 @@ def _own_runs(root: Path) -> Iterator[tuple[str, list[str]]]:
     "Of a folder or an archive; the shards in a folder are files."
     return member_runs(root) if is_archive(root) else _folder_runs(root)
 
-def _side(config: DataConfig) -> int | list[int]:
+def _side(config: DataConfig) -> int | list:
     if config.size is None:
         raise BadInput(
             f"data.size is null: expected the side in pixels that the images of {config.name} are cropped to")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDX_FILES', 'FASHION_CLASSES', 'FASHION_FOLDERS', 'DATASETS', 'Source', 'readers', 'ImageData', 'beside', 'digits',
            'sheared', 'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'faded', 'faded_fashion',
-           'SourceEntry', 'register_source', 'EpochOrder']
+           'SourceEntry', 'register_source', 'Endless', 'EpochOrder']
 
 # %% ../../nbs/source/data/00_sources.ipynb #2f3b8ca4
 import gzip
@@ -37,6 +37,8 @@ class Source:
     null: dict[str, torch.Tensor] = {}    # text embeddings of the empty caption, if there are captions
     facts: dict = {}                      # what a latent cache says about itself
     pipeline: str | None = None           # the pipeline whose conditions they hold, if it is one's
+    shapes: Sequence[tuple[int, ...]] = ()   # of images of several sizes, each as `shape`, which is the first
+    groups: torch.Tensor | None = None    # [N] with `shapes`: the number of each image's
     captions: Any = None                  # the caption of an image, by its number, if there are captions
 
     def __len__(self) -> int: raise NotImplementedError
@@ -50,9 +52,16 @@ class Source:
         flip: torch.Tensor | None = None,  # [B] booleans: which to mirror
         noise: torch.Tensor | None = None, # [B, C, h, w] standard normal, to draw latents with; None: their means
         drop: torch.Tensor | None = None,  # [B] booleans: whose caption to leave empty
+        # a source with `shapes` takes one more, `size`: the number of the shape of the batch; None: `shape`
     ) -> dict[str, torch.Tensor]:
         "`images` [B, C, H, W] and, if there are any, `class_labels` [B] and text."
         raise NotImplementedError
+
+    def sized(self, indices: torch.Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+        "The shape of a batch of images that have one size, and what else `batch` is to be told for it."
+        if self.groups is None: return self.shape, {}
+        n = int(self.groups[indices[0]])
+        return self.shapes[n], {"size": n}
 
     def encode(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         "A batch, on the device, as the model sees it."
@@ -256,8 +265,30 @@ register_source("fashion-mnist", fashion_mnist, splits=("train", "test"))
 register_source("fashion-faded", faded_fashion, splits=("train", "test"))
 
 # %% ../../nbs/source/data/00_sources.ipynb #52907eb9
+class Endless:
+    "Shuffled epochs of some images laid end to end, without state."
+    def __init__(self, num_images: int, seed: int, *names):   # names: of the stream of the shuffling
+        self.num_images, self.seed, self.names = num_images, seed, names
+        self._epochs: dict[int, torch.Tensor] = {}
+
+    def _epoch(self, epoch: int) -> torch.Tensor:
+        if epoch not in self._epochs:
+            g = torch.Generator().manual_seed(seed_of(self.seed, *self.names, epoch))
+            self._epochs = {k: v for k, v in self._epochs.items() if abs(k - epoch) <= 1}   # a batch spans few epochs
+            self._epochs[epoch] = torch.randperm(self.num_images, generator=g)
+        return self._epochs[epoch]
+
+    def take(self, first: int, count: int) -> torch.Tensor:
+        "Indices [count] from this place on."
+        epoch, offset = divmod(first, self.num_images)
+        parts = [self._epoch(epoch)[offset:offset + count]]
+        while (left := count - sum(map(len, parts))) > 0:
+            epoch += 1
+            parts.append(self._epoch(epoch)[:left])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
 class EpochOrder:
-    "The global batch of any step, without state: shuffled epochs laid end to end."
+    "The global batch of any step, without state."
     def __init__(
         self,
         num_images: int,
@@ -269,20 +300,9 @@ class EpochOrder:
             raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images"
                            + ("" if kept is None else " beside those that are held out"))
         self.num_images, self.batch_size, self.seed, self.kept = num_images, batch_size, seed, kept
-        self._epochs: dict[int, torch.Tensor] = {}
-
-    def _epoch(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._epochs:
-            g = torch.Generator().manual_seed(seed_of(self.seed, "order", epoch))
-            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}  # a batch spans two epochs at most
-            self._epochs[epoch] = torch.randperm(self.num_images, generator=g)
-        return self._epochs[epoch]
+        self.order = Endless(num_images, seed, "order")
 
     def __call__(self, step: int) -> torch.Tensor:
         "Indices [batch_size] of the images of a step (counted from 0)."
-        first = step * self.batch_size
-        epoch, offset = divmod(first, self.num_images)
-        indices = self._epoch(epoch)[offset:offset + self.batch_size]
-        if len(indices) < self.batch_size:
-            indices = torch.cat([indices, self._epoch(epoch + 1)[:self.batch_size - len(indices)]])
+        indices = self.order.take(step * self.batch_size, self.batch_size)
         return indices if self.kept is None else self.kept[indices]

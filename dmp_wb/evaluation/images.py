@@ -26,7 +26,7 @@ from PIL import Image
 from ..core.errors import BadInput, MissingFile, said
 from ..core.files import sha256_of
 from ..core.paths import expanded
-from ..core.settings import DataConfig
+from ..core.settings import DataConfig, size_list
 from ..data.cache import cached_split, ConsecutiveBatches
 from ..data.cache_facts import CACHE_FILE, read_cache_facts
 from ..data.folders import data_path, image_files, ImageFiles, SkippedImages
@@ -190,6 +190,8 @@ def _original(config: DataConfig) -> DataConfig:
         split = cached_split(config, file.parent, facts)
         config = dataclasses.replace(config, name=facts["data"], size=facts["size"], channels=facts["channels"],
                                      **{**facts["source"], "split": split})
+    # of several sizes the first, which samples have
+    elif len(sizes := size_list(config.size)) > 1: config = dataclasses.replace(config, size=sizes[0])
     if config.name in DATASETS: config = dataclasses.replace(config, size=None)
     return dataclasses.replace(config, conditional=False, vae=None, text_encoder=None, pipeline=None,
                                caption_column=None,

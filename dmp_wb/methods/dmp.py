@@ -109,7 +109,8 @@ class OnPasses(Adapter, Tables):
         size = lambda g: f"{math.prod(g)} tokens ({' × '.join(map(str, g))})"
         return BadInput(
             f"the input has {size(grid)} at block {self.blocks[position]}: this patch was made for "
-            f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config")
+            f"{size(self.grids[position])}; expected that size, or a patch with another input_size in its config"
+            + (", or with mode 'prepend'" if anatomy_of(self.model).any_length and self.config.mode == "add" else ""))
 
     def _leave_out(self, gates: dict[int, torch.Tensor], call: Call):
         "A block whose gates an intervention has made zero gets no prompts: tokens of zeros would be attended to."

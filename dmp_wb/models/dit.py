@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
 
@@ -191,9 +192,9 @@ def _checked_inputs(model: "DiT", hidden_states: torch.Tensor, timestep, class_l
         raise BadInput(
             f"hidden_states has shape {tuple(hidden_states.shape)}: expected [batch, channels, height, width]")
     B, C, H, W = hidden_states.shape
-    if (C, H, W) != (model.config.in_channels, *model.input_size):
-        raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects "
-                       f"{model.config.in_channels}×{model.input_size[0]}×{model.input_size[1]}")
+    if C != model.config.in_channels or (H, W) not in model.input_sizes:
+        sizes = ", or ".join(f"{h}×{w}" for h, w in model.input_sizes)
+        raise BadInput(f"hidden_states is {C}×{H}×{W}: this DiT expects {model.config.in_channels}×{sizes}")
     told = (torch.full((), timestep, device=hidden_states.device) if isinstance(timestep, (int, float))   # no copy
             else torch.as_tensor(timestep, device=hidden_states.device))
     if told.ndim > 1 or told.ndim and len(told) not in (1, B):
@@ -243,6 +244,7 @@ class DiT(ModelMixin, ConfigMixin):
             num_attention_heads: int = 16,
             mlp_ratio: float = 4.0,
             num_classes: int | None = 1000,   # None: unconditional; 0: too, with a null class, as DMP's FFHQ models
+            sizes: list[list[int]] | None = None,   # further (height, width) of inputs; None: `sample_size` alone
     ):
         super().__init__()
         height, width = _check_sizes(sample_size, patch_size, in_channels, out_channels, hidden_size, num_layers,
@@ -255,10 +257,28 @@ class DiT(ModelMixin, ConfigMixin):
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size) if num_classes is not None else None
         self.register_buffer("pos_embed", position_table(hidden_size, self.grid_size))
+        self.input_sizes: list[tuple[int, int]] = [self.input_size]
+        self.take_sizes(sizes or ())
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_attention_heads, mlp_ratio) for _ in range(num_layers))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.config.out_channels)
         self.gradient_checkpointing = False
         initialise(self)
+
+    def take_sizes(self, sizes: Sequence[Sequence[int]]):   # height and width of each
+        "Take inputs of these sizes, too, from now on. Raises `BadInput` for one that the tokens do not fit in."
+        p = self.config.patch_size
+        for size in sizes:
+            if (h := size[0]) % p or (w := size[1]) % p:
+                raise BadInput(f"inputs are {size[0]} × {size[1]}: expected multiples of patch_size {p}")
+            if (h, w) in self.input_sizes: continue
+            self.input_sizes.append((h, w))
+            table = position_table(self.config.hidden_size, (h // p, w // p)).to(self.pos_embed)
+            self.register_buffer(f"pos_embed_{h}_{w}", table, persistent=False)
+        self.register_to_config(sizes=[list(size) for size in self.input_sizes[1:]] or None)
+
+    def positions(self, size: tuple[int, int]) -> torch.Tensor: # [1, N, hidden_size]
+        "What tells a token where it lies, in an input of this size."
+        return self.pos_embed if size == self.input_size else getattr(self, f"pos_embed_{size[0]}_{size[1]}")
 
     @property
     def learn_sigma(self) -> bool: return self.config.out_channels == 2 * self.config.in_channels
@@ -295,18 +315,20 @@ class DiT(ModelMixin, ConfigMixin):
     ):  # Transformer2DModelOutput with `.sample` [B, out_channels, H, W], or a tuple with it
         "One denoising evaluation."
         timestep, class_labels = _checked_inputs(self, hidden_states, timestep, class_labels)
-        x = self.x_embedder(hidden_states) + self.pos_embed.to(hidden_states.dtype)
+        size = tuple(hidden_states.shape[-2:])
+        x = self.x_embedder(hidden_states) + self.positions(size).to(hidden_states.dtype)
         c = self.condition(timestep, class_labels, len(hidden_states))
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 x = self._gradient_checkpointing_func(block, x, c)
             else: x = block(x, c)
-        x = self.unpatchify(self.final_layer(x, c))
+        x = self.unpatchify(self.final_layer(x, c), size)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        "[B, N, p·p·C] → [B, C, H, W]."
-        (h, w), p = self.grid_size, self.config.patch_size
+    def unpatchify(self, x: torch.Tensor, size: tuple[int, ...] = ()) -> torch.Tensor:
+        "[B, N, p·p·C] → [B, C, H, W], of this height and width."
+        p = self.config.patch_size
+        h, w = (n // p for n in size or self.input_size)
         return x.reshape(-1, h, w, p, p, self.config.out_channels).permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.config.out_channels, h * p, w * p)
 

@@ -17,6 +17,7 @@ import torch
 
 from ..config import BATCH_FORMAT, Experiment
 from ..core.seeds import seed_of
+from ..data.buckets import BucketOrder
 from ..data.folders import SkippedImages
 from ..data.sources import EpochOrder, Source
 from ..tasks.intervals import balanced_timesteps
@@ -65,7 +66,7 @@ def _normal(philox: np.random.Philox, out: np.ndarray):
 def draw_batch(
     exp: Experiment,
     data: Source,
-    order: EpochOrder,
+    order: EpochOrder | BucketOrder,
     step: int,                 # from 0
     null_class: int | None,    # what a dropped label becomes; None for an unconditional model
     places: slice | torch.Tensor = slice(None),  # of the global batch: a slice, or indices
@@ -77,18 +78,19 @@ def draw_batch(
     `data.batch` gives is there too.
     """
     indices = order(step)
+    shape, sized = data.sized(indices)
     g = torch.Generator().manual_seed(seed_of(exp.seed, "batch", step))
     if clusters is not None: timesteps = balanced_timesteps(len(indices), clusters, g)
     else: timesteps = torch.randint(exp.schedule.num_train_timesteps, indices.shape, generator=g)
     dropped = torch.rand(indices.shape, generator=g) < exp.train.label_dropout
-    if (exp.train.batch_format or BATCH_FORMAT) == 1: draw = lambda name: torch.randn(shape, generator=g)[places]
-    else: draw = lambda name: place_noise(exp.seed, name, step, torch.arange(len(indices))[places], data.shape)
+    if (exp.train.batch_format or BATCH_FORMAT) == 1:
+        draw = lambda name: torch.randn((len(indices), *shape), generator=g)[places]
+    else: draw = lambda name: place_noise(exp.seed, name, step, torch.arange(len(indices))[places], shape)
     # in format 1 all come from one stream, in this order
-    shape = (len(indices), *data.shape)
     noise = draw("noise")
     flip = torch.rand(indices.shape, generator=g)[places] < 0.5 if exp.data.flip else None
     latent_noise = draw("latents") if data.random_latents else None
-    batch = dict(data.batch(indices[places], flip, latent_noise, dropped[places]))
+    batch = dict(data.batch(indices[places], flip, latent_noise, dropped[places], **sized))
     labels = batch.pop("class_labels", None)
     batch = {**batch, "timesteps": timesteps[places], "noise": noise}
     if null_class is None: return batch
@@ -108,7 +110,7 @@ def places_of(
 # %% ../../nbs/source/training/01_batches.ipynb #b1a0c007
 class Steps(torch.utils.data.Dataset):
     "The batch of each step, for a DataLoader: its workers read ahead, and what they read depends on the step alone."
-    def __init__(self, exp: Experiment, data: Source, order: EpochOrder, **settings):
+    def __init__(self, exp: Experiment, data: Source, order: EpochOrder | BucketOrder, **settings):
         self.draw: Callable[..., dict[str, torch.Tensor]] = functools.partial(draw_batch, exp, data, order, **settings)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]: return self.draw(step)

@@ -39,6 +39,7 @@ from ..core.paths import assets_folder, expanded, project_root, runs_root, short
 from ..core.processes import clear_leftovers
 from ..core.seeds import git_commit
 from ..core.settings import FROM_DATA
+from ..data.buckets import BucketOrder
 from ..data.load import HeldOut, hold_out, load_data, sizes_from
 from ..data.sources import DATASETS, EpochOrder, Source
 from ..diffusion.objectives import make_tables, Tables
@@ -317,7 +318,7 @@ class Parts:
     exp: Experiment
     run: Run
     data: Source
-    order: EpochOrder             # of its images
+    order: EpochOrder | BucketOrder   # of its images
     held_out: HeldOut | None      # images that are not trained on
     accelerator: Accelerator
     share: int                    # images that a process takes at once
@@ -344,7 +345,7 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
         raise BadInput(
             f"multitask.k is {exp.multitask.k}: expected at most {share}, the images of a process and accumulated part")
     kept, held_out = hold_out(exp.data, data)
-    order = EpochOrder(len(data) if kept is None else len(kept), exp.train.batch_size, exp.seed, kept)
+    order = _order(exp, data, kept)
     backbone = make_model(exp, data)
     tables = make_tables(exp.schedule, exp.objective.prediction_type)
     frozen = any(method_entry(name).freezes for name in exp.methods)
@@ -362,6 +363,10 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     return parts
 
 # %% ../../nbs/source/training/02_setup.ipynb #d045350d
+def _order(exp: Experiment, data: Source, kept: torch.Tensor | None) -> EpochOrder | BucketOrder:
+    if data.groups is not None: return BucketOrder(data.groups, exp.train.batch_size, exp.seed, kept)
+    return EpochOrder(len(data) if kept is None else len(kept), exp.train.batch_size, exp.seed, kept)
+
 def add_tasks(parts: Parts):
     "The intervals of timesteps as tasks, with learned weights or an aggregator, where the experiment asks for them."
     config = parts.exp.multitask

@@ -43,7 +43,7 @@ def test_two_sides_are_height_and_width_and_equal_ones_are_one(tmp_path):
     assert load_data(folder_config(root, size=[12, 8])).batch(torch.arange(2))["images"].shape == (2, 3, 12, 8)
     assert DataConfig(size=[8, 8]).check().size == DataConfig(size=(8,)).check().size == 8
     assert DataConfig(size=(12, 8)).check().size == [12, 8]
-    for wrong in ([0, 8], [8, 8, 8], [], -1, [[8, 8], [8, 12]]):
+    for wrong in ([0, 8], [8, 8, 8], [], -1, [[8, 8], [0, 12]]):
         with pytest.raises(BadInput, match="data.size is .*: expected the side in pixels, or .height, width.") as e:
             DataConfig(size=wrong).check()
         assert one_line(e)
