@@ -1,19 +1,23 @@
-"Tiny whole pipelines that are trained on: those of `pipelines`, and four more, as folders."
-
+"Tiny whole pipelines that are trained on: those of `pipelines`, and more, as folders."
+from functools import partial
 
 from backbones import BACKBONES
 from conftest import randomise
 from diffusers import (AuraFlowPipeline, AutoencoderDC, AutoencoderKLCogVideoX, AutoencoderKLQwenImage,
-                       AutoencoderKLWan, CogVideoXDDIMScheduler, CogVideoXPipeline, CogVideoXTransformer3DModel,
-                       DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline,
-                       PixArtTransformer2DModel, QwenImagePipeline, QwenImageTransformer2DModel, SanaPipeline,
-                       SanaTransformer2DModel, StableDiffusionXLPipeline, WanPipeline, WanTransformer3DModel)
+                       AutoencoderKLWan, ChromaPipeline, ChromaTransformer2DModel, CogVideoXDDIMScheduler,
+                       CogVideoXPipeline, CogVideoXTransformer3DModel, CogView3PlusPipeline,
+                       CogView3PlusTransformer2DModel, DDIMScheduler, EulerDiscreteScheduler,
+                       FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel,
+                       PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel, QwenImagePipeline,
+                       QwenImageTransformer2DModel, SanaPipeline, SanaTransformer2DModel, StableDiffusionXLPipeline,
+                       WanPipeline, WanTransformer3DModel, ZImagePipeline, ZImageTransformer2DModel)
+from more_backbones import CASES
 from pipelines import (autoencoder, CLIP_WIDTH, clip, clip_tokenizer, flux_pipeline, PROMPT_LENGTH, sd3_pipeline,
-                       seeded, T5_WIDTH, t5)
+                       sd_pipeline, seeded, T5_WIDTH, t5)
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (CLIPTextModel, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, UMT5Config,
-                          UMT5EncoderModel)
+                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen3Config, Qwen3Model,
+                          UMT5Config, UMT5EncoderModel)
 
 from dmp_wb.core.settings import DataConfig
 
@@ -29,19 +33,23 @@ def sdxl_pipeline(folder):
         tokenizer_2=tokenizer_2, text_encoder_2=clip(CLIPTextModelWithProjection, tokenizer_2, seed=1))
 
 
-def pixart_pipeline(folder):
+def pixart_pipeline(folder, cls=PixArtAlphaPipeline):
     encoder, tokenizer = t5()
     model = PixArtTransformer2DModel(sample_size=8, num_layers=3, num_attention_heads=4, attention_head_dim=12,
                                      cross_attention_dim=48, caption_channels=T5_WIDTH,
                                      use_additional_conditions=False)
-    return PixArtAlphaPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder(4, scaling_factor=0.13025),
-                               transformer=randomise(model, 0.1).eval(), scheduler=DDIMScheduler(clip_sample=False))
+    return cls(tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder(4, scaling_factor=0.13025),
+               transformer=randomise(model, 0.1).eval(), scheduler=DDIMScheduler(clip_sample=False))
+
+
+def gemma(tokenizer):
+    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=1, head_dim=12)
+    return seeded(lambda: Gemma2Model(config))
 
 
 def sana_pipeline(folder):
     _, tokenizer = t5()
-    config = Gemma2Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
-                          num_attention_heads=2, num_key_value_heads=1, head_dim=12)
     model = SanaTransformer2DModel(sample_size=16, in_channels=4, out_channels=4, num_layers=3, num_attention_heads=4,
                                    attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=16,
                                    cross_attention_dim=32, caption_channels=24)
@@ -52,7 +60,7 @@ def sana_pipeline(folder):
         encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)), downsample_block_type="conv",
         upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
         scaling_factor=0.41407))
-    return SanaPipeline(tokenizer=tokenizer, text_encoder=seeded(lambda: Gemma2Model(config)), vae=vae,
+    return SanaPipeline(tokenizer=tokenizer, text_encoder=gemma(tokenizer), vae=vae,
                         transformer=randomise(model, 0.1).eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
@@ -68,10 +76,14 @@ def wan_pipeline(folder):
                        transformer=randomise(model, 0.1).eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
 
 
-def qwen_pipeline(folder):
+def qwen_tokenizer():
     words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    text = dict(vocab_size=len(vocabulary), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+    return Qwen2Tokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+
+
+def qwen_pipeline(folder):
+    tokenizer = qwen_tokenizer()
+    text = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                 num_attention_heads=2, num_key_value_heads=2, rope_parameters={"mrope_section": [1, 1, 2],
                                                                                "rope_type": "default"})
     sight = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=16)
@@ -82,7 +94,7 @@ def qwen_pipeline(folder):
     model = QwenImageTransformer2DModel(in_channels=16, out_channels=4, num_layers=3, num_attention_heads=2,
                                         attention_head_dim=16, joint_attention_dim=16, axes_dims_rope=(4, 6, 6))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9)
-    return QwenImagePipeline(scheduler=scheduler, vae=vae, tokenizer=Qwen2Tokenizer(vocab=vocabulary, merges=[]),
+    return QwenImagePipeline(scheduler=scheduler, vae=vae, tokenizer=tokenizer,
                              text_encoder=seeded(lambda: Qwen2_5_VLForConditionalGeneration(config)),
                              transformer=randomise(model, 0.1).eval())
 
@@ -111,25 +123,71 @@ def cogvideox_pipeline(folder):
                              scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction"))
 
 
+def lumina_pipeline(folder):
+    _, tokenizer = t5()
+    model = Lumina2Transformer2DModel(**CASES["Lumina2Transformer2DModel"][0] | {"axes_lens": (300, 16, 16)})
+    return Lumina2Pipeline(tokenizer=tokenizer, text_encoder=gemma(tokenizer), transformer=randomise(model, 0.1).eval(),
+                           vae=autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
+                           scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0))
+
+
+def z_image_pipeline(folder):
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                       num_attention_heads=2, num_key_value_heads=1, head_dim=12)
+    model = ZImageTransformer2DModel(**CASES["ZImageTransformer2DModel"][0])
+    return ZImagePipeline(tokenizer=tokenizer, text_encoder=seeded(lambda: Qwen3Model(text)),
+                          vae=autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
+                          transformer=randomise(model, 0.1).eval(),
+                          scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def chroma_pipeline(folder):
+    encoder, tokenizer = t5()
+    model = ChromaTransformer2DModel(**CASES["ChromaTransformer2DModel"][0] | {"joint_attention_dim": T5_WIDTH})
+    return ChromaPipeline(tokenizer=tokenizer, text_encoder=encoder, transformer=randomise(model, 0.1).eval(),
+                          vae=autoencoder(4, scaling_factor=0.3611, shift_factor=0.1159),
+                          scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+def cogview_pipeline(folder):
+    encoder, tokenizer = t5()
+    model = CogView3PlusTransformer2DModel(**CASES["CogView3PlusTransformer2DModel"][0] | {"text_embed_dim": T5_WIDTH})
+    return CogView3PlusPipeline(tokenizer=tokenizer, text_encoder=encoder, vae=autoencoder(4, scaling_factor=0.7),
+                                transformer=randomise(model, 0.1).eval(),
+                                scheduler=CogVideoXDDIMScheduler(prediction_type="v_prediction"))
+
+
 # pipeline → how it is made, the side of its images, and what an experiment on it says beside it
 TRAINED = {
+    "StableDiffusionPipeline": (sd_pipeline, 16, ["schedule.name=scaled_linear"]),
     "StableDiffusion3Pipeline": (sd3_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
     "FluxPipeline": (flux_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
     "StableDiffusionXLPipeline": (sdxl_pipeline, 16, ["schedule.name=scaled_linear"]),
     "PixArtAlphaPipeline": (pixart_pipeline, 16, []),
+    "PixArtSigmaPipeline": (partial(pixart_pipeline, cls=PixArtSigmaPipeline), 16, []),
     "SanaPipeline": (sana_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
     "QwenImagePipeline": (qwen_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
     "AuraFlowPipeline": (auraflow_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
     "CogVideoXPipeline": (cogvideox_pipeline, 32, ["objective.prediction_type=v_prediction"]),
+    "Lumina2Pipeline": (lumina_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "ZImagePipeline": (z_image_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "ChromaPipeline": (chroma_pipeline, 16, ["objective.prediction_type=flow_prediction"]),
+    "CogView3PlusPipeline": (cogview_pipeline, 16, ["objective.prediction_type=v_prediction"]),
     "WanPipeline": (wan_pipeline, 32, ["objective.prediction_type=flow_prediction"]),
 }
+
+# classes without text that are trained, sampled and explored with their class labels
+WITHOUT_TEXT = ("DiT", "DiTTransformer2DModel", "UNet2DModel")
 
 CAPTIONS = ["a cat", "two dogs", "a red house", "", "the sea", "cats"]
 
 
 def length_of(pipe):
-    "The tokens that a prompt is padded to: Qwen-Image has a preamble."
-    return 256 if "QwenImage" in (pipe / "model_index.json").read_text() else PROMPT_LENGTH
+    "The tokens that a prompt is padded to: some have a preamble."
+    index = (pipe / "model_index.json").read_text()
+    return 256 if "QwenImage" in index or "Lumina2" in index else PROMPT_LENGTH
 
 
 def data(photos, pipe, side, **more):

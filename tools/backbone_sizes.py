@@ -1,11 +1,15 @@
-"""The table of sizes on the page “Bring your own backbone”: for every class of backbone that is supported, one that is
-published, its parameters, and those of a patch with default settings and of one with 256 prompts a block.
+"""The table on the page “Bring your own backbone”: for every class of backbone that is supported, one that is
+published, its licence, its parameters, those of a patch with default settings and of one with 256 prompts a block, and
+what the tests of this package do with its pipeline.
 
-`python tools/backbone_sizes.py [NAME …]` prints it as Markdown. Models are made on the meta device, where weights take
-no memory, from the settings that the classes of diffusers have of themselves, and those here where they have none.
+`python tools/backbone_sizes.py [NAME …]` prints it as Markdown; with --write it goes into the page. Models are made on
+the meta device, where weights take no memory, from the settings that the classes of diffusers have of themselves, and
+those here where they have none. What is trained, sampled and explored is read from tests/trained_pipelines.py.
 """
+import re
 import sys
 import warnings
+from pathlib import Path
 
 import diffusers
 import torch
@@ -14,6 +18,7 @@ import dmp_wb as wb
 from dmp_wb.models.backbones import anatomy_of
 from dmp_wb.models.dit import DiT
 
+ROOT = Path(__file__).resolve().parents[1]
 PIXART = dict(num_attention_heads=16, attention_head_dim=72, cross_attention_dim=1152, caption_channels=4096)
 # class → what is published, settings that its class has not of itself, and the size of its latents
 PUBLISHED: dict[str, tuple[str, dict, tuple | None]] = {
@@ -90,6 +95,35 @@ NAMED = {"PixArtTransformer2DModel": "PixArtSigmaPipeline", "ConsisIDTransformer
          "Kandinsky5Transformer3DModel": "Kandinsky5T2VPipeline", "UNet2DModel": "DDPMPipeline",
          "UNet2DConditionModel": "StableDiffusionPipeline", "UNetMotionModel": "AnimateDiffPipeline", "DiT": ""}
 
+TENCENT = "Tencent Hunyuan Community"
+# what a repository of the authors says of the weights, and the repository; where it says nothing of them they are not
+# here, and the table says so
+LICENCES = {
+    "DiT": ("CC BY-NC 4.0", "facebookresearch/DiT"),
+    "DiTTransformer2DModel": ("CC BY-NC 4.0", "facebookresearch/DiT"),
+    "HunyuanDiT2DModel": (TENCENT, "Tencent-Hunyuan/HunyuanDiT"),
+    "FluxTransformer2DModel": ("FLUX.1-dev Non-Commercial", "black-forest-labs/flux"),
+    "Flux2Transformer2DModel": ("FLUX.2-dev Non-Commercial", "black-forest-labs/flux2"),
+    "LongCatImageTransformer2DModel": ("Apache 2.0", "meituan-longcat/LongCat-Image"),
+    "QwenImageTransformer2DModel": ("Apache 2.0", "QwenLM/Qwen-Image"),
+    "HiDreamImageTransformer2DModel": ("MIT", "HiDream-ai/HiDream-I1"),
+    "CogView3PlusTransformer2DModel": ("Apache 2.0", "THUDM/CogView4"),
+    "HunyuanImageTransformer2DModel": (TENCENT, "Tencent-Hunyuan/HunyuanImage-2.1"),
+    "CogVideoXTransformer3DModel": ("Apache 2.0", "zai-org/CogVideo"),
+    "ConsisIDTransformer3DModel": ("CogVideoX", "PKU-YuanGroup/ConsisID"),
+    "WanTransformer3DModel": ("Apache 2.0", "Wan-Video/Wan2.1"),
+    "WanVACETransformer3DModel": ("Apache 2.0", "Wan-Video/Wan2.1"),
+    "SkyReelsV2Transformer3DModel": ("Skywork Community", "SkyworkAI/SkyReels-V2"),
+    "HunyuanVideoTransformer3DModel": (TENCENT, "Tencent-Hunyuan/HunyuanVideo"),
+    "HunyuanVideo15Transformer3DModel": (TENCENT, "Tencent-Hunyuan/HunyuanVideo-1.5"),
+    "LTX2VideoTransformer3DModel": ("LTX-2.x Community", "Lightricks/LTX-2"),
+    "MochiTransformer3DModel": ("Apache 2.0", "genmoai/mochi"),
+    "CosmosTransformer3DModel": ("NVIDIA Open Model", "nvidia-cosmos/cosmos-predict1"),
+    "LatteTransformer3DModel": ("Apache 2.0", "Vchitect/Latte"),
+    "UNet2DConditionModel": ("CreativeML Open RAIL-M", "CompVis/stable-diffusion"),
+    "UNetSpatioTemporalConditionModel": ("SVD Non-Commercial", "Stability-AI/generative-models"),
+}
+
 
 def pipelines(name: str) -> list[str]:
     "The pipelines of diffusers whose constructor names a class, without those of ControlNets."
@@ -118,17 +152,44 @@ def sizes(name: str) -> tuple[int, int, int]:
     return backbone, *found
 
 
+def here(name: str) -> str:
+    "What the tests of this package do with a class, through one of its pipelines or without."
+    sys.path.insert(0, str(ROOT / "tests"))
+    from trained_pipelines import TRAINED, WITHOUT_TEXT
+    whole = name in WITHOUT_TEXT or any(p in TRAINED for p in pipelines(name))
+    return "trained, sampled, explored" if whole else "patched, routed"
+
+
+def row(name: str, counted: tuple[int, int, int] | None = None) -> str:
+    "A line of the table; the numbers are counted where they are not given."
+    backbone, default, small = counted or sizes(name)
+    pipeline = NAMED[name] if name in NAMED else next(iter(pipelines(name)), "")
+    licence, repository = LICENCES.get(name, ("see its card", ""))
+    linked = f"[{licence}](https://github.com/{repository})" if repository else licence
+    return (f"| `{name}` | {PUBLISHED[name][0]} | {linked} | {f'`{pipeline}`' if pipeline else ''} | "
+            f"{backbone / 1e6:,.0f} M | {default / 1e6:,.1f} M, {100 * default / backbone:.1f} % | "
+            f"{small / 1e6:,.1f} M, {100 * small / backbone:.2f} % | {here(name)} |")
+
+
+def write(lines: list[str]):
+    "Put the table in the place of the page's."
+    import nbformat
+    page = ROOT / "nbs" / "howto" / "backbone.ipynb"
+    notebook = nbformat.read(page, 4)
+    cell = next(c for c in notebook.cells if "| class | as |" in c.source)
+    cell.source = re.sub(r"\| class \| as \|.*?(?=\n\n)", lambda found: "\n".join(lines), cell.source, flags=re.S)
+    nbformat.write(notebook, page)
+
+
 def main():
     warnings.filterwarnings("ignore")
-    print("| class | published | pipeline | backbone | default patch | share | 256 prompts | share |",
-          "|---|---|---|--:|--:|--:|--:|--:|", sep="\n")
+    names = [a for a in sys.argv[1:] if a != "--write"]
+    lines = ["| class | as | licence | pipeline | backbone | default patch | 256 prompts a block | here |",
+             "|---|---|---|---|--:|--:|--:|---|"]
     for name in PUBLISHED:
-        if sys.argv[1:] and name not in sys.argv[1:]: continue
-        backbone, default, small = sizes(name)
-        pipeline = NAMED[name] if name in NAMED else next(iter(pipelines(name)), "")
-        print(f"| `{name}` | {PUBLISHED[name][0]} | {f'`{pipeline}`' if pipeline else ''} | {backbone / 1e6:,.0f} M | "
-              f"{default / 1e6:,.1f} M | {default / backbone:.1%} | {small / 1e6:,.1f} M | {small / backbone:.2%} |",
-              flush=True)
+        if not names or name in names: lines.append(row(name))
+    if "--write" in sys.argv: write(lines)
+    else: print("\n".join(lines))
 
 
 if __name__ == "__main__": main()

@@ -131,6 +131,8 @@ def latents(
             help="A whole diffusers pipeline in place of --vae and --text-encoder.")] = None,
         prompt_length: Annotated[int | None, typer.Option(
             help="Tokens that a pipeline's encoders are asked for; as many as by itself if not given.")] = None,
+        prompt_dtype: Annotated[str, typer.Option(
+            help="Of a pipeline's encoders: float32, float16 or bfloat16.")] = "float32",
         channels: Annotated[int, typer.Option(help="Of the images: 3 or 1.")] = 3,
         split: Annotated[str,
                          typer.Option(help="Of a data set, or a folder, that has splits; all: every image.")] = "train",
@@ -163,7 +165,8 @@ def latents(
                         conditional=not unconditional,
                         image_column=image_column, label_column=label_column, caption_column=caption_column,
                         vae=vae, text_encoder=text_encoder, text_length=text_length, pipeline=pipeline,
-                        prompt_length=prompt_length, max_bad_images=max_bad_images, num_workers=num_workers).check()
+                        prompt_length=prompt_length, prompt_dtype=prompt_dtype, max_bad_images=max_bad_images,
+                        num_workers=num_workers).check()
     _one_of("dtype", dtype, DTYPE_NAMES)
     _at_least(1, batch_size=batch_size, images_per_shard=images_per_shard)
     _begin(f"latents of {data}, into {folder}")

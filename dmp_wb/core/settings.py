@@ -218,6 +218,7 @@ class DataConfig:
     # encodes them, and its VAE
     pipeline: str | None = None
     prompt_length: int | None = None  # tokens that its encoders are asked for; null: as many as by itself
+    prompt_dtype: str = "float32"     # of the encoders; T5-XXL takes 19 GB in float32, 9.5 in bfloat16
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
     num_workers: int | None = None    # processes that read images; None: 0 for data in memory, up to 4 for files
 
@@ -236,6 +237,7 @@ class DataConfig:
         if self.text_length < 1: raise BadInput(f"data.text_length is {self.text_length}: expected at least 1")
         if self.prompt_length is not None and self.prompt_length < 1:
             raise BadInput(f"data.prompt_length is {self.prompt_length}: expected at least 1, or null")
+        self.prompt_dtype = dtype_name("data.prompt_dtype", self.prompt_dtype)
         both = next((k for k in ("vae", "text_encoder") if getattr(self, k) is not None), None)
         if self.pipeline is not None and both is not None:
             raise BadInput(

@@ -76,6 +76,7 @@ def write_cache(
             "source": getattr(data, "source", {}), "images_per_shard": images_per_shard, "dtype": dtype}
     if config.pipeline is not None and text is not None:
         plan |= {"pipeline": config.pipeline, "prompt_length": config.prompt_length,
+                 "prompt_dtype": config.prompt_dtype,
                  "conditions": sorted(text.null())}
     plan["format"] = format_of(plan)
     if os.path.lexists(folder / PLAN_FILE): _same_plan(folder, read_json(folder / PLAN_FILE), plan)
@@ -316,7 +317,8 @@ class LatentCache(Source):
         if self.pipeline is None: return load_text_encoder(self.facts["text_encoder"], self.facts["text_length"])
         side = self.facts["size"]
         height, width = side if isinstance(side, list) else (side, side)
-        return load_pipeline_text(self.pipeline, self.facts["prompt_length"], (height, width))
+        return load_pipeline_text(self.pipeline, self.facts["prompt_length"], (height, width),
+                                  self.facts["prompt_dtype"])
 
     def decode(self, images):
         "Needs the VAE where it was when the cache was written; raises `BadInput` if it is gone or another."
@@ -343,6 +345,9 @@ class LatentCache(Source):
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
                            f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: "
                            "expected the same")
+        if self.pipeline and config.prompt_length not in (None, length := self.facts["prompt_length"]):
+            raise BadInput(f"latent cache {self.folder} was made with prompts of {length or 'the usual number of'} "
+                           f"tokens, but data.prompt_length is {config.prompt_length}: expected the same, or null")
         if config.text_encoder and self.null and (found := fingerprint(
             load_text_encoder(config.text_encoder, config.text_length).encoder)) != self.facts["text_fingerprint"]:
             raise BadInput(f"latent cache {self.folder} was made with another text encoder, "

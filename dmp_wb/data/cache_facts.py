@@ -75,6 +75,7 @@ FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {   # what a cache says of
 PIPELINE_FACTS: dict[str, tuple[Callable[[Any], bool], str]] = {   # beside them, of a cache that a pipeline has made
     "pipeline": (_is_text, "a name"),
     "prompt_length": (lambda v: v is None or _is_count(v, 1), "a number of tokens or null"),
+    "prompt_dtype": (lambda v: v in CACHE_DTYPES, f"one of {', '.join(CACHE_DTYPES)}"),
     "conditions": (lambda v: type(v) is list and len(v) > 0 and all(map(_is_text, v)), "names of the model's inputs"),
 }
 ENTRY: dict[str, tuple[Callable[[Any], bool], str]] = {   # the same, of one shard
@@ -123,7 +124,9 @@ def read_cache_facts(folder: Path) -> dict:
         raise BadInput(
             f"{folder} holds a cache of format {str(facts.get('format'))[:60]}: expected 1 or {CACHE_FORMAT}, "
             "which this version of dmp_wb reads")
-    if type(facts) is dict and "pipeline" in facts: _check_facts(file, facts, PIPELINE_FACTS)
+    if type(facts) is dict and "pipeline" in facts:
+        facts.setdefault("prompt_dtype", "float32")
+        _check_facts(file, facts, PIPELINE_FACTS)
     if type(facts) is dict: facts.setdefault("source", {})   # older than splits
     _check_facts(file, facts, FACTS | {"shards": (lambda v: type(v) is list and len(v) > 0, "a list"),
                                        "null_sha256": (_is_text_or_none, "hex digits or null")})

@@ -186,7 +186,7 @@ def _text_coder(config: DataConfig, data) -> TextCoder | PipelineText | None:
             f"data {config.name!r} have no captions, but data.pipeline {config.pipeline} encodes them: expected "
             "data.caption_column")
     if config.pipeline is not None:
-        return load_pipeline_text(config.pipeline, config.prompt_length, tuple(data.shape[-2:]))
+        return load_pipeline_text(config.pipeline, config.prompt_length, tuple(data.shape[-2:]), config.prompt_dtype)
     if config.text_encoder is None:
         raise BadInput("data.text_encoder is null: expected a pipeline with tokenizer/ and text_encoder/, for the "
                        "captions of data.caption_column")

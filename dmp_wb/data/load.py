@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, said
 from ..core.seeds import seed_of
 from ..core.settings import DataConfig, size_of
 from .cache import LatentCache
@@ -94,6 +94,9 @@ class Captions:
         inputs: Sequence[str] = TEXT_INPUTS,     # what the model takes, of what the encoder gives
     ):
         if captions is not None and not len(captions): raise BadInput("captions are empty: expected at least one")
+        if isinstance(captions, str) or (wrong := [c for c in captions or () if not isinstance(c, str)]):
+            raise BadInput(f"captions are {said(captions)}: expected a list of texts" if isinstance(captions, str) else
+                           f"captions hold {said(wrong[0])}: expected texts")
         self.data, self.captions, self.null = data, captions, {k: v for k, v in data.null.items() if k in inputs}
         self.shape = data.shape   # of what the model sees
 

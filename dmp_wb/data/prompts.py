@@ -8,6 +8,7 @@ __all__ = ['caption_bytes', 'captions_in', 'PipelineText', 'load_pipeline_text']
 # %% ../../nbs/source/data/04_prompts.ipynb #804e0b78
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -61,7 +62,9 @@ class PipelineText(nn.Module):
     def check(self, captions: Sequence[str]):
         "Raise `BadInput` for a caption that is longer than every one of the encoders takes."
         limits = self.limits()
-        length = lambda k, caption: len(self.pipe.components[k](caption, truncation=False, verbose=False)["input_ids"])
+        before = self.prompting.preamble(self.pipe)
+        length = lambda k, caption: len(self.pipe.components[k](before + caption, truncation=False,
+                                                                verbose=False)["input_ids"])
         for caption in captions:
             counts = {k: length(k, caption) for k in limits}
             if any(n <= limits[k] for k, n in counts.items()): continue
@@ -88,7 +91,11 @@ class PipelineText(nn.Module):
         device = next(self.encoder.parameters()).device
         takes, given = inspect.signature(self.pipe.encode_prompt).parameters, dict(self.arguments)
         if "do_classifier_free_guidance" in takes: given["do_classifier_free_guidance"] = guides
-        found = self.pipe.encode_prompt(prompt=captions, device=device, **given)
+        try: found = self.pipe.encode_prompt(prompt=list(captions), device=device, **given)   # some write into the list
+        except (RuntimeError, ValueError, IndexError) as e:
+            if isinstance(e, torch.OutOfMemoryError): raise
+            raise BadInput(f"encode_prompt of pipeline {self.name} takes no prompt of {self.length} tokens: "
+                           f"{' '.join(str(e).split())[:200]}; set data.prompt_length") from None
         if len(found) != len(self.prompting.returns):
             raise BadInput(f"encode_prompt of {type(self.pipe).__name__} gives {len(found)} tensors: expected "
                            f"{len(self.prompting.returns)}, as this version of dmp_wb knows it")
@@ -99,11 +106,16 @@ class PipelineText(nn.Module):
                if name is not None and name.startswith("-") == bool(sign)}
         if self.prompting.padded: own |= _padded(own, *self.prompting.padded, length=self.length)
         device = next(self.encoder.parameters()).device
+        own = {k: v.float() if v.is_floating_point() else v for k, v in own.items()}
         return own | {k: v.to(device).expand(count, *v.shape) for k, v in self.sizes.items()}
 
 def _padded(found: dict, text: str, mask: str, length: int) -> dict[str, torch.Tensor]:
-    "Texts and their mask, which is None where none is shorter than the others, both of one length."
+    """Texts and their mask, which is None where none is shorter than the others, both of one length; of a list of texts
+    as well."""
     hidden, kept = found[text], found.get(mask)
+    if isinstance(hidden, list):
+        kept = nn.utils.rnn.pad_sequence([h.new_ones(len(h), dtype=torch.long) for h in hidden], batch_first=True)
+        hidden = nn.utils.rnn.pad_sequence(hidden, batch_first=True)
     if kept is None: kept = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     more = length - hidden.shape[1]
     return {text: nn.functional.pad(hidden, (0, 0, 0, more)), mask: nn.functional.pad(kept, (0, more))}
@@ -126,13 +138,19 @@ def load_pipeline_text(
     name: str,                      # a folder, or an id on the hub
     length: int | None = None,      # tokens of a prompt; None: what the pipeline's own call takes
     size: tuple[int, int] = (0, 0), # of the images, in pixels: some backbones are told it
-) -> PipelineText: # float32, on the CPU
+    dtype: str = "float32",         # of the encoders
+) -> PipelineText: # on the CPU
     "The text encoders of a pipeline. Raises `BadInput`."
     try: import transformers  # noqa: F401
     except ImportError:
         raise BadInput("data.pipeline needs the package transformers: pip install transformers") from None
     index = pipeline_index(name)
     prompting = prompting_of(index["_class_name"], f"data.pipeline {name}")
+    # transformers makes an empty tokenizer of a folder that is not there
+    for k, v in index.items():
+        if k.startswith(("text_encoder", "tokenizer")) and isinstance(v, list) and v[1] and Path(name).is_dir():
+            if not (Path(name) / k).is_dir():
+                raise BadInput(f"data.pipeline is {name!r}, whose model_index.json names a {k}: expected a folder {k}")
     try:
         parts: dict[str, Any] = {}
         for k, v in index.items():
@@ -140,7 +158,7 @@ def load_pipeline_text(
             if k in BACKBONES: parts[k] = _meta_backbone(name, k, v[1])
             elif not k.startswith(("text_encoder", "tokenizer", "scheduler")): parts[k] = None
         cls = getattr(diffusers, index["_class_name"])
-        pipe = cls.from_pretrained(name, use_safetensors=True, dtype=torch.float32, **parts)
+        pipe = cls.from_pretrained(name, use_safetensors=True, dtype=getattr(torch, dtype), **parts)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as e:
         raise BadInput(f"data.pipeline is {name!r}: expected a {index['_class_name']} with its text encoders, "
                        f"{' '.join(str(e).split())[:200]}") from None

@@ -25,7 +25,7 @@ from ..core.settings import ObjectiveConfig, SamplingConfig
 from .objectives import predicted_x0
 from .schedules import betas, pipeline_scheduler, sampler as make_sampler
 from ..methods.base import methods_of
-from ..models.anatomy import learned_variance, model_inputs, unwrap_model
+from ..models.anatomy import _registration, learned_variance, model_inputs, unwrap_model
 from ..models.backbones import anatomy_of, called, latent_shape
 from ..models.computing import check_compiler, check_dtype, compiled, computing, multiplies_in_tf32
 
@@ -198,6 +198,20 @@ def _checked_size(size, texts) -> tuple[int, ...] | None:
         raise BadInput(f"size is {said(size)}: expected height and width of the latents, for videos frames before them")
     return found
 
+def _check_fits(backbone: nn.Module, size: tuple[int, ...]):
+    "Raise `BadInput` for a size that the tokens of a transformer cannot lie on; U-Nets take any."
+    anatomy = _registration(backbone)
+    if anatomy is None or anatomy.block_names is not None: return
+    if "input_size" in inspect.signature(anatomy.grid_size).parameters: anatomy.block_grids(backbone, size)
+
+def _check_texts(backbone: nn.Module, given: dict):
+    "Raise `BadInput` for a model of diffusers that looks at a text and was given none."
+    takes = [k for k in model_inputs(backbone) if k in ("encoder_hidden_states", "cap_feats")]
+    if takes and takes[0] not in given and type(backbone).__module__.startswith("diffusers."):
+        raise BadInput(
+            f"the model, a {type(backbone).__name__}, is conditioned on text: expected texts, as captions_of "
+            f"gives, or {takes[0]} among conditions")
+
 def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]):
     if isinstance(scheduler, (str, Path)):
         return pipeline_scheduler(scheduler, whole_number("num_inference_steps", config.num_inference_steps, 1),
@@ -205,6 +219,15 @@ def _checked_scheduler(scheduler, config: SamplingConfig, shape: tuple[int, ...]
     if scheduler is not None and not (hasattr(scheduler, "step") and getattr(scheduler, "num_inference_steps", None)):
         raise BadInput(f"scheduler is {said(scheduler)}: expected one of diffusers whose set_timesteps was called")
     return scheduler
+
+def _check_steps(scheduler, wanted: str):
+    "Raise `BadInput` for a scheduler that takes the model's answer for something else than it is."
+    c = getattr(scheduler, "config", {})
+    flows = "FlowMatch" in type(scheduler).__name__ or c.get("use_flow_sigmas", False)
+    takes = "flow_prediction" if flows else c.get("prediction_type", wanted)
+    if takes != wanted:
+        raise BadInput(f"scheduler is a {type(scheduler).__name__} for {takes}, but the model gives {wanted}: expected "
+                       "one for that")
 
 class _Checked:
     "The checked settings of a walk."
@@ -224,12 +247,15 @@ class _Checked:
             raise BadInput(f"texts are {said(texts)}: expected what captions_of gives")
         self.texts = texts
         self._condition(conditions, null_conditions)
+        if texts is None: _check_texts(backbone, self.conditions)
         self.param, self.learned = next(backbone.parameters()), learned_variance(backbone)
         self.shape = latent_shape(backbone, _checked_size(size, texts))
+        if size is not None: _check_fits(backbone, self.shape[1:])
         _check_channels(self.config.guidance_channels, self.shape[0])
         self._computing()
         self.flow = self.config.prediction_type == "flow_prediction"
         self.given_scheduler = _checked_scheduler(scheduler, self.config, self.shape)
+        if scheduler is not None: _check_steps(self.given_scheduler, self.config.prediction_type)
         scheduler = self.make_scheduler()
         self.timesteps, self.moves = scheduler.timesteps, _ddim_moves(scheduler)
         self.interval = _guided_interval(self.config.guidance_interval,

@@ -15,7 +15,7 @@ from dmp_wb.models.anatomy import (
     Anatomy, attention_width, called_image_grid, embedded, image_grid, layer_dtype, register_backbone, text_length,
     token_grid,
 )
-from .calling import Calling, FLUX, QWEN
+from .calling import Calling, CHROMA, FLUX, LUMINA, QWEN, Z_IMAGE
 from .dit import DiT
 
 # %% ../../nbs/source/models/05_images.ipynb #e6c23aae
@@ -212,7 +212,7 @@ def _chroma_embedding(m, timestep):
     return m.distilled_guidance_layer(rows[:, -1])
 
 register_backbone("ChromaTransformer2DModel", Anatomy(
-    **_PACKED, **_THOUSANDTHS, embed_timestep=_chroma_embedding, leading_tokens=_joined))
+    **_PACKED, **_THOUSANDTHS, embed_timestep=_chroma_embedding, leading_tokens=_joined, calling=CHROMA))
 
 register_backbone("BriaTransformer2DModel", Anatomy(
     **_PACKED, embed_timestep=lambda m, t: embedded(m, m.time_embed, t)))
@@ -265,6 +265,7 @@ register_backbone("Lumina2Transformer2DModel", Anatomy(
     embedding_width=lambda m: m.time_caption_embed.timestep_embedder.linear_2.out_features,
     leading_tokens=lambda m, inputs: [inputs["encoder_attention_mask"].sum(1)] * len(m.layers),
     **_BACKWARDS,
+    calling=LUMINA,
 ))
 
 def _z_image_grid(m, inputs):
@@ -288,6 +289,7 @@ register_backbone("ZImageTransformer2DModel", Anatomy(
     trailing_tokens=_z_image_trailing,
     timestep_argument="t",
     **_BACKWARDS,
+    calling=Z_IMAGE,
 ))
 
 def _omnigen_leading(m, inputs):
@@ -338,7 +340,8 @@ _COGVIEW: dict[str, Any] = dict(
     blocks=lambda m: m.transformer_blocks, **_IMAGES,
     embed_timestep=lambda m, t: embedded(m, m.time_condition_embed, t),
     embedding_width=lambda m: m.config.time_embed_dim, condition=_cogview_condition,
-    condition_inputs=("original_size", "target_size", "crop_coords"), tokens_output=0)
+    condition_inputs=("original_size", "target_size", "crop_coords"), tokens_output=0,
+    calling=Calling(conditions=("original_size", "target_size", "crop_coords")))
 
 register_backbone("CogView3PlusTransformer2DModel", Anatomy(**_COGVIEW, any_length=True))
 register_backbone("CogView4Transformer2DModel", Anatomy(**_COGVIEW, flow_matching=True))

@@ -30,9 +30,12 @@ class Prompting:
     sizes: Callable[[Any, int, int], dict[str, torch.Tensor]] | None = None
     # its own noise levels, evenly from 1 to 1/S, in place of its scheduler's
     even_sigmas: bool = False
-    # texts that come as long as they are, and their mask: both are padded to the length that prompts may have
+    # texts that come as long as they are, as a list or with their mask:
+    # both are padded to the length that prompts may have
     padded: tuple[()] | tuple[str, str] = ()
     max_shift: float = 1.16   # of a scheduler that shifts by the number of tokens and does not say how far
+    # the pipeline → what it puts before a caption and counts among its tokens
+    preamble: Callable[[Any], str] = lambda pipe: ""
 
 PROMPTINGS: dict[str, Prompting] = {}
 
@@ -68,13 +71,19 @@ def _pixart_sizes(config, height, width):
     return {"added_cond_kwargs.resolution": torch.tensor([height, width], dtype=torch.float32),
             "added_cond_kwargs.aspect_ratio": torch.tensor([height / width], dtype=torch.float32)}
 
+def _cogview_sizes(config, height, width):
+    "As its pipeline: the size that is wanted, and that of an original which is not cropped."
+    size = torch.tensor([height, width], dtype=torch.float32)
+    return {"original_size": size, "target_size": size.clone(), "crop_coords": torch.zeros(2)}
+
 _TEXTS = ("added_cond_kwargs.text_embeds", "-added_cond_kwargs.text_embeds")
 _MASKED = (_TEXT, _MASK, f"-{_TEXT}", f"-{_MASK}")
+_EVEN: dict[str, Any] = dict(even_sigmas=True, max_shift=1.15)
 
 register_pipeline("StableDiffusionPipeline", Prompting((_TEXT, f"-{_TEXT}")))
 register_pipeline("StableDiffusionXLPipeline", Prompting((_TEXT, f"-{_TEXT}", *_TEXTS), _xl_sizes))
 register_pipeline("StableDiffusion3Pipeline", Prompting((_TEXT, f"-{_TEXT}", _POOLED, f"-{_POOLED}")))
-register_pipeline("FluxPipeline", Prompting((_TEXT, _POOLED, None), even_sigmas=True, max_shift=1.15))
+register_pipeline("FluxPipeline", Prompting((_TEXT, _POOLED, None), **_EVEN))
 register_pipeline("PixArtAlphaPipeline", Prompting(_MASKED, _pixart_sizes))
 register_pipeline("PixArtSigmaPipeline", Prompting(_MASKED))
 register_pipeline("SanaPipeline", Prompting(_MASKED))
@@ -82,7 +91,14 @@ register_pipeline("WanPipeline", Prompting((_TEXT, f"-{_TEXT}")))
 register_pipeline("CogVideoXPipeline", Prompting((_TEXT, f"-{_TEXT}")))
 register_pipeline("AuraFlowPipeline", Prompting((_TEXT, None, f"-{_TEXT}", None)))
 _QWEN = (_TEXT, "encoder_hidden_states_mask")
-register_pipeline("QwenImagePipeline", Prompting(_QWEN, even_sigmas=True, max_shift=1.15, padded=_QWEN))
+register_pipeline("QwenImagePipeline", Prompting(_QWEN, padded=_QWEN, **_EVEN))
+register_pipeline("Lumina2Pipeline", Prompting(_MASKED, **_EVEN,
+                                               preamble=lambda pipe: f"{pipe.system_prompt} <Prompt Start> "))
+register_pipeline("ZImagePipeline", Prompting(("cap_feats", "-cap_feats"), padded=("cap_feats", "cap_feats_mask"),
+                                              **_EVEN))
+register_pipeline("ChromaPipeline", Prompting((_TEXT, None, "attention_mask", f"-{_TEXT}", None, "-attention_mask"),
+                                              **_EVEN))
+register_pipeline("CogView3PlusPipeline", Prompting((_TEXT, f"-{_TEXT}"), _cogview_sizes))
 
 # %% ../../nbs/source/models/08_pipelines.ipynb #p1pe0003
 BACKBONES = ("transformer", "unet")         # where a pipeline keeps its backbone

@@ -1,5 +1,6 @@
 "Every further class of diffusers that is supported, as a tiny model with random weights, through `wb.check_backbone`."
 import copy
+import json
 import re
 import subprocess
 import sys
@@ -36,10 +37,18 @@ def test_a_class_of_a_newer_diffusers_is_told_its_nearest_relative():
         wb.patch(Flux4Transformer2DModel())
 
 
-def test_the_page_of_backbones_lists_every_class_with_its_sizes():
+def test_the_page_of_backbones_has_the_table_that_the_tool_makes(monkeypatch):
+    monkeypatch.syspath_prepend(project_root() / "tools")
+    import backbone_sizes
+    assert set(backbone_sizes.PUBLISHED) == {n for n in wb.supported_models() if n in CLASSES} | {"DiT"}
+    assert set(backbone_sizes.LICENCES) <= set(backbone_sizes.PUBLISHED)
     page = (project_root() / "nbs" / "howto" / "backbone.ipynb").read_text(encoding="utf-8")
-    listed = set(re.findall(r"\| `(\w+)` \| [^|]+ \| [^|]* \| [\d,]+ M \|", page))
-    assert listed == {n for n in wb.supported_models() if n in CLASSES} | {"DiT"}
+    text = "\n".join("".join(cell["source"]) for cell in json.loads(page)["cells"])
+    lines = {line.split("`")[1]: line for line in text.splitlines() if re.match(r"\| `\w+` \|.* M, .* %", line)}
+    counts = re.compile(r"[\d,.]+ M(, [\d.]+ %)?")
+    for name in backbone_sizes.PUBLISHED:
+        assert counts.sub("", backbone_sizes.row(name, (1, 1, 1))) == counts.sub("", lines[name])
+    for name in ("DiT", "PRXTransformer2DModel", "UNet2DConditionModel"): assert backbone_sizes.row(name) == lines[name]
 
 
 def narrow(value):

@@ -3,10 +3,11 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from conftest import tiny_diffusers_dit
+from diffusers import DiffusionPipeline, UNet2DModel
 from PIL import Image
 from pipelines import PROMPT_LENGTH
-from trained_pipelines import CAPTIONS, data, experiment, length_of, TRAINED
+from trained_pipelines import CAPTIONS, data, experiment, length_of, TRAINED, WITHOUT_TEXT
 from typer.testing import CliRunner
 
 import dmp_wb as wb
@@ -93,19 +94,22 @@ def test_sample_and_the_pipeline_draw_the_same(name, photos, folders, tmp_path):
     whole = DiffusionPipeline.from_pretrained(pipe)
     whole.set_progress_bar_config(disable=True)
     backbone = whole.unet if hasattr(whole, "unet") else whole.transformer
-    more = {"max_sequence_length": length_of(pipe)} if "XL" not in name else {}
+    more = {"guidance_scale": guidance - 1 if name == "ZImagePipeline" else guidance} if guidance > 1 else {}
+    if name not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        more["max_sequence_length"] = length_of(pipe)
     if "PixArt" in name or "Sana" in name: more["use_resolution_binning"] = False
     if name in ("WanPipeline", "CogVideoXPipeline"): more["num_frames"] = 1
+    if name == "Lumina2Pipeline": more["cfg_normalization"] = False
 
     def drawn():
-        streams = [torch.Generator().manual_seed(seed_of(0, "image", i)) for i in range(2)]
-        given = {}
-        if name == "CogVideoXPipeline":   # draws its noise with frames before channels
-            given["latents"] = torch.cat([torch.randn(1, *cache.shape, generator=g) for g in streams]).transpose(1, 2)
+        draws = lambda: [torch.Generator().manual_seed(seed_of(0, "image", i)) for i in range(2)]
+        streams, given = draws(), {}
+        noise = torch.cat([torch.randn(1, *cache.shape, generator=g) for g in draws()])
+        if name == "CogVideoXPipeline": given["latents"] = noise.transpose(1, 2)   # with frames before channels
+        if name == "Lumina2Pipeline": given["latents"] = noise                     # takes every VAE for one of 8 × 8
         with torch.no_grad():
             made = whole(["a cat", "two dogs"], height=side, width=side, num_inference_steps=3, generator=streams,
-                         output_type="pt", **({} if guidance == 1 else {"guidance_scale": guidance}), **more,
-                         **given)
+                         output_type="pt", **more, **given)
         images = torch.as_tensor(made.frames[:, 0] if hasattr(made, "frames") else made.images)
         return images * 2 - 1
     plain = drawn()
@@ -130,7 +134,7 @@ def runs(photos, folders, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", [f"{n}Pipeline" for n in ("StableDiffusion3", "StableDiffusionXL", "Flux", "Wan")])
+@pytest.mark.parametrize("name", TRAINED)
 def test_a_run_is_sampled_measured_compared_and_explored(name, runs, tmp_path):
     run = runs(name)
     folder = sample_run(run.folder, 2, tmp_path / "samples", captions=["a cat", "two dogs"], num_inference_steps=2,
@@ -227,3 +231,37 @@ def test_effects_on_samples(runs):
     found = sample_effects(runs("FluxPipeline").folder, intervals=2, num_images=2, num_inference_steps=1, quiet=True,
                            backbone=wb.load_model(runs("FluxPipeline").folder, device="cpu"))
     assert len(found.spans) == 2
+
+
+def unet():
+    return UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1,
+                       norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                       up_block_types=("AttnUpBlock2D", "UpBlock2D"), attention_head_dim=4)
+
+
+@pytest.mark.parametrize("name", [n for n in WITHOUT_TEXT if n != "DiT"])
+def test_a_class_without_text(name, tmp_path):
+    model = unet() if name == "UNet2DModel" else tiny_diffusers_dit()
+    assert type(model).__name__ == name
+    model.save_pretrained(tmp_path / "base")
+    run = wb.train(wb.Experiment(), [
+        f"base={tmp_path / 'base'}", "data.name=digits", f"data.conditional={name != 'UNet2DModel'}", "name=tried",
+        "methods={dmp: {num_prompts: 4}}", "train.batch_size=4", "train.steps=2", "train.log_every=1",
+        "train.cpu=true", "train.log_with=null", "data.num_workers=0"], folder=tmp_path / "run")
+    folder = sample_run(run.folder, 2, tmp_path / "samples", num_inference_steps=2, quiet=True, device="cpu")
+    assert len(list(folder.glob("*.png"))) == 2
+    shown = DenoiseExplorer(run.folder)
+    shown.steps.value = 10
+    assert shown.static().axes and GateExplorer(run.folder).look(500, 1) is not None
+
+
+def test_encoders_in_half_precision(photos, folders, tmp_path):
+    pipe = folders("StableDiffusion3Pipeline")
+    whole, half = (write_cache(data(photos, pipe, 16, prompt_dtype=dtype), tmp_path / dtype, batch_size=4)
+                   for dtype in ("float32", "bfloat16"))
+    assert next(half._load_text().parameters()).dtype == torch.bfloat16
+    one, two = (cache.texts(["a cat"])["encoder_hidden_states"] for cache in (whole, half))
+    assert two.dtype == torch.float32 and torch.allclose(one, two, atol=0.1) and not torch.equal(one, two)
+    assert torch.equal(two[0], half.batch(torch.tensor([0]))["encoder_hidden_states"][0])
+    with pytest.raises(BadInput, match="unknown data.prompt_dtype 'int8': known: bfloat16, float16"):
+        data(photos, pipe, 16, prompt_dtype="int8").check()

@@ -10,7 +10,7 @@ import dmp_wb as wb
 from dmp_wb.core.errors import BadInput
 from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.cache import write_cache
-from dmp_wb.data.load import load_data
+from dmp_wb.data.load import captions_of, load_data
 
 SD3, FLUX, WAN = "StableDiffusion3Pipeline", "FluxPipeline", "WanPipeline"
 
@@ -96,3 +96,38 @@ def test_a_cache_of_another_pipeline(photos, folders, tmp_path):
     told(lambda: load_data(DataConfig(name=str(tmp_path / "cache"), pipeline=str(tmp_path / "pipe"))), "another VAE",
          "data.pipeline")
     told(lambda: write_cache(data(photos, folders(FLUX), 16), tmp_path / "cache"), "latents of something else")
+    told(lambda: load_data(DataConfig(name=str(tmp_path / "cache"), prompt_length=8)), "made with prompts of 16 tokens",
+         "data.prompt_length is 8")
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_3", "text_encoder_2"])
+def test_a_part_that_is_named_and_is_not_there(part, photos, folders, tmp_path):
+    shutil.copytree(folders(SD3), tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / part)
+    told(lambda: write_cache(data(photos, tmp_path / "pipe", 16), tmp_path / "cache"), str(tmp_path / "pipe"),
+         f"names a {part}: expected a folder {part}")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_an_encoder_that_fails(photos, folders, monkeypatch):
+    source = load_data(data(photos, folders(SD3), 16))
+
+    def failing(**given): raise RuntimeError("index 99 is out of bounds")
+    monkeypatch.setattr(source.text.pipe, "encode_prompt", failing)
+    monkeypatch.setattr(source.text, "arguments", {})
+    told(lambda: source.text._encode(["a cat"], False), "encode_prompt of pipeline", "no prompt of 16 tokens",
+         "index 99 is out of bounds; set data.prompt_length")
+
+
+def test_what_is_sampled(photos, folders):
+    model, source = wb.load_model(folders(SD3), device="cpu"), load_data(data(photos, folders(SD3), 16))
+    draw = lambda words=("a cat",), **more: wb.sample(
+        model, 1, prediction_type="flow_prediction", sampler="flow-euler", num_inference_steps=1, quiet=True,
+        **{"texts": captions_of(model, source, words), **more})
+    told(lambda: draw(texts=None), "SD3Transformer2DModel, is conditioned on text", "expected texts")
+    told(lambda: draw(size=(1, 8, 8)), "input_size is (1, 8, 8)", "SD3Transformer2DModel", "expected 2 sides")
+    told(lambda: draw(size=(7, 8)), "input_size is (7, 8)", "multiples of (2, 2)")
+    told(lambda: draw(words=[None]), "captions hold None: expected texts")
+    told(lambda: draw(words="a cat"), "captions are 'a cat': expected a list")
+    told(lambda: draw(scheduler=folders("StableDiffusionXLPipeline")), "EulerDiscreteScheduler for epsilon",
+         "the model gives flow_prediction")
