@@ -202,7 +202,7 @@ def test_a_run_is_trained_drawn_measured_resumed_and_knows_its_sizes(photos, run
     run = train(photos, *more)
     assert run.experiment.data.size == SIZES and run.experiment.model.sample_size == 8
     said = capsys.readouterr().out
-    assert "sizes: 8 × 8 for 9 images, 4 × 12 for 5 images, 12 × 4 for 3 images; a batch repeats images of 12" in said
+    assert "sizes: 8 × 8 for 9 images, 4 × 12 for 5 images, 12 × 4 for 3 images; fewer than train.batch_size" in said
     assert Image.open(run.folder / "samples" / "step-0000003.png").size == (16, 16)
     model = wb.load_model(run.folder, device="cpu")
     assert model.config.sizes == [[4, 12], [12, 4]] and "pos_embed_4_12" not in model.state_dict()
