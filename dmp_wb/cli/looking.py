@@ -286,6 +286,8 @@ def needs(
     _begin(f"what {home.name} needs")
     from dmp_wb.evaluation.draw import own_folder
     from dmp_wb.store.run import open_run
+    if not open_run(home).experiment.methods:
+        raise BadInput(f"run {home.name} has no method on it: expected a patched or routed one, such as digits-dmp")
     _write_page(named_files("runs", project=False)["needs"], output, {
         "model": str(home.resolve()), "run": str(own_folder(open_run(home)).resolve() / "needs"), "method": method,
         "data": _absolute(data), "split": split, "intervals": intervals, "num_loss_images": num_loss_images,

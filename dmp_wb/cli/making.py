@@ -64,6 +64,8 @@ def _tell_fitted(data: str | None, folder: Path | None, name: str | None):
     lines += [f"dmp-wb train {base.stem}        # a model of these images",
               f"dmp-wb train {patch.stem}             # a patch on it; the model stays as it is",
               f"dmp-wb compare {base.stem} {patch.stem}    # both on one page"]
+    if not (base.parent.parent / "runs").is_dir():
+        lines += ["dmp-wb new . --add        # the run notebooks beside them, for JupyterLab and papermill"]
     print("Next:" + "".join(f"\n  {line}" for line in lines))
 
 # %% ../../nbs/source/cli/01_making.ipynb #a409beae

@@ -18,7 +18,7 @@ from ..core.bars import progress
 from ..core.errors import BadInput
 from ..core.seeds import seed_of
 from .images import BadImage, read_size
-from .sources import Endless, Source
+from .sources import Endless
 
 # %% ../../nbs/source/data/02_buckets.ipynb #b013b1d7
 def aspect_sizes(
@@ -122,10 +122,9 @@ class BucketOrder:
         return self.members[n][self.orders[n].take(batch * self.batch_size, self.batch_size)]
 
 # %% ../../nbs/source/data/02_buckets.ipynb #09611eec
-def said_sizes(data: Source, config_sizes: Sequence[Sequence[int]], batch_size: int) -> str: # one line
-    "How many images have which size, and which sizes have fewer than a batch."
-    counts = data.groups.bincount(minlength=len(config_sizes)).tolist()   # type: ignore[union-attr]
-    name = lambda n: " × ".join(map(str, config_sizes[n]))
-    few = [name(n) for n, count in enumerate(counts) if 0 < count < batch_size]
-    return ("sizes: " + ", ".join(f"{name(n)} for {count:,} images" for n, count in enumerate(counts))
-            + (f"; a batch repeats images of {', '.join(few)}, which has fewer than train.batch_size" if few else ""))
+def said_sizes(order: BucketOrder, sizes: Sequence[Sequence[int]]) -> str: # one line
+    "How many images that train have which size, and which sizes have fewer than a batch."
+    counts = {" × ".join(map(str, size)): len(order.members.get(n, ())) for n, size in enumerate(sizes)}
+    few = [size for size, count in counts.items() if 0 < count < order.batch_size]
+    return ("sizes: " + ", ".join(f"{size} for {count:,} images" for size, count in counts.items())
+            + (f"; fewer than train.batch_size have {', '.join(few)}, so that a batch repeats them" if few else ""))

@@ -260,6 +260,9 @@ class _Counted:
 
     def finish(self, label: str): self.done[label] = self.each[label]   # what it could not give is passed over
 
+    def __enter__(self): return self
+    def __exit__(self, *error): self.show()
+
     def show(self):
         "In whole images: a sum of fractions would not end at the total."
         self.bar.update(int(sum(self.done.values()) + 1e-6) - self.bar.n)
@@ -306,7 +309,7 @@ def look_at(
                                                quiet=True)
         count.finish(label)
 
-    with count.bar as bar, _SideBySide(len(compared.runs), count.show) as beside:
+    with count.bar as bar, count, _SideBySide(len(compared.runs), count.show) as beside:
         for label, r in compared.runs.items():
             bar.set_postfix_str(label)
             backbone = None

@@ -20,7 +20,8 @@ from urllib.parse import quote
 from ..batch.page import PAGE_STYLE
 from ..core.errors import BadInput
 from ..core.files import open_plain, write_atomic
-from ..core.paths import runs_root, short
+from ..core.paths import runs_root
+from ..core.registries import METRICS
 from .canvas import run_colours
 from ..store.listing import ago, list_runs, RunFacts, STATES
 
@@ -57,6 +58,10 @@ def _link(file: Path, page: Path, text: str) -> str:
     if not file.exists(): return ""
     return f'<a href="{escape(quote(os.path.relpath(file, page.parent).replace(os.sep, "/")))}">{escape(text)}</a>'
 
+def _title(metric: str) -> str:
+    "What a metric is called for people."
+    return METRICS[metric].label if metric in METRICS else metric.replace("validation_loss", "held-out loss")
+
 def run_row(
     run: RunFacts,
     page: Path,       # the file that the row is for
@@ -69,7 +74,7 @@ def run_row(
         ("", "folder"), ("run.ipynb", "notebook"), ("config.yaml", "settings"), ("samples", "samples"),
         ("figures", "figures"))]
     number = lambda v: "–" if v is None else f"{v:.4g}"
-    results = "".join(f"<div>{escape(k)} <b>{number(v)}</b></div>"
+    results = "".join(f"<div>{escape(_title(k))} <b>{number(v)}</b></div>"
                       for k, v in [("loss", run.loss), *run.metrics.items()]
                       if v is not None)
     shots = "".join(f'<img loading="lazy" alt="{escape(f"{run.name}: {p.stem}".replace("-", " "))}" src="{url}">'
@@ -110,6 +115,7 @@ def runs_page(
     faults: dict[str, str] | None = None,       # folders that could not be read, with the reason
 ) -> str:
     "The runs as an HTML page."
+    name = "/".join(root.resolve().parts[-2:])
     count = {state: sum(r.state == state for r in runs) for state in STATES}
     said = ", ".join(f"{n} {state}" for state, n in count.items() if n) or "None"
     colours = run_colours(r.name for r in runs)
@@ -123,8 +129,8 @@ def runs_page(
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
-<title>Runs in {escape(short(root))}</title><style>{PAGE_STYLE}{STYLE}</style></head><body><main>
-<h1>Runs in {escape(short(root))}</h1>
+<title>Runs in {escape(name)}</title><style>{PAGE_STYLE}{STYLE}</style></head><body><main>
+<h1>Runs in {escape(name)}</h1>
 <p>{said}; as of {time.strftime("%Y-%m-%d %H:%M")}. <code>dmp-wb list --html</code> writes this page
 anew.</p>
 <div class="table">{table}</div>

@@ -184,6 +184,8 @@ def _load(model: str | Path, patched: bool, num_attention_heads: int | None, abo
     here = folder.resolve()
     if here in above: raise BadInput(f"run {folder} is the base of its own base: expected runs that end at a model")
     made_on, base = run.summary.get("base_fingerprint"), read_experiment(folder, moved=False).base or ""
+    if os.path.isabs(base) and not any(Path(place).exists() for place in bases_of(folder, base)):
+        raise MissingFile(f"the base of run {folder} is gone, {base}: expected it there, or beside the run")
     for place in bases_of(folder, base):   # of two runs of one name, one has the weights
         backbone = _load(place, True, None, (*above, here))
         if not made_on or made_on == fingerprint(backbone): break

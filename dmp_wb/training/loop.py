@@ -20,7 +20,7 @@ from ..core.paths import short
 from ..core.bars import progress
 from ..core.seeds import seed_of
 from ..core.settings import size_list
-from ..data.buckets import said_sizes
+from ..data.buckets import BucketOrder, said_sizes
 from ..data.folders import SkippedImages
 from ..diffusion.objectives import diffusion_losses
 from ..diffusion.predict import predict
@@ -263,7 +263,7 @@ def begin(parts: Parts, state: TrainState, changed: dict):
     say(f"{exp.label} {exp.name}: {count(state.params.values())} of {count(parts.backbone.parameters())} "
         f"parameters train, {t.batch_size} images a step on {accelerator.num_processes} × {accelerator.device.type}"
         + (f", resumed at step {state.step}" if state.step else ""))
-    if parts.data.groups is not None: say(said_sizes(parts.data, size_list(exp.data.size), t.batch_size))
+    if isinstance(parts.order, BucketOrder): say(said_sizes(parts.order, size_list(exp.data.size)))
     if t.on_nonfinite == "rollback" and state.step == 0: save(state, run, t)   # to go back to from the first steps
     accelerator.wait_for_everyone()
 

@@ -84,9 +84,11 @@ def test_new_says_the_next_commands_and_refuses_what_is_no_data(tmp_path, monkey
     (tmp_path / "empty").mkdir()
     status, said = new("--data", "photos")
     assert status == 0 and "dmp-wb train photos-pretrain" in said.out and "dmp-wb train photos-dmp" in said.out
+    assert "dmp-wb new . --add" in said.out   # there are no run notebooks here yet
     assert sorted(os.listdir(tmp_path / "nbs" / "experiments")) == ["photos-dmp.yaml", "photos-pretrain.yaml"]
     status, said = new("work", "--data", "photos", "--name", "mine")
     assert status == 0 and "cd work" in said.out and "nbs/experiments/mine-dmp.yaml" in said.out
+    assert "--add" not in said.out
     for words, why in ((["--data", "nosuch"], "there is no such folder"), (["--data", "empty"], "holds no images"),
                        ([], "FOLDER is not given"), (["--add"], "FOLDER is not given"),
                        (["--data", "photos", "--add"], "--add is given without FOLDER"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_data import folder_config, models, no_hub, noise_image, one_line  # noqa: F401
+from test_data import folder_config, models, no_hub, noise_image, one_line, saved  # noqa: F401
 
 import dmp_wb as wb
 from dmp_wb.config import load_experiment
@@ -18,7 +18,7 @@ from dmp_wb.core.settings import DataConfig
 from dmp_wb.data.buckets import BucketOrder, nearest_size
 from dmp_wb.data.cache import write_cache
 from dmp_wb.data.images import read_size
-from dmp_wb.data.load import load_data
+from dmp_wb.data.load import hold_out, load_data
 from dmp_wb.evaluation.images import data_images
 from dmp_wb.models.dit import position_table
 from dmp_wb.store.checkpoints import load_checkpoint, newest_checkpoint
@@ -159,6 +159,20 @@ def test_a_batch_has_the_size_that_is_asked_for_and_whoever_asks_for_none_gets_t
     assert torch.equal(data.batch(wide, flip, size=1)["images"], alone.batch(wide, flip)["images"])
 
 
+def test_rows_archives_and_splits_have_sizes_too(photos, tmp_path):
+    files = sorted(photos.rglob("*.png"))
+    rows = saved(tmp_path, {"image": [Image.open(file) for file in files], "label": [i % 2 for i in range(len(files))]})
+    packed = shutil.make_archive(str(tmp_path / "photos"), "zip", photos)
+    for split in ("train", "test"): shutil.copytree(photos, tmp_path / "splits" / split)
+    config = folder_config(tmp_path / "splits", size=SIZES, validation="test")
+    split = load_data(config)
+    for data in (load_data(folder_config(rows, size=SIZES)), load_data(folder_config(packed, size=SIZES)), split):
+        assert data.groups.bincount().tolist() == [9, 5, 3]
+        assert data.batch((data.groups == 2).nonzero()[:, 0], size=2)["images"].shape == (3, 3, 12, 4)
+    kept, held_out = hold_out(config, split)
+    assert kept is None and held_out.source.groups.tolist() == split.groups.tolist()
+
+
 def test_an_image_that_cannot_be_read_is_replaced_by_one_of_its_size(photos, tmp_path):
     root = shutil.copytree(photos, tmp_path / "photos")
     whole = (root / "a" / "wide-0.png").read_bytes()
@@ -202,7 +216,7 @@ def test_a_run_is_trained_drawn_measured_resumed_and_knows_its_sizes(photos, run
     run = train(photos, *more)
     assert run.experiment.data.size == SIZES and run.experiment.model.sample_size == 8
     said = capsys.readouterr().out
-    assert "sizes: 8 × 8 for 9 images, 4 × 12 for 5 images, 12 × 4 for 3 images; a batch repeats images of 12" in said
+    assert "sizes: 8 × 8 for 9 images, 4 × 12 for 5 images, 12 × 4 for 3 images; fewer than train.batch_size" in said
     assert Image.open(run.folder / "samples" / "step-0000003.png").size == (16, 16)
     model = wb.load_model(run.folder, device="cpu")
     assert model.config.sizes == [[4, 12], [12, 4]] and "pos_embed_4_12" not in model.state_dict()
@@ -288,6 +302,20 @@ def test_positions_of_another_size_are_those_of_a_model_of_that_size():
     assert torch.equal(several(x, t, y).sample, wide(x, t, y).sample)
     half = several.to(torch.bfloat16)
     assert half(x.bfloat16(), t, y).sample.dtype == torch.bfloat16
+
+
+def test_a_compiled_model_has_a_graph_for_each_size_and_no_break():
+    model = wb.DiT(sample_size=8, in_channels=1, hidden_size=16, num_layers=1, num_attention_heads=2, sizes=[[4, 12]])
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    before = dict(torch._dynamo.utils.counters["stats"])
+    with torch.no_grad():
+        for p in model.parameters(): p.normal_(0, 0.1)
+        for size in ((8, 8), (4, 12), (8, 8)):
+            x = torch.randn(2, 1, *size)
+            assert torch.allclose(compiled(x, torch.tensor([3, 5])).sample, model(x, torch.tensor([3, 5])).sample)
+    after = torch._dynamo.utils.counters["stats"]
+    assert after["unique_graphs"] - before.get("unique_graphs", 0) == 2
 
 
 def test_sizes_are_saved_with_a_model_and_a_plain_one_takes_one(tmp_path):

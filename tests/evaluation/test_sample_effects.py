@@ -170,3 +170,4 @@ def test_the_page_of_what_a_run_needs(tmp_path, runs_folder):
                            (["digits-slanted", "--intervals", "0"], "intervals is 0")):
         failed = subprocess.run([*command[:3], "needs", *wrong], capture_output=True, text=True, cwd=tmp_path)
         assert failed.returncode == 2 and message in failed.stderr, failed.stderr
+    assert not (tmp_path / "needs.html").exists()   # no page that failed is left, in place of another run's

@@ -12,6 +12,7 @@ from conftest import CHROMIUM, run_cells, tiny_dit
 from torch import nn
 
 from dmp_wb.core import files
+from dmp_wb.core.bars import progress
 from dmp_wb.evaluation import draw
 from dmp_wb.look import compare
 from dmp_wb.look import tables
@@ -180,7 +181,7 @@ def test_distances_are_paired(copies):
         compare.paired_distances({**drawn, "big": draw.Drawn(torch.zeros(80, 3, 16, 16), None)}, "digits")
 
 
-def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_folder):
+def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_folder, monkeypatch):
     made("unfinished")
     made("photos", "data.name=photos", "data.size=64")
     train("digits-quick", [*TINY, "objective.prediction_type=v_prediction", "name=v"])
@@ -189,7 +190,10 @@ def test_what_cannot_be_compared_is_said_and_the_rest_is(made, copies, runs_fold
     (torn / "model" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     c = tables.open_compared(["digits-base", "digits-dmp", "v", "unfinished", "photos", "torn", "gone:my-digits-base"])
     shutil.rmtree(runs_folder / "my-digits-base")   # while they are compared
+    counted = []
+    monkeypatch.setattr(compare, "progress", lambda **given: counted.append(progress(**given)) or counted[0])
     looked = compare.look_at(c, 10, 16, num_inference_steps=2)
+    assert counted[0].n == counted[0].total   # a bar that has ended leaves the page
     assert (list(looked.drawn) == ["digits-base", "digits-dmp", "v"]
             and list(looked.mse) == ["digits-base", "digits-dmp"] and list(looked.gates) == ["digits-dmp"])
     said = "\n".join(c.notes)

@@ -1,4 +1,5 @@
 "The page of all runs: every run with its state, safe against what names and files may hold, and readable offline."
+import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -53,6 +54,15 @@ def test_every_run_has_its_state_results_pictures_and_links(runs):
     assert [p["alt"] for p in seen.pictures] == ["digits dmp: step 0000200", "digits dmp: gates"]
     assert viz.run_colours(["digits-base", "digits-dmp"])["digits-dmp"] in text
     for link in seen.links: assert (runs / link).exists(), link
+
+
+def test_results_have_words_for_names(runs):
+    file = runs / "digits-dmp" / "summary.json"
+    file.write_text(json.dumps({
+        **json.loads(file.read_text()), "validation_loss": 0.25, "evaluations": [{"fid": 3.0, "extractor": "digits"}]}))
+    text = page(runs)
+    assert "held-out loss <b>0.25</b>" in text and "FID <b>" in text and "validation_loss" not in text
+    assert f"<h1>Runs in {runs.parent.name}/{runs.name}</h1>" in text
 
 
 def test_the_page_asks_for_nothing_and_runs_nothing(runs):

@@ -63,6 +63,19 @@ def test_a_patch_trains_and_resumes(name, photos, folders, tmp_path):
     assert all(torch.equal(v, whole[k]) for k, v in kept(again).items())
 
 
+def test_images_of_several_sizes_train_a_pipeline_that_is_not_told_the_size(photos, folders, tmp_path):
+    name, sizes = "FluxPipeline", "data.size=[[16, 16], [8, 32]]"
+    words = lambda name: [w for w in experiment(name, folders(name), photos, sizes, "data.caption_column=text",
+                                                f"data.pipeline={folders(name)}") if not w.startswith("methods")]
+    run = wb.train(wb.Experiment(), [*words(name), "methods.tlora.rank=2"], folder=tmp_path / "run")
+    assert all(v == v for v in run.metrics()["loss"])
+    with pytest.raises(BadInput, match=r"data.size has \[8, 32\], which the model, a FluxTransformer2DModel with dmp, "
+                                       r"cannot be called with: the input has 16 tokens \(2 × 8\)"):
+        wb.train(wb.Experiment(), [*words(name), "methods.dmp.num_prompts=2"], folder=tmp_path / "patch")
+    with pytest.raises(BadInput, match="expected one size with pipeline .* whose model is told the size of its images"):
+        wb.train(wb.Experiment(), words("StableDiffusionXLPipeline"), folder=tmp_path / "xl")
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_sample_and_the_pipeline_draw_the_same(name, photos, folders, tmp_path):
     pipe, side = folders(name), TRAINED[name][1]

@@ -258,6 +258,8 @@ def test_a_run_finds_its_base_from_any_folder_and_notices_another(tmp_path, monk
     wb.load_model(tmp_path / "patched")
     assert run.experiment.base == str(tmp_path / "pre")
     shutil.rmtree(tmp_path / "pre")
+    with pytest.raises(MissingFile, match=f"the base of run .*patched is gone, {tmp_path / 'pre'}: expected it there"):
+        wb.load_model(tmp_path / "patched")
     wb.train(other, folder=tmp_path / "pre")
     with pytest.raises(BadInput, match="trained on other weights than"): wb.load_model(tmp_path / "patched")
 
