@@ -326,8 +326,8 @@ class AroundBlocks(Passes):
         if call is not None and call.task == task: return call
         if task != -1 and hasattr(x, "_dmp_wb_call"): return x._dmp_wb_call
         if task != -1:
-            raise BadInput("a patched or routed block is run again by a reentrant checkpoint: expected "
-                           "use_reentrant=False, which keeps the tokens it was given")
+            raise BadInput("a patched or routed block is run again by a checkpoint that is reentrant or encloses more "
+                           "than the block: expected use_reentrant=False, and one that keeps the block's own tokens")
         raise BadInput("a block of a patched or routed model was called alone: expected a call of the model, which "
                        "tells it the timestep")
 
