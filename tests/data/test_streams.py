@@ -300,6 +300,12 @@ def test_what_a_stream_cannot_do_is_one_line(table, change, said):
     assert one_line(error)
 
 
+def test_a_data_set_of_the_hub_that_cannot_be_reached_is_one_line(no_hub):  # noqa: F811
+    with pytest.raises(BadInput, match="data.name is 'nobody/none', which datasets cannot stream") as error:
+        load_data(config("nobody/none"))
+    assert one_line(error)
+
+
 def test_a_cache_is_not_made_of_a_stream(table, tmp_path):
     with pytest.raises(BadInput, match="data.streaming is true: expected false"):
         write_cache(config(table, vae="x"), tmp_path / "cache")
