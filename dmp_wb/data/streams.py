@@ -7,6 +7,7 @@ __all__ = ['FILE_KINDS', 'PLACE', 'AT_LEAST', 'Rows', 'StreamOrder', 'Shards', '
 
 # %% ../../nbs/source/data/04_streams.ipynb #57e4a003
 import os
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -246,7 +247,7 @@ class Stream(Source):
         if self._head is None:
             self._head = self._files(self.shards.first(max(self.config.first_images, self.held), self.held))
             if os.environ.get("RANK", "0") == "0":
-                print(f"the first {len(self._head):,} images of {self.config.name}, a stream, stand for it")
+                print(f"the first {len(self._head):,} images of {self.config.name}, a stream, stand for it", file=sys.stderr)
         return self._head
 
     def hold_out(self) -> torch.Tensor: # [N] numbers

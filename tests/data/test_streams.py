@@ -189,7 +189,7 @@ def test_another_split_is_held_out(tmp_path):
 def test_the_first_images_stand_for_a_stream_and_that_is_said(table, capsys):
     data = load_data(config(table, caption_column=None))
     assert len(data) == 10 and numbers(data.batch(torch.arange(10))) == list(range(10))
-    assert capsys.readouterr().out.count("the first 10 images of") == 1
+    assert capsys.readouterr().err.count("the first 10 images of") == 1
     measured = data_images(config(table))
     assert torch.equal(torch.cat(list(measured.batches(4))), data.batch(torch.arange(10))["images"])
 
