@@ -247,7 +247,8 @@ class Stream(Source):
         if self._head is None:
             self._head = self._files(self.shards.first(max(self.config.first_images, self.held), self.held))
             if os.environ.get("RANK", "0") == "0":
-                print(f"the first {len(self._head):,} images of {self.config.name}, a stream, stand for it", file=sys.stderr)
+                print(f"the first {len(self._head):,} images of {self.config.name}, a stream, stand for it",
+                      file=sys.stderr)
         return self._head
 
     def hold_out(self) -> torch.Tensor: # [N] numbers
