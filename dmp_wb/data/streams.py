@@ -144,7 +144,8 @@ class Shards:
         columns = _columns(config, rows.features)
         self.label = rows.features[config.label_column] if config.label_column in columns else None   # of what kind
         self.rows = rows.select_columns(columns).cast_column(config.image_column, datasets.Image(decode=False))
-        self.number: int = rows.num_shards
+        # older versions of `datasets` read a stream in one piece only
+        self.number: int = getattr(rows, "num_shards", 1) if hasattr(rows, "shard") else 1
         self.held_in: dict[int, int] = {}     # images held out, by shard: its first
         self.lengths: dict[int, int] = {}     # of shards that were read to their end, without those
 
@@ -154,7 +155,7 @@ class Shards:
         return error
 
     def shard(self, shard: int) -> Iterator[dict]:
-        try: yield from self.rows.shard(self.number, shard)
+        try: yield from self.rows if self.number == 1 else self.rows.shard(self.number, shard)
         except Exception as e: raise self._broken(e) from None
 
     def _place(self, shard: int, row: int) -> str: return f"{row}" + (f" of shard {shard}" if self.number > 1 else "")
