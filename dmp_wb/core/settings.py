@@ -161,7 +161,7 @@ class MultitaskConfig:
         if self.k < 1: raise BadInput(f"multitask.k is {self.k}: expected at least 1")
         if not 0 < self.uw_lr < math.inf: raise BadInput(f"multitask.uw_lr is {self.uw_lr}: expected a number > 0")
 
-# %% ../../nbs/source/core/07_settings.ipynb #5e771006
+# %% ../../nbs/source/core/07_settings.ipynb #5e771009
 def size_of(shape) -> int | list[int]: # of […, H, W]
     "How settings name a size: a side, or height and width where they differ."
     height, width = shape[-2:]
@@ -184,6 +184,7 @@ def _checked_size(given) -> int | list:
                        "sizes, each another")
     return sizes if len(sizes) > 1 else size_of(sizes[0])   # [32, 32] is 32
 
+# %% ../../nbs/source/core/07_settings.ipynb #5e771006
 @dataclass
 class DataConfig:
     "Which images, and what becomes of them before the model sees them."
@@ -193,8 +194,8 @@ class DataConfig:
     # of a data set, or a folder, that has splits; all: every image, whatever its split
     split: str = "train"
     # held out, for the loss on images that are not trained on: the name of another split, or a share of this one, as
-    # 0.05; null: none
-    validation: str | float | None = None
+    # 0.05, or with `streaming` a number of images, the first ones; null: none
+    validation: str | int | float | None = None
     # side in pixels, or [height, width]; files are scaled and centre-cropped to it as ADM does. Or a list of sizes, as
     # [[28, 28], [24, 32]], of which each image gets the one of the nearest shape; grids of samples and evaluation have
     # the first. Built-in data have their own
@@ -221,13 +222,20 @@ class DataConfig:
     prompt_dtype: str = "float32"     # of the encoders; T5-XXL takes 19 GB in float32, 9.5 in bfloat16
     max_bad_images: int = 10          # unreadable images that are named and skipped before it is an error
     num_workers: int | None = None    # processes that read images; None: 0 for data in memory, up to 4 for files
+    # read a data set of `datasets` (hub, parquet, arrow, WebDataset's shards) as it comes, without loading it first
+    streaming: bool = False
+    shuffle_buffer: int = 1000        # images of a stream in memory at once, which are shuffled; 1: as they come
+    first_images: int = 1000          # of a stream: what stands for it where some images are measured or shown
+    classes: int | list | None = None # of a stream whose columns do not name them: how many, or their names
 
     def check(self):
         "Raise `BadInput` for values that cannot work; returns itself."
         plain_fields(self)
         if self.size is not None: self.size = _checked_size(self.size)
         v = self.validation
-        if v is not None and (isinstance(v, float) and not 0 < v < 1 or v == self.split or v in ("", "all")):
+        _check_stream(self)
+        if v is not None and not self.streaming and (type(v) is int or isinstance(v, float) and not 0 < v < 1
+                                                     or v == self.split or v in ("", "all")):
             raise BadInput(f"data.validation is {v!r}: expected a share between 0 and 1, or the name of another split "
                            f"than data.split, {self.split!r}")
         if self.channels not in (1, 3): raise BadInput(f"data.channels is {self.channels}: expected 1 or 3")
@@ -244,6 +252,30 @@ class DataConfig:
                 f"data.pipeline is {self.pipeline!r} and data.{both} is {getattr(self, both)!r}: expected one "
                 "of them, a pipeline has its own")
         return self
+
+# %% ../../nbs/source/core/07_settings.ipynb #5e77100a
+def _check_stream(config: DataConfig):
+    "Raise `BadInput` for what a stream cannot do, and for what only a stream can."
+    for key in ("shuffle_buffer", "first_images"):
+        if getattr(config, key) < 1: raise BadInput(f"data.{key} is {getattr(config, key)}: expected 1 or more")
+    names, v = config.classes, config.validation
+    if isinstance(names, list) and (not names or not all(isinstance(n, str) and n for n in names)
+                                    or len(set(names)) < len(names)) or type(names) is int and names < 1:
+        raise BadInput(f"data.classes is {names!r}: expected how many there are, or their names, each another")
+    if not config.streaming:
+        if names is not None: raise BadInput(f"data.classes is {names!r}: expected null without data.streaming")
+        return
+    if len(size_list(config.size)) > 1:
+        raise BadInput(f"data.size is {config.size}: expected one size with data.streaming, the shapes of whose "
+                       "images are not known")
+    if v is not None and (isinstance(v, float) or type(v) is int and v < 1 or v in ("", "all", config.split)):
+        raise BadInput(f"data.validation is {v!r}: expected a number of images or the name of another split than "
+                       f"data.split, {config.split!r}, with data.streaming, whose length is not known")
+    if config.split == "all":
+        raise BadInput("data.split is 'all': expected the name of one split with data.streaming")
+    if (config.num_workers or 0) > 1:
+        raise BadInput(f"data.num_workers is {config.num_workers}: expected 0 or 1 with data.streaming, each worker "
+                       "would read all of it")
 
 # %% ../../nbs/source/core/07_settings.ipynb #5e771f05
 DTYPE_NAMES = ("float32", "float16", "bfloat16")

@@ -56,6 +56,7 @@ def write_cache(
     if dtype not in CACHE_DTYPES: raise unknown("dtype", dtype, CACHE_DTYPES)
     vae = config.vae or config.pipeline
     if not vae: raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
+    if config.streaming: raise BadInput("data.streaming is true: expected false, a cache holds every image of a list")
     if len(size_list(config.size)) > 1:
         raise BadInput(f"data.size is {config.size}: expected one size, a cache holds latents of one shape; a cache "
                        "for each, or data.vae, which encodes while it trains")

@@ -205,6 +205,7 @@ class EncodedImages(Source):
         self.shape, self.class_names = coder.latent_shape(data.shape) if coder else data.shape, data.class_names
         self.shapes = [coder.latent_shape(shape) for shape in data.shapes] if coder else data.shapes
         self.groups, self.workers, self.random_latents = data.groups, data.workers, coder is not None
+        self.stream = data.stream
         if text is not None: self.null = text.null()
         if isinstance(text, PipelineText): self.pipeline = text.name
 

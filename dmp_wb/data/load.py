@@ -22,6 +22,7 @@ from .cache_facts import is_cache
 from .encoders import EncodedImages, load_vae, _text_coder
 from .folders import data_path
 from .sources import Source
+from .streams import Stream
 from .tables import load_images
 from ..models.anatomy import model_inputs, TEXT_INPUTS, unwrap_model
 
@@ -33,10 +34,11 @@ def load_data(
     Raises `BadInput` for a name that leads nowhere and for what cannot be trained on."""
     config = (data if isinstance(data, DataConfig) else DataConfig(name=data)).check()
     if is_cache(config.name):
+        if config.streaming: raise BadInput(f"data.streaming is true: expected false, {config.name} is a latent cache")
         cache = LatentCache(data_path(config.name), config.conditional)
         cache.check(config)
         return cache
-    data = load_images(config)
+    data = Stream(config) if config.streaming else load_images(config)
     text = _text_coder(config, data)
     vae = config.vae or config.pipeline
     if data.shapes and getattr(text, "sizes", None):
@@ -76,6 +78,7 @@ def hold_out(
             raise BadInput(f"data.validation is {wanted!r}, whose images or classes are others than those of split "
                            f"{config.split!r}: expected the same shape and classes")
         return None, HeldOut(other, torch.arange(len(other)))
+    if data.stream is not None: return None, HeldOut(data, data.stream.hold_out())   # it trains on what comes after
     count = round(wanted * len(data))
     if not 0 < count < len(data):
         raise BadInput(f"data.validation is {wanted:g}, {count} of {len(data):,} images: expected some, and some to "

@@ -40,6 +40,7 @@ class Source:
     shapes: Sequence[tuple[int, ...]] = ()   # of images of several sizes, each as `shape`, which is the first
     groups: torch.Tensor | None = None    # [N] with `shapes`: the number of each image's
     captions: Any = None                  # the caption of an image, by its number, if there are captions
+    stream: Any = None                    # the stream that is read, of data whose number is not known
 
     def __len__(self) -> int: raise NotImplementedError
 

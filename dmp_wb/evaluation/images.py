@@ -32,6 +32,7 @@ from ..data.cache_facts import CACHE_FILE, read_cache_facts
 from ..data.folders import data_path, image_files, ImageFiles, SkippedImages
 from ..data.images import BadImage, IMAGE_SUFFIXES, open_regular, read_image, to_tensor
 from ..data.sources import DATASETS, ImageData
+from ..data.streams import Stream
 from ..data.tables import load_images
 from .features import _UNREADABLE
 
@@ -202,7 +203,7 @@ def data_images(config: DataConfig) -> Images:
     """The images of a data set, whole and unencoded;
     those that cannot be read are named and skipped, up to `max_bad_images`."""
     config = _original(config.check())
-    data = load_images(config)
+    data = Stream(config).head if config.streaming else load_images(config)
     if len(data.shape) != 3:
         raise BadInput(f"data {config.name!r} are videos: expected images, whose distances are known")
     channels, height, width = data.shape

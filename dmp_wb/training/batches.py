@@ -17,9 +17,8 @@ import torch
 
 from ..config import BATCH_FORMAT, Experiment
 from ..core.seeds import seed_of
-from ..data.buckets import BucketOrder
 from ..data.folders import SkippedImages
-from ..data.sources import EpochOrder, Source
+from ..data.sources import Source
 from ..tasks.intervals import balanced_timesteps
 
 # %% ../../nbs/source/training/01_batches.ipynb #b1a0c101
@@ -66,7 +65,7 @@ def _normal(philox: np.random.Philox, out: np.ndarray):
 def draw_batch(
     exp: Experiment,
     data: Source,
-    order: EpochOrder | BucketOrder,
+    order: Callable[[int], torch.Tensor],   # the indices of a step's images
     step: int,                 # from 0
     null_class: int | None,    # what a dropped label becomes; None for an unconditional model
     places: slice | torch.Tensor = slice(None),  # of the global batch: a slice, or indices
@@ -110,7 +109,7 @@ def places_of(
 # %% ../../nbs/source/training/01_batches.ipynb #b1a0c007
 class Steps(torch.utils.data.Dataset):
     "The batch of each step, for a DataLoader: its workers read ahead, and what they read depends on the step alone."
-    def __init__(self, exp: Experiment, data: Source, order: EpochOrder | BucketOrder, **settings):
+    def __init__(self, exp: Experiment, data: Source, order: Callable[[int], torch.Tensor], **settings):
         self.draw: Callable[..., dict[str, torch.Tensor]] = functools.partial(draw_batch, exp, data, order, **settings)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]: return self.draw(step)

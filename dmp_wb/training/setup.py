@@ -318,7 +318,7 @@ class Parts:
     exp: Experiment
     run: Run
     data: Source
-    order: EpochOrder | BucketOrder   # of its images
+    order: Callable[[int], torch.Tensor]   # the indices of a step's images
     held_out: HeldOut | None      # images that are not trained on
     accelerator: Accelerator
     share: int                    # images that a process takes at once
@@ -363,7 +363,8 @@ def make_parts(exp: Experiment, folder: str | Path | None = None) -> Parts:
     return parts
 
 # %% ../../nbs/source/training/02_setup.ipynb #d045350d
-def _order(exp: Experiment, data: Source, kept: torch.Tensor | None) -> EpochOrder | BucketOrder:
+def _order(exp: Experiment, data: Source, kept: torch.Tensor | None) -> Callable[[int], torch.Tensor]:
+    if data.stream is not None: return data.stream.order(exp.train.batch_size, exp.seed)
     if data.groups is not None: return BucketOrder(data.groups, exp.train.batch_size, exp.seed, kept)
     return EpochOrder(len(data) if kept is None else len(kept), exp.train.batch_size, exp.seed, kept)
 
