@@ -184,6 +184,8 @@ def write(lines: list[str]):
 def main():
     warnings.filterwarnings("ignore")
     names = [a for a in sys.argv[1:] if a != "--write"]
+    if unknown := [name for name in names if name not in PUBLISHED]:
+        sys.exit(f"error: {unknown[0]} is no class of the table: expected some of {', '.join(PUBLISHED)}, or --write")
     lines = ["| class | as | licence | pipeline | backbone | default patch | 256 prompts a block | here |",
              "|---|---|---|---|--:|--:|--:|---|"]
     for name in PUBLISHED:

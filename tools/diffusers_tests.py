@@ -243,7 +243,10 @@ def apart(*args) -> tuple[dict, dict]:
 
 def each(names: list[str], tests: Path, compiled: bool):
     "The row of each class: how many tests pass, and each that ends otherwise on a plain model; or what went wrong."
-    for name, files in files_of(tests).items():
+    known = files_of(tests)
+    for name in names:
+        if name not in known: yield name, f"is no class that is supported: expected some of {', '.join(known)}"
+    for name, files in known.items():
         if names and name not in names: continue
         try:
             ours, why = apart(name, files, compiled)
@@ -259,18 +262,20 @@ def each(names: list[str], tests: Path, compiled: bool):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--diffusers", type=Path, required=True)
-    parser.add_argument("--at", default="v0.40.0")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("names", nargs="*", metavar="CLASS", help="of a backbone; all of them if none is given")
+    parser.add_argument("--diffusers", type=Path, required=True, help="a git clone of diffusers, a bare one too")
+    parser.add_argument("--at", default="v0.40.0", help="the tag whose tests are run")
+    parser.add_argument("--out", type=Path, help="a JSON file for the outcomes")
+    parser.add_argument("--compiled", action="store_true", help="run the tests that compile, by the backend eager")
     args = parser.parse_args()
     out, rows, wrong = args.out and args.out.resolve(), {}, 0
-    archive = subprocess.run(["git", "-C", str(args.diffusers.resolve()), "archive", args.at, "tests"], check=True,
-                             stdout=subprocess.PIPE).stdout
+    got = subprocess.run(["git", "-C", str(args.diffusers.resolve()), "archive", args.at, "tests"], capture_output=True)
+    if got.returncode:
+        parser.error(f"--diffusers is {args.diffusers} and --at {args.at}: expected a git clone that has this tag, "
+                     f"{' '.join(got.stderr.decode(errors='replace').split())[:200]}")
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=got.stdout, check=True)
         sys.path[:0] = [folder, *(str(ROOT / part) for part in ("", "tests", "tools"))]
         os.chdir(folder)
         for module, text in STAND_INS.items():

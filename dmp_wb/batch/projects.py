@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDES', 'LOOKED_AT', 'HELD_OUT', 'TEMPLATES', 'opening', 'project_files', 'new_project', 'Found', 'look_at_data',
-           'Fitted', 'fitted', 'fit_experiments']
+           'Fitted', 'fitted', 'experiments_for', 'fit_experiments', 'write_experiments']
 
 # %% ../../nbs/source/batch/12_projects.ipynb #1e892edd
 import dataclasses
@@ -167,12 +167,12 @@ def fitted(found: Found) -> Fitted:
 # %% ../../nbs/source/batch/12_projects.ipynb #f17d0003
 TEMPLATES = "for-a-folder"   # below the assets: an experiment of a base, and one of a patch on it
 
-def fit_experiments(
+def experiments_for(
     data: str,                           # a folder of images, or what else data.name may be
-    project: str | Path | None = None,   # where they go; the one that one stands in if None
+    project: str | Path | None = None,   # where they go, which need not be there yet; the one that one stands in if None
     name: str | None = None,             # what they are called; as the data if None
-) -> tuple[Path, Path]: # the files: of a base, and of a patch on it
-    """Write two experiments that fit a data set: their size, channels, classes, batch and steps.
+) -> dict[Path, str]: # file → its text: of a base, then of a patch on it
+    """Two experiments that fit a data set: their size, channels, classes, batch and steps. Nothing is written.
     Raises `BadInput` for data that cannot be trained on, and where there is another experiment of that name."""
     root = Path(project).resolve() if project else project_root()
     path = expanded(data)
@@ -190,7 +190,7 @@ def fit_experiments(
         **dataclasses.asdict(model),
         "data": os.path.basename(data) or data, "images": found.images, "short": short,
         "name": json.dumps(path.resolve().relative_to(root).as_posix() if inside else data, ensure_ascii=False),
-        "classes": f"{labels} classes" if labels else "no classes",
+        "classes": ("no classes", "1 class")[labels] if labels < 2 else f"{labels} classes",
         "size": "" if found.fixed else f", size: {model.size}, channels: {found.channels}",
         "held_out": f", validation: {model.validation}" if model.validation else "",
         "best": ", keep_best: validation_loss" if model.validation else "",
@@ -203,7 +203,22 @@ def fit_experiments(
     for file, content in zip(files, contents):
         if file.exists() and file.read_text(encoding="utf-8") != content:
             raise BadInput(f"{file} is there already, and says something else: expected another --name")
+    return dict(zip(files, contents))
+
+def fit_experiments(
+    data: str,                           # as `experiments_for` takes them
+    project: str | Path | None = None,
+    name: str | None = None,
+) -> tuple[Path, Path]: # the files: of a base, and of a patch on it
+    "Write what `experiments_for` makes, and raise what it raises, before anything is written."
+    return write_experiments(experiments_for(data, project, name))
+
+def write_experiments(
+    texts: dict[Path, str],   # of `experiments_for`
+) -> tuple[Path, Path]: # the files
+    "Raises `BadInput` for a folder that cannot be written."
     try:
-        for file, content in zip(files, contents): write_atomic(file, content)
-    except OSError as e: raise BadInput(f"{files[0].parent} cannot be written: {e.strerror or e}") from None
-    return files[0], files[1]
+        for file, content in texts.items(): write_atomic(file, content)
+    except OSError as e: raise BadInput(f"{next(iter(texts)).parent} cannot be written: {e.strerror or e}") from None
+    base, patch = texts
+    return base, patch

@@ -41,31 +41,34 @@ def new(
 ):
     """Make a project: a folder with the run notebooks and experiments to edit.
     In it, and below it, bare names lead to its own files first."""
-    from dmp_wb.batch.projects import new_project
+    from dmp_wb.batch.projects import experiments_for, new_project
     if folder is None and data is None:
         raise BadInput("FOLDER is not given: expected a folder to make, or --data with images to write experiments for")
     if folder is None and add: raise BadInput("--add is given without FOLDER: expected the folder to add to")
     if data is not None: _begin(f"looking at {data}")
-    if folder is None: return _tell_fitted(data, None, name)
+    # data that cannot be trained on leave no project behind
+    texts = None if data is None else experiments_for(data, folder, name)
+    if folder is None: return _tell_fitted(texts or {}, None)
     written, kept = new_project(folder, add)
     print(f"{printable(folder)}: {len(written)} files written"
           + "".join(f"\n  kept as it is: {printable(path)}, which is not the one that ships" for path in kept))
-    if data is not None: return _tell_fitted(data, folder, name)
+    if texts is not None: return _tell_fitted(texts, folder)
     print("Next:" + (f"\n  cd {shlex.quote(str(folder))}" if folder.resolve() != Path.cwd() else "")
           + "\n  dmp-wb run patch        # patches a model, under a minute; open runs/patch/run.html"
           "\n  jupyter lab nbs         # the notebooks themselves")
 
-def _tell_fitted(data: str | None, folder: Path | None, name: str | None):
-    from dmp_wb.batch.projects import fit_experiments
+def _tell_fitted(texts: dict[Path, str], folder: Path | None):
+    from dmp_wb.batch.projects import write_experiments
     from dmp_wb.core.paths import short
-    base, patch = fit_experiments(data or "", folder, name)
+    base, patch = write_experiments(texts)
     print(f"written: {printable(short(base))}\n         {printable(short(patch))}")
     lines = [] if folder is None or folder.resolve() == Path.cwd() else [f"cd {shlex.quote(str(folder))}"]
     lines += [f"dmp-wb train {base.stem}        # a model of these images",
               f"dmp-wb train {patch.stem}             # a patch on it; the model stays as it is",
               f"dmp-wb compare {base.stem} {patch.stem}    # both on one page"]
     if not (base.parent.parent / "runs").is_dir():
-        lines += ["dmp-wb new . --add        # the run notebooks beside them, for JupyterLab and papermill"]
+        root = shlex.quote(os.path.relpath(base.parents[2]))   # above, where one stands in a folder of a project
+        lines += [f"dmp-wb new {root} --add        # the run notebooks beside them, for JupyterLab and papermill"]
     print("Next:" + "".join(f"\n  {line}" for line in lines))
 
 # %% ../../nbs/source/cli/01_making.ipynb #a409beae

@@ -25,7 +25,7 @@ from dmp_wb.data.cache_facts import (
     verify_shards, _writing,
 )
 from dmp_wb.data.encoders import (
-    draw_latents, LatentCoder, load_text_encoder, load_vae, _text_coder, TextCoder,
+    draw_latents, LatentCoder, load_text_encoder, load_vae, _text_coder, TextCoder, vae_of,
 )
 from .folders import data_path, EVERY_SPLIT, ImageFiles, pick_split, SkippedImages
 from .images import BadImage
@@ -54,8 +54,8 @@ def write_cache(
     folder = data_path(folder)
     if not 0 <= part[0] < part[1]: raise BadInput(f"part is {part}: expected a number from 0, and how many there are")
     if dtype not in CACHE_DTYPES: raise unknown("dtype", dtype, CACHE_DTYPES)
-    vae = config.vae or config.pipeline
-    if not vae: raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
+    if not (config.vae or config.pipeline):
+        raise BadInput("data.vae is null: expected the VAE that makes the latents, or data.pipeline")
     if config.streaming: raise BadInput("data.streaming is true: expected false, a cache holds every image of a list")
     if len(size_list(config.size)) > 1:
         raise BadInput(f"data.size is {config.size}: expected one size, a cache holds latents of one shape; a cache "
@@ -63,13 +63,17 @@ def write_cache(
     for name, value in (("batch_size", batch_size), ("images_per_shard", images_per_shard)):
         if value < 1: raise BadInput(f"{name} is {value}: expected at least 1")
     data = load_images(config)
-    coder = load_vae(vae).to(device)
+    coder = vae_of(config)
+    assert coder is not None
+    coder.to(device)
     text = _text_coder(config, data)
+    if isinstance(text, PipelineText):   # before the hours that all images take
+        text.check(data.captions(i) for i in range(len(data)))
     if text is not None: text.to(device)
     shape = coder.latent_shape(data.shape)
     plan = {"format": 0, "data": config.name, "size": size_of(data.shape), "channels": data.shape[0],
             "images": len(data), "list": _list_fingerprint(data), "class_names": data.class_names,
-            "vae": vae, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
+            "vae": coder.name, "vae_fingerprint": fingerprint(coder.vae), "scale": coder.scale, "shift": coder.shift,
             "latent_shape": list(shape),
             "text_encoder": (config.text_encoder or config.pipeline) if text else None,
             "text_fingerprint": fingerprint(text.encoder) if text else None,
@@ -341,11 +345,11 @@ class LatentCache(Source):
                 "cache of that size")
         facts = lambda coder: (fingerprint(coder.vae), coder.scale, coder.shift)
         made, found = ((self.facts["vae_fingerprint"], self.facts["scale"], self.facts["shift"]),
-                       facts(load_vae(vae)) if (vae := config.vae or config.pipeline) else None)
-        if found not in (None, made):
+                       facts(vae) if (vae := vae_of(config)) is not None else None)
+        if vae is not None and found != made:
             raise BadInput(f"latent cache {self.folder} was made with another VAE, {self.facts['vae']} (fingerprint, "
-                           f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae} {found}: "
-                           "expected the same")
+                           f"scale and shift {made}), than data.{'vae' if config.vae else 'pipeline'} {vae.name} "
+                           f"{found}: expected the same")
         if self.pipeline and config.prompt_length not in (None, length := self.facts["prompt_length"]):
             raise BadInput(f"latent cache {self.folder} was made with prompts of {length or 'the usual number of'} "
                            f"tokens, but data.prompt_length is {config.prompt_length}: expected the same, or null")

@@ -19,7 +19,7 @@ from ..core.seeds import seed_of
 from ..core.settings import DataConfig, size_of
 from .cache import LatentCache
 from .cache_facts import is_cache
-from .encoders import EncodedImages, load_vae, _text_coder
+from .encoders import EncodedImages, _text_coder, vae_of
 from .folders import data_path
 from .sources import Source
 from .streams import Stream
@@ -40,11 +40,11 @@ def load_data(
         return cache
     data = Stream(config) if config.streaming else load_images(config)
     text = _text_coder(config, data)
-    vae = config.vae or config.pipeline
     if data.shapes and getattr(text, "sizes", None):
         raise BadInput(f"data.size is {config.size}: expected one size with pipeline {config.pipeline}, whose model is "
                        "told the size of its images")
-    return EncodedImages(data, load_vae(vae) if vae else None, text) if vae or text else data
+    vae = vae_of(config)
+    return EncodedImages(data, vae, text) if vae or text else data
 
 def sizes_from(
     data: Source,

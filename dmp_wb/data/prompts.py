@@ -7,7 +7,7 @@ __all__ = ['caption_bytes', 'captions_in', 'PipelineText', 'load_pipeline_text']
 
 # %% ../../nbs/source/data/04_prompts.ipynb #804e0b78
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ class PipelineText(nn.Module):
         "Captions as a batch holds them."
         return {"caption_bytes": caption_bytes(captions)}
 
-    def check(self, captions: Sequence[str]):
+    def check(self, captions: Iterable[str]):
         "Raise `BadInput` for a caption that is longer than every one of the encoders takes."
         limits = self.limits()
         before = self.prompting.preamble(self.pipe)

@@ -202,11 +202,12 @@ def pipeline_scheduler(
     size: Sequence[int],          # of the latents
 ):
     "The scheduler of a pipeline, its timesteps set as the pipeline sets them. Raises `BadInput`."
-    index = pipeline_index(str(pipeline))
+    index = pipeline_index(str(pipeline), "scheduler")
     how = PROMPTINGS.get(index["_class_name"], Prompting(()))
     try: scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(str(pipeline), subfolder="scheduler")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
-        raise BadInput(f"{pipeline} has no scheduler that can be loaded: {' '.join(str(e).split())[:200]}") from None
+        raise BadInput(f"scheduler is {str(pipeline)!r}, which has none that can be loaded: "
+                       f"{' '.join(str(e).split())[:200]}") from None
     given: dict[str, Any] = {"num_inference_steps": num_inference_steps}
     if how.even_sigmas and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
         given = {"sigmas": np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)}

@@ -156,21 +156,23 @@ def _plan(run: Run, model: nn.Module, walk: _Walk, batch_size: int, decoder: str
 
 # %% ../../nbs/source/evaluation/07_sample_files.ipynb #c7dd26c4
 def _same_images(folder: Path, plan: dict):
-    "Write the plan of a new folder; raise `BadInput` for one that holds something else."
+    "Write the plan of a folder without images; raise `BadInput` for one that holds something else."
     # before the plan is looked for: another process may just have written that, and then an image
     images = folder.is_dir() and any(folder.glob("*.png"))
     if (folder / SAMPLES_PLAN).exists():
         old = read_json(folder / SAMPLES_PLAN)
         old = COMPUTED_ALWAYS | old if isinstance(old, dict) else {}
         differs = [k for k in {**plan, "interventions": 0, "scheduler": 0} if old.get(k) != plan.get(k)]
-        if differs:
+        if differs and images:
             raise BadInput(f"{folder} holds images of something else: {differs[0]} is {old.get(differs[0])!r} there "
                            f"and {plan.get(differs[0])!r} here; expected the same, or another folder")
     elif images:
         raise BadInput(f"{folder} holds images, but no {SAMPLES_PLAN} that says of what: expected a new folder, or one "
                        "of an earlier call")
     elif folder.exists() and not folder.is_dir(): raise BadInput(f"{folder} is a file: expected a folder")
-    else: write_json(folder / SAMPLES_PLAN, plan)
+    else: differs = [SAMPLES_PLAN]
+    # a call that failed before its first image binds no later one
+    if differs: write_json(folder / SAMPLES_PLAN, plan)
 
 def _missing(folder: Path, numbers: range) -> list[int]:
     there = _pngs(folder)

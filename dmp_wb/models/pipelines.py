@@ -104,19 +104,22 @@ register_pipeline("CogView3PlusPipeline", Prompting((_TEXT, f"-{_TEXT}"), _cogvi
 BACKBONES = ("transformer", "unet")         # where a pipeline keeps its backbone
 LIBRARIES = ("diffusers", "transformers")   # whose classes a pipeline may be made of
 
-def pipeline_index(name: str) -> dict: # what model_index.json says
+def pipeline_index(
+    name: str,
+    key: str = "data.pipeline",   # where the name was given, for errors
+) -> dict: # what model_index.json says
     "The parts of a pipeline. Raises `BadInput` for what is none, and for parts of other libraries."
     try:
         index = (read_json(Path(name) / "model_index.json") if Path(name).is_dir()
                  else diffusers.DiffusionPipeline.load_config(name))
     except (BadInput, OSError, ValueError) as e:
-        raise BadInput(f"data.pipeline is {name!r}: expected the folder of a diffusers pipeline, "
+        raise BadInput(f"{key} is {name!r}: expected the folder of a diffusers pipeline, "
                        f"{' '.join(str(e).split())[:200]}") from None
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise BadInput(f"data.pipeline is {name!r}, whose model_index.json names no class of diffusers: expected one")
+        raise BadInput(f"{key} is {name!r}, whose model_index.json names no class of diffusers: expected one")
     for k, v in index.items():
         if not k.startswith(("text_encoder", "tokenizer", "scheduler", *BACKBONES)) or not isinstance(v, list): continue
         if len(v) != 2 or v[0] not in (*LIBRARIES, None) or not isinstance(v[1], str | None):
-            raise BadInput(f"data.pipeline is {name!r}, whose {k} is {json.dumps(v)[:80]}: expected a class of "
+            raise BadInput(f"{key} is {name!r}, whose {k} is {json.dumps(v)[:80]}: expected a class of "
                            f"{' or '.join(LIBRARIES)}")
     return index

@@ -100,3 +100,25 @@ def test_new_says_the_next_commands_and_refuses_what_is_no_data(tmp_path, monkey
         run_folder("photos-pretrain")   # the base of the patch, which is trained first
     assert load_experiment(tmp_path / "work/nbs/experiments/mine-dmp.yaml").data.name == str(tmp_path / "photos")
     assert new_project(tmp_path / "work", add=True) == ([], [])
+
+
+@pytest.mark.parametrize("words", [["--data", "nowhere"], ["--data", "photos", "--name", "two words"]])
+def test_new_makes_no_project_for_data_that_cannot_be_trained_on(words, tmp_path, monkeypatch):
+    images(tmp_path / "photos", 4)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["dmp-wb", "new", "mine", *words])
+    with pytest.raises(SystemExit) as e: cli.main()
+    assert e.value.code == 2
+    assert not (tmp_path / "mine").exists()   # so that the same command, put right, is not refused
+
+
+def test_new_in_a_folder_of_a_project_names_that_project(tmp_path, monkeypatch, capsys):
+    images(tmp_path / "photos", 4, classes=1)
+    (tmp_path / "nbs" / "experiments").mkdir(parents=True)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    monkeypatch.setattr("sys.argv", ["dmp-wb", "new", "--data", "../photos"])
+    with pytest.raises(SystemExit) as e: cli.main()
+    assert not e.value.code and "dmp-wb new .. --add " in capsys.readouterr().out
+    file = tmp_path / "nbs" / "experiments" / "photos-pretrain.yaml"
+    assert "4 images, 1 class. " in file.read_text()

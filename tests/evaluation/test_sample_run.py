@@ -312,6 +312,17 @@ def test_a_folder_of_other_images_is_refused(change, match, run, tmp_path):
     assert files(tmp_path / "out") == before and call()
 
 
+def test_a_call_that_failed_before_its_first_image_binds_no_later_one(run, tmp_path, monkeypatch):
+    def fail(*given): raise BadInput("caption 'x' has 99 tokens")
+    with monkeypatch.context() as m:
+        m.setattr(sample_files, "_draw", fail)
+        with pytest.raises(BadInput, match="99 tokens"):
+            sample_run(run, 2, folder=tmp_path / "s", num_inference_steps=2, npz=False, seed=1, quiet=True)
+    assert os.listdir(tmp_path / "s") == [sample_files.SAMPLES_PLAN]
+    sample_run(run, 2, folder=tmp_path / "s", num_inference_steps=2, npz=False, seed=2, quiet=True)
+    assert json.loads((tmp_path / "s" / sample_files.SAMPLES_PLAN).read_text())["seed"] == 2
+
+
 def test_another_model_is_refused(run, tmp_path):
     before = files(sample_run(run, 2, tmp_path / "out", **FAST))
     make_run(run, randomise(tiny_dit(out_channels=2), seed=7))

@@ -35,6 +35,23 @@ def test_a_prompt_that_is_too_long(photos, folders, tmp_path):
          "pipeline", "prompt_length")
 
 
+def test_a_prompt_that_is_too_long_is_told_before_a_cache_is_begun(photos, folders, tmp_path):
+    root = shutil.copytree(photos, tmp_path / "photos")
+    shutil.copy(next(root.rglob("*.png")), root / "zz.png")
+    with open(root / "metadata.csv", "a") as lines: lines.write(f"zz.png,{'word ' * 40}\n")
+    told(lambda: write_cache(data(root, folders(SD3), 16), tmp_path / "cache"), "caption 'word word", "at most 16")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_pipeline_without_a_vae(photos, folders, tmp_path):
+    shutil.copytree(folders(SD3), tmp_path / "pipe")
+    shutil.rmtree(tmp_path / "pipe" / "vae")
+    config = data(photos, tmp_path / "pipe", 16)
+    said = f"data.pipeline is '{tmp_path / 'pipe'}'", "a pipeline with one"
+    told(lambda: load_data(config), *said)
+    told(lambda: write_cache(config, tmp_path / "cache"), *said)
+
+
 def test_an_encoder_gives_what_the_backbone_does_not_take(photos, folders, tmp_path):
     xl, sd3 = folders("StableDiffusionXLPipeline"), folders(SD3)
     run = lambda: wb.train(wb.Experiment(), direct(photos, xl, SD3, f"base={sd3}"), folder=tmp_path / "run")
@@ -87,6 +104,16 @@ def test_what_is_no_pipeline(photos, folders, tmp_path):
         (broken / "vae").symlink_to(folders(SD3) / "vae")
         (broken / "model_index.json").write_text(json.dumps(index | changed))
         told(lambda name=broken: load_data(config(name)), *parts)
+
+
+def test_a_scheduler_that_is_not_there(photos, folders, tmp_path):
+    model = wb.load_model(folders(SD3))
+    (pipe := tmp_path / "pipe").mkdir()
+    draw = lambda: wb.sample(model, 1, scheduler=pipe, num_inference_steps=1, quiet=True,
+                             texts=captions_of(model, load_data(data(photos, folders(SD3), 16))))
+    told(draw, f"scheduler is '{pipe}'", "expected the folder of a diffusers pipeline")
+    shutil.copy(folders(SD3) / "model_index.json", pipe)
+    told(draw, f"scheduler is '{pipe}', which has none that can be loaded")
 
 
 def test_a_cache_of_another_pipeline(photos, folders, tmp_path):
