@@ -168,10 +168,11 @@ def fitted(found: Found) -> Fitted:
 TEMPLATES = "for-a-folder"   # below the assets: an experiment of a base, and one of a patch on it
 
 def experiments_for(
-    data: str,                           # a folder of images, or what else data.name may be
-    project: str | Path | None = None,   # where they go, which need not be there yet; the one that one stands in if None
-    name: str | None = None,             # what they are called; as the data if None
-) -> dict[Path, str]: # file → its text: of a base, then of a patch on it
+        data: str,   # a folder of images, or what else data.name may be
+        # where they go, which need not be there yet; the one that one stands in if None
+        project: str | Path | None = None,
+        name: str | None = None,   # what they are called; as the data if None
+) -> dict[Path, str]:   # file → its text: of a base, then of a patch on it
     """Two experiments that fit a data set: their size, channels, classes, batch and steps. Nothing is written.
     Raises `BadInput` for data that cannot be trained on, and where there is another experiment of that name."""
     root = Path(project).resolve() if project else project_root()
