@@ -18,7 +18,7 @@ from ..core.bars import progress
 from ..core.errors import BadInput
 from ..core.seeds import seed_of
 from .images import BadImage, read_size
-from .sources import Endless
+from .sources import check_enough, Endless
 
 # %% ../../nbs/source/data/02_buckets.ipynb #b013b1d7
 def aspect_sizes(
@@ -83,9 +83,7 @@ class BucketOrder:
         kept: torch.Tensor | None = None,   # which images of the data; None: all
     ):
         images = torch.arange(len(groups)) if kept is None else kept
-        if len(images) < batch_size:
-            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {len(images)} images"
-                           + ("" if kept is None else " beside those that are held out"))
+        check_enough(len(images), batch_size, kept is not None)
         self.batch_size, self.seed, self.num_images = batch_size, seed, len(images)
         found = groups[images]
         self.members = {n: images[found == n] for n in found.unique().tolist()}

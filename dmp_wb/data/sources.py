@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IDX_FILES', 'FASHION_CLASSES', 'FASHION_FOLDERS', 'DATASETS', 'Source', 'readers', 'ImageData', 'beside', 'digits',
            'sheared', 'slanted_digits', 'read_idx', 'has_idx', 'idx_images', 'fashion_mnist', 'faded', 'faded_fashion',
-           'SourceEntry', 'register_source', 'Endless', 'EpochOrder']
+           'SourceEntry', 'register_source', 'Endless', 'check_enough', 'EpochOrder']
 
 # %% ../../nbs/source/data/00_sources.ipynb #2f3b8ca4
 import gzip
@@ -288,6 +288,16 @@ class Endless:
             parts.append(self._epoch(epoch)[:left])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
+def check_enough(
+    num_images: int,   # that train
+    batch_size: int,
+    held_out: bool,    # whether others are not trained on
+):
+    "Raise `BadInput` for fewer images than a batch."
+    if num_images < batch_size:
+        raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images"
+                       + (" beside those that are held out" if held_out else ""))
+
 class EpochOrder:
     "The global batch of any step, without state."
     def __init__(
@@ -297,9 +307,7 @@ class EpochOrder:
         seed: int,
         kept: torch.Tensor | None = None,   # [num_images] which images of the data; None: all
     ):
-        if num_images < batch_size:
-            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {num_images} images"
-                           + ("" if kept is None else " beside those that are held out"))
+        check_enough(num_images, batch_size, kept is not None)
         self.num_images, self.batch_size, self.seed, self.kept = num_images, batch_size, seed, kept
         self.order = Endless(num_images, seed, "order")
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from ..core.errors import BadInput, MissingFile, unknown
+from ..core.errors import BadInput, MissingFile
 from ..core.seeds import seed_of
 from ..core.settings import DataConfig, size_list
 from .folders import data_path, ImageFiles, pick_split, _side
 from .images import BadImage
-from .sources import DATASETS, has_idx, readers, Source
+from .sources import check_enough, DATASETS, has_idx, readers, Source
 from .archives import contents
-from .tables import _holds_text, _nothing_left_out, SAVED_FILES, why
+from .tables import columns_of, _holds_text, _nothing_left_out, SAVED_FILES, why
 
 # %% ../../nbs/source/data/04_streams.ipynb #57e4a005
 FILE_KINDS = {".tar": "webdataset", ".parquet": "parquet", ".arrow": "arrow"}   # suffix → what reads it in `datasets`
@@ -52,24 +52,6 @@ def _splits(config: DataConfig) -> dict[str, Any]:
         raise BadInput(f"data.name is {config.name!r}, which datasets cannot stream: {why(e)}") from None
 
 # %% ../../nbs/source/data/04_streams.ipynb #57e4a006
-def _columns(config: DataConfig, features: dict) -> list[str]:
-    "The columns that are read; raises `BadInput` for one that is not there, or holds something else."
-    import datasets
-    asked = {"image_column": config.image_column, "caption_column": config.caption_column}
-    # the default need not be there
-    if config.conditional and (config.label_column in features or config.label_column != DataConfig.label_column):
-        asked["label_column"] = config.label_column
-    for key, column in asked.items():
-        if column is not None and column not in features:
-            raise BadInput(f"{config.name}: {unknown(f'data.{key}', column, features)}")
-    if not isinstance(features[config.image_column], datasets.Image):
-        raise BadInput(f"{config.name}: data.image_column {config.image_column!r} holds "
-                       f"{features[config.image_column]}: expected images")
-    if config.caption_column and not _holds_text(features[config.caption_column]):
-        raise BadInput(f"{config.name}: data.caption_column {config.caption_column!r} holds "
-                       f"{features[config.caption_column]}: expected strings")
-    return [column for column in asked.values() if column is not None]
-
 def _classes(config: DataConfig, feature) -> list[str]:
     "The classes of a column of labels; raises `BadInput` where neither it nor `data.classes` names them."
     given = [str(i) for i in range(config.classes)] if isinstance(config.classes, int) else config.classes
@@ -141,7 +123,7 @@ class Shards:
         try: rows = rows if rows.features else rows._resolve_features()   # of a CSV, what its first rows say
         except Exception as e: raise self._broken(e) from None
         if not rows.features: raise BadInput(f"split {config.split!r} of {config.name} is empty: expected images")
-        columns = _columns(config, rows.features)
+        columns = columns_of(config, rows.features)
         self.label = rows.features[config.label_column] if config.label_column in columns else None   # of what kind
         self.rows = rows.select_columns(columns).cast_column(config.image_column, datasets.Image(decode=False))
         # older versions of `datasets` read a stream in one piece only
@@ -268,9 +250,7 @@ class Stream(Source):
         if self.held: self.hold_out()
         self.blocks = Blocks(self.shards, seed, self._files)
         there = len(list(islice(self.shards.epoch(None, 0), batch_size)))
-        if there < batch_size:
-            raise BadInput(f"train.batch_size is {batch_size}, but the data set has only {there} images"
-                           + (" beside those that are held out" if self.held else ""))
+        check_enough(there, batch_size, bool(self.held))
         return StreamOrder(batch_size)
 
     def batch(self, indices, flip=None, noise=None, drop=None):

@@ -70,13 +70,18 @@ class Calling:
 # %% ../../nbs/source/models/01_calling.ipynb #3fec82c2
 USUAL_GUIDANCE = 3.5   # of models that are told the guidance they were distilled for
 
+def _token_places(x: torch.Tensor, text: torch.Tensor | None) -> dict[str, Any]:
+    "Where the tokens of an image and of a text are, for models that rotate by them."
+    places = {"img_ids": square_places(x).to(x.dtype)}
+    if text is not None: places["txt_ids"] = torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype)
+    return places
+
+def _told_guidance(m: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    return {"guidance": torch.full((len(x),), USUAL_GUIDANCE, device=x.device)} if m.config.guidance_embeds else {}
+
 def flux_arguments(m: nn.Module, x: torch.Tensor, given: dict) -> dict[str, Any]:
     "Where the tokens of image and text are, and the guidance of a model that is told it."
-    text = given.get("encoder_hidden_states")
-    ids = {"img_ids": square_places(x).to(x.dtype)}
-    if text is not None: ids["txt_ids"] = torch.zeros(text.shape[1], 3, device=x.device, dtype=x.dtype)
-    told = m.config.guidance_embeds
-    return ids | ({"guidance": torch.full((len(x),), USUAL_GUIDANCE, device=x.device)} if told else {})
+    return _token_places(x, given.get("encoder_hidden_states")) | _told_guidance(m, x)
 
 FLUX = Calling(conditions=("guidance",), derived=flux_arguments, channels=lambda m: m.config.in_channels // 4,
                pack=pack_squares, unpack=unpack_squares)
@@ -85,8 +90,7 @@ FLUX = Calling(conditions=("guidance",), derived=flux_arguments, channels=lambda
 def qwen_arguments(m: nn.Module, x: torch.Tensor, given: dict) -> dict[str, Any]:
     "The grid of the image's tokens, and the guidance of a model that is told it."
     grids = {"img_shapes": [[(1, x.shape[-2] // 2, x.shape[-1] // 2)]] * len(x)}
-    told = m.config.guidance_embeds
-    return grids | ({"guidance": torch.full((len(x),), USUAL_GUIDANCE, device=x.device)} if told else {})
+    return grids | _told_guidance(m, x)
 
 QWEN = Calling(conditions=("encoder_hidden_states_mask", "guidance"), derived=qwen_arguments,
                channels=lambda m: m.config.in_channels // 4, pack=pack_squares, unpack=unpack_squares)
@@ -133,9 +137,7 @@ def chroma_mask(given: dict[str, Any], x: torch.Tensor) -> dict[str, Any]:
 
 def chroma_arguments(m: nn.Module, x: torch.Tensor, given: dict) -> dict[str, Any]:
     "Where the tokens of image and text are."
-    text = given["encoder_hidden_states"]
-    return {"img_ids": square_places(x).to(x.dtype), "txt_ids": torch.zeros(text.shape[1], 3, device=x.device,
-                                                                            dtype=x.dtype)}
+    return _token_places(x, given["encoder_hidden_states"])
 
 CHROMA = Calling(conditions=("attention_mask",), derived=chroma_arguments, taken=chroma_mask,
                  channels=lambda m: m.config.in_channels // 4, pack=pack_squares, unpack=unpack_squares)
